@@ -1,0 +1,186 @@
+"""Weights in and out. Files have the field's public names, whatever our modules are called.
+
+A pretraining file has the keys of MAE's published full checkpoints (encoder keys as in timm, then ``mask_token``,
+``decoder_*``); a classifier's file has timm's. Our own files are safetensors whose metadata entry ``sparsemae`` (JSON)
+says what is needed to build the model again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+
+@dataclass
+class Loaded:
+    """What `load_weights` did, in the file's (public) names."""
+
+    used: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    """In the model, not in the source: left at their initial values."""
+    unexpected: list[str] = field(default_factory=list)
+    """In the source, not in the model, or ignored on request."""
+
+    def __str__(self) -> str:
+        def some(keys: list[str]) -> str:
+            return f" ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" if keys else ""
+
+        return (
+            f"{len(self.used)} tensors used, {len(self.missing)} missing{some(self.missing)}, "
+            f"{len(self.unexpected)} unused{some(self.unexpected)}"
+        )
+
+
+def public_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict under public names: a module named ``encoder`` loses its prefix."""
+    return {key.removeprefix("encoder."): value.detach() for key, value in model.state_dict().items()}
+
+
+def load_weights(
+    model: nn.Module, source: str | Path | Mapping[str, Tensor], ignore: Sequence[str] = (), strict: bool = False
+) -> Loaded:
+    """Copy weights into ``model`` by public name: MAE, timm, HF ViTMAE and our own files.
+
+    Args:
+        source: a file (.safetensors, or a torch file of tensors only), a run folder, or a state dict.
+        ignore: glob patterns on public names to leave out.
+        strict: refuse missing and unexpected keys as well.
+
+    Raises:
+        ValueError: nothing fits, or a tensor's shape differs; names the source and the keys. The model is unchanged then.
+    """
+    name = "state dict" if isinstance(source, Mapping) else str(source)
+    state = to_public_names(source if isinstance(source, Mapping) else read_weights(source)[0])
+    ignored = [key for key in state if any(fnmatchcase(key, glob) for glob in ignore)]
+    state = {key: value for key, value in state.items() if key not in ignored}
+
+    own = {key.removeprefix("encoder."): key for key in model.state_dict()}
+    shapes = {key: value.shape for key, value in public_state(model).items()}
+    wrong = [key for key in state if key in shapes and state[key].shape != shapes[key]]
+    if wrong:
+        first = ", ".join(f"{key} {list(state[key].shape)} for {list(shapes[key])}" for key in wrong[:3])
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"{name}: checkpoint of another architecture: got {first}{more}")
+    prefix = "encoder." if any(key.startswith("encoder.") for key in own.values()) else ""
+    translated = {own.get(key, _own_name(key, prefix)): value for key, value in state.items()}
+    missing = [key for key in shapes if key not in state]
+    if strict and missing:
+        raise ValueError(f"{name}: checkpoint of another architecture: lacks {', '.join(missing[:3])}")
+    if not any(key in shapes for key in state):
+        raise ValueError(f"{name}: no weight fits the model; wanted keys like {', '.join(list(shapes)[:3])}, "
+                         f"got {', '.join(list(state)[:3]) or 'none'}")
+    result = model.load_state_dict(translated, strict=False)
+    unexpected = [key.removeprefix(prefix) for key in result.unexpected_keys]
+    if strict and unexpected:
+        raise ValueError(f"{name}: checkpoint of another architecture: has no place for {', '.join(unexpected[:3])}")
+    return Loaded([key for key in state if key not in unexpected], missing, unexpected + ignored)
+
+
+def _own_name(key: str, prefix: str) -> str:
+    """Our name of a public key that the fresh model lacks (a frozen layer's ``weight_mask``)."""
+    return prefix + key if key.startswith("blocks.") else key
+
+
+def save_model(path: Path, model: nn.Module, description: Mapping[str, Any]) -> None:
+    """Write public weights as safetensors, with ``description`` as JSON metadata; appears whole or not at all."""
+    state = {key: value.cpu().contiguous() for key, value in public_state(model).items()}
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(save(_unshared(state), {"sparsemae": json.dumps(description)}))
+    temporary.replace(path)
+
+
+def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """safetensors refuses tensors that share storage (tied weights): give each later one its own copy."""
+    seen: set[int] = set()
+    result = {}
+    for key, value in state.items():
+        result[key] = value.clone() if value.data_ptr() in seen else value
+        seen.add(value.data_ptr())
+    return result
+
+
+def find_weights(source: str | Path) -> Path:
+    """The weights file of a run folder, a checkpoint folder, or the file itself. Raises ValueError if there is none."""
+    path = Path(source)
+    if path.is_dir():
+        if (path / "model.safetensors").is_file():
+            return path / "model.safetensors"
+        steps = sorted(path.glob("checkpoints/step-*/model.safetensors"))
+        if steps:
+            return steps[-1]
+        raise ValueError(f"{path}: wanted a run folder with model.safetensors or checkpoints/, found neither")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file or run folder")
+    return path
+
+
+def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and our description (empty for foreign files) of a weights file. Never runs pickled code.
+
+    Raises ValueError, naming the file, if it cannot be read as tensors.
+    """
+    path = find_weights(source)
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                return {key: file.get_tensor(key) for key in file.keys()}, json.loads(metadata.get("sparsemae", "{}"))
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises pickle, zip and runtime errors alike
+        raise ValueError(f"{path}: wanted a torch file of tensors only, got one that needs more "
+                         f"(convert it to safetensors): {str(error).splitlines()[0]}") from error
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)} if isinstance(content, dict) else {}
+    if not tensors:
+        raise ValueError(f"{path}: wanted a state dict, got no tensors")
+    return tensors, {}
+
+
+# HF ViTMAE -> MAE. Both the names of transformers >= 5 and the older ones of the published files.
+_HF_NAMES = [
+    (r"^(vit|vit_mae)\.", ""),
+    (r"^embeddings\.cls_token", "cls_token"),
+    (r"^embeddings\.position_embeddings", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
+    (r"^(encoder\.layer|layers)\.(\d+)\.", r"blocks.\2."),
+    (r"^layernorm\.", "norm."),
+    (r"^decoder\.decoder_layers\.(\d+)\.", r"decoder_blocks.\1."),
+    (r"^decoder\.(mask_token|decoder_)", r"\1"),
+    (r"layernorm_before", "norm1"),
+    (r"layernorm_after", "norm2"),
+    (r"attention\.attention\.(query|key|value)", r"attn.\1"),
+    (r"attention\.([qkv])_proj", lambda m: "attn." + {"q": "query", "k": "key", "v": "value"}[m[1]]),
+    (r"attention\.(output\.dense|o_proj)", "attn.proj"),
+    (r"(intermediate\.dense|mlp\.fc1)", "mlp.fc1"),
+    (r"(?<!attn\.)(output\.dense|mlp\.fc2)", "mlp.fc2"),
+]
+
+
+def to_public_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict under MAE's and timm's names; those of HF ViTMAE are translated, q, k and v fused."""
+    if not any("embeddings.patch_embeddings" in key for key in state):
+        return dict(state)
+    renamed = {}
+    for key, value in state.items():
+        for pattern, replacement in _HF_NAMES:
+            key = re.sub(pattern, replacement, key)  # type: ignore[arg-type]
+        renamed[key] = value
+    for key in [key for key in renamed if ".attn.query." in key]:
+        parts = [renamed.pop(key.replace("query", part)) for part in ("query", "key", "value")]
+        renamed[key.replace("query", "qkv")] = torch.cat(parts)
+    return renamed

@@ -1,0 +1,32 @@
+"""The N:M sparsity core: patterns, the sparse linear layer, conversion, topology. Knows nothing of vision."""
+
+from sparsemae.sparsity.convert import (
+    add_srste_gradient,
+    dense_weights,
+    densify,
+    freeze,
+    hold_masks,
+    iter_sparse,
+    sparsify,
+)
+from sparsemae.sparsity.linear import NMLinear
+from sparsemae.sparsity.pattern import NMPattern, nm_mask
+from sparsemae.sparsity.topology import Movement, SparsitySummary, Topology, TopologyReport, summarize
+
+__all__ = [
+    "Movement",
+    "NMLinear",
+    "NMPattern",
+    "SparsitySummary",
+    "Topology",
+    "TopologyReport",
+    "add_srste_gradient",
+    "dense_weights",
+    "densify",
+    "freeze",
+    "hold_masks",
+    "iter_sparse",
+    "nm_mask",
+    "sparsify",
+    "summarize",
+]
