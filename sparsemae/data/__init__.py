@@ -1,0 +1,1 @@
+"""Images in: sources, transforms, stateless sampling. Knows nothing of models."""

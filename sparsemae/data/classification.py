@@ -1,0 +1,269 @@
+"""From a folder of labelled images (or the embedded ones) to batches of bytes, and from bytes to the normalised input.
+
+Images are read through timm's readers, not timm's ``ImageDataset``, which silently replaces unreadable files.
+A sample that cannot be read travels as an `Unreadable` to the training process, which names it: an exception raised
+in a loader worker would arrive as a page of traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from timm.data.readers import create_reader
+from timm.data.transforms import ToNumpy
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torchvision import transforms
+from torchvision.datasets import FashionMNIST
+
+from sparsemae.data.embedded import CLASS_NAMES, EmbeddedReader
+from sparsemae.data.sampling import AUGMENT, HOLDOUT, PATCH_NOISE, seeded, stream
+
+SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "validation", "test")}
+
+
+@dataclass
+class SourceConfig:
+    """Where the images lie."""
+
+    source: Literal["embedded", "folder", "fashion-mnist"] = "embedded"
+    """embedded: a part of Fashion-MNIST that ships with the package; folder: ROOT/train/CLASS/*.jpg and ROOT/val/...
+    (or ROOT/CLASS/*.jpg, a tenth of which is held out); fashion-mnist: the full set, fetched to ROOT by torchvision."""
+    root: str | None = None
+    """Folder of the images; not used by the embedded source."""
+    workers: int = 2
+    """Loader processes per device; 0 loads in the training process."""
+
+
+@dataclass
+class DataConfig(SourceConfig):
+    """Images, their preparation and their augmentation."""
+
+    train_images: int | None = None
+    """Use only this many training images, from the first; None: all."""
+    img_size: int = 224
+    """Side of the model's input, px."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Channel means, for pixels in 0 to 1."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Channel standard deviations, for pixels in 0 to 1."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """Resampling of every resize."""
+    crop: Literal["resized", "shift"] = "resized"
+    """Training crop. resized: RandomResizedCrop; shift: resize to img_size, then shift by up to crop_shift px."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Area of a resized crop, as a share of the image."""
+    crop_shift: int = 1
+    """Largest shift, px."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
+    auto_augment: str | None = None
+    """timm's policy string, for example rand-m9-mstd0.5-inc1."""
+    eval_crop: float = 0.875
+    """Evaluation: the shorter side is resized to img_size / eval_crop px, then the centre is cropped."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images by index, and the names of their classes."""
+
+    reader: Any
+    """timm's reader interface: ``reader[i]`` is (file or PIL image, label), ``reader.filename(i)``."""
+    class_names: list[str]
+    indices: np.ndarray
+    """Which of the reader's images belong to this split."""
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def filename(self, index: int) -> str:
+        """Path of one image, for messages."""
+        return str(self.reader.filename(int(self.indices[index]), absolute=True))
+
+
+def open_source(data: SourceConfig, split: Literal["train", "val"], limit: int | None = None) -> Source:
+    """Open one split, or the first ``limit`` images of it. Raises ValueError, naming the folder, if it is missing, empty or has no such split."""
+    if data.source == "embedded":
+        reader: Any = EmbeddedReader(split)
+        source = Source(reader, CLASS_NAMES, _all(reader))
+    elif data.root is None:
+        raise ValueError(f"data.root: wanted a folder for data.source={data.source}, got none")
+    elif data.source == "fashion-mnist":
+        dataset = FashionMNIST(data.root, train=split == "train", download=True)
+        reader = _IndexedDataset(dataset, f"fashion-mnist/{split}")
+        source = Source(reader, dataset.classes, _all(reader))
+    else:
+        source = _open_folder(Path(data.root), split)
+    if limit is None:
+        return source
+    if not 1 <= limit <= len(source):
+        raise ValueError(f"data.train_images: wanted 1 to {len(source)}, got {limit}")
+    return Source(source.reader, source.class_names, source.indices[:limit])
+
+
+def _open_folder(root: Path, split: str) -> Source:
+    if not root.is_dir():
+        raise ValueError(f"data.root: {root}: no such folder")
+    folders = {
+        name: next((root / folder for folder in names if (root / folder).is_dir()), None)
+        for name, names in SPLIT_FOLDERS.items()
+    }
+    train = folders["train"] or root
+    class_names = _read_folder(train).class_names
+    if folders["val"] is None:  # one folder for both: hold out a tenth, the same tenth every time
+        source = _read_folder(train)
+        order = stream(0, HOLDOUT).permutation(len(source))
+        held_out = max(1, len(source) // 10)
+        return Source(source.reader, class_names, np.sort(order[:held_out] if split == "val" else order[held_out:]))
+    if split == "train":
+        return _read_folder(train)
+    extra = sorted(set(_read_folder(folders["val"]).class_names) - set(class_names))
+    if extra:
+        raise ValueError(f"{folders['val']}: wanted the classes of {train}, got another: {', '.join(extra[:3])}")
+    return _read_folder(folders["val"], class_names)
+
+
+def _read_folder(folder: Path, class_names: list[str] | None = None) -> Source:
+    class_map = {name: i for i, name in enumerate(class_names)} if class_names else ""
+    try:
+        reader = create_reader("", str(folder), class_map=class_map)
+    except RuntimeError as error:
+        raise ValueError(f"{folder}: wanted images in it or in its subfolders, found none") from error
+    return Source(reader, list(reader.class_to_idx), _all(reader))
+
+
+def _all(reader: Any) -> np.ndarray:
+    return np.arange(len(reader))
+
+
+class _IndexedDataset:
+    """A torchvision dataset behind timm's reader interface."""
+
+    def __init__(self, dataset: Any, name: str) -> None:
+        self.dataset, self.name = dataset, name
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index]
+
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        return f"{self.name}/{index}"
+
+
+def training_transform(data: DataConfig) -> Any:
+    """PIL image to uint8 ``[3, H, W]``, drawing from the global generators."""
+    if data.crop == "resized":
+        return create_transform(
+            data.img_size, is_training=True, scale=data.crop_scale, hflip=data.hflip, color_jitter=0.0,
+            auto_augment=data.auto_augment, interpolation=data.interpolation, mean=data.mean, use_prefetcher=True,
+        )  # fmt: skip
+    if data.auto_augment:
+        raise ValueError(f"data.auto_augment: wanted none with data.crop=shift, got {data.auto_augment}")
+    return transforms.Compose(
+        [
+            transforms.Resize((data.img_size, data.img_size), transforms.InterpolationMode(data.interpolation)),
+            transforms.RandomCrop(data.img_size, padding=data.crop_shift),
+            transforms.RandomHorizontalFlip(data.hflip),
+            ToNumpy(),
+        ]
+    )
+
+
+def evaluation_transform(img_size: int, interpolation: str, eval_crop: float) -> Any:
+    """PIL image to uint8 ``[3, H, W]``: resize the shorter side to ``img_size / eval_crop``, crop the centre."""
+    return create_transform(
+        img_size, is_training=False, interpolation=interpolation, crop_pct=eval_crop, use_prefetcher=True
+    )
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 ``[B, 3, H, W]`` to float32 of mean 0 and deviation 1, on the images' device.
+
+    The batch travels from the workers, and to the device, as bytes: a quarter of the floats.
+    """
+    shape, device = (1, 3, 1, 1), images.device
+    return (images.float() / 255 - torch.tensor(mean, device=device).view(shape)) / torch.tensor(
+        std, device=device
+    ).view(shape)
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands in for a sample that could not be read."""
+
+    reason: str
+    """One line that names the file."""
+
+
+class ImageDataset(Dataset[Any]):
+    """Samples ``{"image": uint8 [3, H, W], "target": int, "index": int}``, and ``"noise": [L]`` where patches are to be masked.
+
+    Indexed by a training key (epoch, index), or in evaluation by the index alone.
+
+    Args:
+        patches: number L of patches to draw masking noise for; 0 for none.
+        smallest: images with a shorter side (px) are refused.
+    """
+
+    def __init__(self, source: Source, transform: Any, seed: int = 0, patches: int = 0, smallest: int = 1) -> None:
+        self.source, self.transform, self.seed = source, transform, seed
+        self.patches, self.smallest = patches, smallest
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any] | Unreadable:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        try:
+            image, target = load_image(self.source, index, self.smallest)
+        except ValueError as error:
+            return Unreadable(str(error))
+        with seeded(self.seed, AUGMENT, epoch, index):
+            sample = {"image": self.transform(image), "target": target, "index": index}
+        if self.patches:
+            sample["noise"] = stream(self.seed, PATCH_NOISE, epoch, index).random(self.patches, np.float32)
+        return sample
+
+
+def load_image(source: Source, index: int, smallest: int = 1) -> tuple[Image.Image, int]:
+    """Decode one image to RGB. Raises ValueError naming the file if it is unreadable or too small."""
+    file, target = source.reader[int(source.indices[index])]
+    return decode_rgb(file, source.filename(index), smallest), target
+
+
+def decode_rgb(file: Any, name: str, smallest: int = 1) -> Image.Image:
+    """PIL image (or a file of one) to RGB. Raises ValueError naming it if it is unreadable or too small."""
+    try:
+        image = file if isinstance(file, Image.Image) else Image.open(file)
+        image = image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = "not an image in a known format" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise ValueError(f"{name}: unreadable image: {reason}") from error
+    if min(image.size) < smallest:
+        raise ValueError(f"{name}: wanted at least one patch of {smallest} px, got {image.width} x {image.height} px")
+    return image
+
+
+def _collate(samples: list[Any]) -> Any:
+    return next((sample for sample in samples if isinstance(sample, Unreadable)), None) or default_collate(samples)
+
+
+def batches(dataset: Dataset[Any], sampler: Sampler[Any], workers: int, pin_memory: bool = False) -> Iterator[Any]:
+    """Batches in the sampler's order, on the CPU. Raises ValueError naming the file at the first unreadable image."""
+    loader = DataLoader(
+        dataset, batch_sampler=sampler, num_workers=workers, collate_fn=_collate, pin_memory=pin_memory,
+        generator=torch.Generator(),  # or starting the iterator would draw from the global one
+    )  # fmt: skip
+    for batch in loader:
+        if isinstance(batch, Unreadable):
+            raise ValueError(batch.reason)
+        yield batch

@@ -1,0 +1,73 @@
+"""Fashion-MNIST inside the package: real images for every command, with nothing to download.
+
+One xz file holds the labels, then the pixels, as bytes: the first 10,000 training images, then all 10,000 test
+images, in the original order. It is made from the original IDX files by
+
+    python -m sparsemae.data.embedded FOLDER_WITH_THE_IDX_FILES
+"""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+TRAIN_IMAGES, TEST_IMAGES, SIDE = 10_000, 10_000, 28
+CLASS_NAMES = [
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+]  # fmt: skip
+SHA256 = "95a675888d4544fe4e273d9f70a7555accc103bc16ab8a3368ac0dc5169d6e06"
+"""Of the xz file."""
+FILE = Path(__file__).parent / "fashion_mnist" / "images.xz"
+
+
+@cache
+def arrays() -> tuple[np.ndarray, np.ndarray]:
+    """Labels uint8 ``[20000]`` and pixels uint8 ``[20000, 28, 28]``, training images first."""
+    content = np.frombuffer(lzma.decompress(FILE.read_bytes()), np.uint8)
+    count = TRAIN_IMAGES + TEST_IMAGES
+    return content[:count], content[count:].reshape(count, SIDE, SIDE)
+
+
+class EmbeddedReader:
+    """The reader interface of timm (index to image and label) over one split of the embedded images."""
+
+    def __init__(self, split: str) -> None:
+        labels, pixels = arrays()
+        part = slice(0, TRAIN_IMAGES) if split == "train" else slice(TRAIN_IMAGES, None)
+        self.split, self.labels, self.pixels = split, labels[part], pixels[part]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.pixels[index]), int(self.labels[index])
+
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        """A name for messages: the images have no files."""
+        return f"fashion-mnist/{self.split}/{index:05d}"
+
+
+def build(idx_folder: Path, path: Path = FILE) -> None:
+    """Pack the original IDX files (``train-images-idx3-ubyte.gz`` ...) into ``path``."""
+
+    def read(name: str, header: int) -> np.ndarray:
+        return np.frombuffer(gzip.decompress((idx_folder / name).read_bytes()), np.uint8, offset=header)
+
+    size = SIDE * SIDE
+    labels = np.concatenate(
+        [read("train-labels-idx1-ubyte.gz", 8)[:TRAIN_IMAGES], read("t10k-labels-idx1-ubyte.gz", 8)]
+    )
+    pixels = np.concatenate(
+        [read("train-images-idx3-ubyte.gz", 16)[: TRAIN_IMAGES * size], read("t10k-images-idx3-ubyte.gz", 16)]
+    )
+    path.write_bytes(lzma.compress(labels.tobytes() + pixels.tobytes(), preset=9 | lzma.PRESET_EXTREME))
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1]))

@@ -1,0 +1,142 @@
+"""Which sample when, and with which randomness: all functions of the seed and of counters, never of hidden state.
+
+A sample's augmentation depends on (seed, epoch, index) only. The *sampler* yields epoch and index together, so that
+loader workers know the epoch, however long they live; their number changes nothing, and a resume needs the counters
+only. Micro-batch ``k`` of an optimizer step is the same set of images whether it is the k-th process's or the k-th
+accumulation step's.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+# One stream per use, so that no two draws share their counters.
+ORDER, AUGMENT, PATCH_NOISE, STEP, INIT, HOLDOUT = range(6)
+
+Key = tuple[int, int]
+"""(epoch, index) of one training sample."""
+
+
+def stream(seed: int, *counters: int) -> np.random.Generator:
+    """A generator that is a function of its arguments alone (counter-based Philox)."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, *counters))))
+
+
+def seed_all(seed: int, *counters: int) -> None:
+    """Set the global generators of python, numpy and torch (all devices) to a function of the arguments."""
+    words = np.random.SeedSequence((seed, *counters)).generate_state(2)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[0]))
+    torch.manual_seed(int(words[1]))
+
+
+@contextmanager
+def seeded(seed: int, *counters: int) -> Iterator[None]:
+    """`seed_all` for library transforms that draw from the global CPU generators; their states are put back after.
+
+    numpy's global generator is swapped rather than saved: copying its state takes longer than most transforms.
+    """
+    python_state, torch_state, numpy_generator = (
+        random.getstate(), torch.get_rng_state(), np.random.get_bit_generator(),
+    )  # fmt: skip
+    sequence = np.random.SeedSequence((seed, *counters))
+    words = sequence.generate_state(2)
+    random.seed(int(words[0]))
+    torch.default_generator.manual_seed(int(words[1]))
+    np.random.set_bit_generator(np.random.Philox(sequence))
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        torch.set_rng_state(torch_state)
+        np.random.set_bit_generator(numpy_generator)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How the global batch is cut: ``global_batch = micro_batch * accumulate * world``."""
+
+    images: int
+    """Images in one epoch's source."""
+    global_batch: int
+    """Images per optimizer step, over all devices."""
+    micro_batch: int
+    """Images per device and forward."""
+    accumulate: int
+    """Micro-batches per device and optimizer step."""
+    world: int
+    """Processes."""
+
+    @classmethod
+    def make(cls, images: int, global_batch: int, device_batch: int | None, world: int) -> BatchPlan:
+        """Derive accumulation from the numbers a recipe and a machine give.
+
+        ``device_batch`` None: as large as it can be without accumulation.
+        Raises ValueError, with all numbers, if they do not divide or the source is smaller than a batch.
+        """
+        if global_batch < 1 or global_batch % world:
+            raise ValueError(
+                f"trainer.global_batch: wanted a multiple of the {world} processes, got {global_batch} images"
+            )
+        micro_batch = device_batch or global_batch // world
+        if micro_batch < 1 or global_batch % (world * micro_batch):
+            raise ValueError(
+                f"trainer.global_batch: wanted devices x device_batch x accumulation = {global_batch}, "
+                f"but {world} x {micro_batch} does not divide it"
+            )
+        if images < global_batch:
+            raise ValueError(f"trainer.global_batch: wanted at most the {images} training images, got {global_batch}")
+        return cls(images, global_batch, micro_batch, global_batch // (world * micro_batch), world)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in an epoch; what the global batch leaves over differs from epoch to epoch."""
+        return self.images // self.global_batch
+
+
+class TrainingSampler(Sampler[list[Key]]):
+    """Yields this process's micro-batches of keys for optimizer steps ``start`` to ``stop``, in order.
+
+    One iterator serves the whole run: no epoch boundary stalls the workers.
+    """
+
+    def __init__(self, plan: BatchPlan, seed: int, rank: int, start: int, stop: int) -> None:
+        self.plan, self.seed, self.rank, self.start, self.stop = plan, seed, rank, start, stop
+
+    def __len__(self) -> int:
+        return (self.stop - self.start) * self.plan.accumulate
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        plan, epoch_now, order = self.plan, -1, np.empty(0, np.int64)
+        for step in range(self.start, self.stop):
+            epoch, within = divmod(step, plan.steps_per_epoch)
+            if epoch != epoch_now:
+                epoch_now, order = epoch, stream(self.seed, ORDER, epoch).permutation(plan.images)
+            for accumulation in range(plan.accumulate):
+                first = within * plan.global_batch + self.micro_batch_number(accumulation) * plan.micro_batch
+                yield [(epoch, int(index)) for index in order[first : first + plan.micro_batch]]
+
+    def micro_batch_number(self, accumulation: int) -> int:
+        """Counter of a micro-batch within its optimizer step, the same on any number of processes."""
+        return accumulation * self.plan.world + self.rank
+
+
+class EvaluationSampler(Sampler[list[int]]):
+    """Every image exactly once over all processes: process ``rank`` takes every ``world``-th."""
+
+    def __init__(self, images: int, batch: int, rank: int = 0, world: int = 1) -> None:
+        self.indices, self.batch = range(rank, images, world), batch
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for first in range(0, len(self.indices), self.batch):
+            yield list(self.indices[first : first + self.batch])

@@ -1,0 +1,107 @@
+"""Models from a configuration or from a file: what every task does before its own work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from sparsemae.data.classification import DataConfig
+from sparsemae.data.sampling import INIT, seed_all
+from sparsemae.models import MaskedAutoencoder, ModelConfig, build_vit
+from sparsemae.models.weights import find_weights, load_weights, read_weights
+from sparsemae.sparsity import iter_sparse, sparsify
+
+
+@dataclass
+class SparseConfig:
+    """N:M sparse training of the encoder."""
+
+    pattern: str = "2:32"
+    """n kept of every m input features; "dense" trains without sparsity."""
+    strength: float = 2e-4
+    """SR-STE's lambda: pull of the pruned weights to 0; 0 is plain straight-through."""
+    mask: Literal["dynamic", "fixed"] = "dynamic"
+    """dynamic: the mask follows the latent weights; fixed: the mask of the starting weights, frozen (a baseline)."""
+    exclude: list[str] = field(default_factory=list)
+    """Glob patterns on encoder layers that stay dense, for example blocks.0.*"""
+
+
+@dataclass
+class DecoderConfig:
+    """MAE's decoder, dense, used in pretraining only."""
+
+    embed_dim: int = 512
+    """Width."""
+    depth: int = 8
+    """Blocks."""
+    num_heads: int = 16
+    """Attention heads."""
+
+
+def build_autoencoder(model: ModelConfig, decoder: DecoderConfig, img_size: int, seed: int) -> MaskedAutoencoder:
+    """A freshly initialised autoencoder; the same for the same seed."""
+    seed_all(seed, INIT)
+    encoder = build_vit(model, img_size)
+    return MaskedAutoencoder(encoder, decoder.embed_dim, decoder.depth, decoder.num_heads)
+
+
+def build_classifier(model: ModelConfig, img_size: int, num_classes: int, seed: int) -> VisionTransformer:
+    """A freshly initialised classifier; the same for the same seed."""
+    seed_all(seed, INIT)
+    return build_vit(model, img_size, num_classes)
+
+
+def make_sparse(model: nn.Module, sparse: SparseConfig) -> list[str]:
+    """`sparsify` as configured; does nothing for the pattern "dense"."""
+    if sparse.pattern == "dense":
+        return []
+    prefix = "encoder." if isinstance(model, MaskedAutoencoder) else ""
+    return sparsify(model, sparse.pattern, exclude=[prefix + glob for glob in sparse.exclude])
+
+
+def describe(
+    task: str, model: nn.Module, config: ModelConfig, data: DataConfig, class_names: Sequence[str] = (), **extra: Any
+) -> dict[str, Any]:
+    """What a weights file says of itself: enough to build the model and to prepare its input."""
+    return {
+        "version": 1,
+        "task": task,
+        "model": asdict(config),
+        "sparse": {name: str(layer.pattern) for name, layer in iter_sparse(model)},
+        "input": {
+            "img_size": data.img_size, "mean": list(data.mean), "std": list(data.std),
+            "interpolation": data.interpolation, "eval_crop": data.eval_crop,
+        },
+        "class_names": list(class_names),
+        **extra,
+    }  # fmt: skip
+
+
+def load_trained(source: str | Path, task: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Rebuild a model of ours from its file or run folder, in evaluation mode, with its description.
+
+    Raises ValueError if the file is foreign, of another task, or does not fit its own description.
+    """
+    path = find_weights(source)
+    state, description = read_weights(path)
+    if description.get("version") != 1:
+        raise ValueError(f"{path}: wanted a sparsemae weights file, got one without our description")
+    if description["task"] != task:
+        raise ValueError(f"{path}: wanted a model for {task}, got one for {description['task']}")
+    config, img_size = ModelConfig(**description["model"]), description["input"]["img_size"]
+    if task == "pretrain":
+        model: nn.Module = build_autoencoder(config, DecoderConfig(**description["decoder"]), img_size, 0)
+    else:
+        model = build_classifier(config, img_size, len(description["class_names"]), 0)
+    for pattern in set(description["sparse"].values()):
+        sparsify(model, pattern, include=[name for name, own in description["sparse"].items() if own == pattern])
+    try:
+        load_weights(model, state, strict=True)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return model.eval(), description

@@ -1,0 +1,76 @@
+"""Sparse pretraining: a masked autoencoder whose encoder is N:M sparse, its mask moving (stage 1)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparsemae.data.classification import DataConfig, ImageDataset, normalize, open_source, training_transform
+from sparsemae.models import ModelConfig, load_weights
+from sparsemae.models.weights import save_model
+from sparsemae.sparsity import summarize
+from sparsemae.tasks.build import DecoderConfig, SparseConfig, build_autoencoder, describe, make_sparse
+from sparsemae.training.fit import TrainerConfig, fit, start
+from sparsemae.training.optim import OptimConfig, make_optimizer
+
+
+@dataclass
+class PretrainConfig:
+    """Sparse pretraining (Table 1)."""
+
+    out: str = "runs/pretrain"
+    """The run's folder."""
+    seed: int = 0
+    """Seed of everything random."""
+    init: str | None = None
+    """Weights to start from: a run folder or a file (MAE, timm, HF ViTMAE, our own); None: from scratch."""
+    mask_ratio: float = 0.25
+    """Share of the patches that is removed."""
+    norm_pix_loss: bool = True
+    """Normalise each target patch by its own mean and variance."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    sparse: SparseConfig = field(default_factory=SparseConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+def pretrain(config: PretrainConfig) -> Path:
+    """Run (or continue) sparse pretraining; returns the file of the full latent weights."""
+    data, sparse = config.data, config.sparse
+    source = open_source(data, "train", data.train_images)
+    model = build_autoencoder(config.model, config.decoder, data.img_size, config.seed)
+    model.norm_pix_loss = config.norm_pix_loss
+    patch_embed = model.encoder.patch_embed
+    dataset = ImageDataset(
+        source, training_transform(data), config.seed, patches=patch_embed.num_patches,
+        smallest=max(patch_embed.patch_size),
+    )  # fmt: skip
+
+    run = start(asdict(config), config.trainer, config.out, config.seed)
+    if config.init is not None:
+        run.log.say(f"{config.init}: {load_weights(model, config.init, ignore=['head.*', 'fc_norm.*', '*.weight_mask'])}")
+    make_sparse(model, sparse)
+    if run.fabric.is_global_zero:
+        run.log.say(str(summarize(model.encoder)))
+    optimizer = make_optimizer(model, config.optim)
+    description = describe("pretrain", model, config.model, data, decoder=asdict(config.decoder))
+
+    def loss_of(forward: nn.Module, batch: dict[str, Any]) -> Tensor:
+        images = normalize(batch["image"], data.mean, data.std)
+        loss: Tensor = forward(images, config.mask_ratio, batch["noise"]).loss
+        return loss
+
+    fit(
+        run, model, optimizer, dataset, loss_of, config.optim, description,
+        srste_strength=sparse.strength, workers=data.workers, title="pretraining",
+    )  # fmt: skip
+    path = run.folder / "model.safetensors"
+    if run.fabric.is_global_zero:
+        save_model(path, model, description)
+        run.log.say(f"wrote {path}: the full latent weights, to start finetuning from (--init {run.folder})")
+    return path

@@ -1,0 +1,1 @@
+"""The one training loop (Lightning Fabric), for every task. Knows no task."""

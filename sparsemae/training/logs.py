@@ -1,0 +1,123 @@
+"""What a run tells: its folder's files for machines, and progress for people.
+
+On a terminal a rich progress bar with rate and time left; elsewhere a plain line every ten seconds. Only the first
+process writes.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+PLAIN_LINE_SECONDS = 10.0
+_PACKAGES = ("sparsemae", "torch", "torchvision", "timm", "lightning-fabric", "torchmetrics", "numpy", "pillow")
+
+
+class RunLog:
+    """Writes ``metrics.jsonl`` and ``topology.jsonl`` of a run's folder, and prints progress.
+
+    Args:
+        folder: the run's folder; None: print only.
+        active: False on all processes but the first: nothing is written or printed.
+    """
+
+    def __init__(self, folder: Path | None, active: bool = True) -> None:
+        self.folder, self.active = folder if active else None, active
+        self.console = Console(stderr=True, quiet=not active, highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._last_line = 0.0
+
+    def say(self, text: str) -> None:
+        """Print one message, above the progress bar where there is one."""
+        (self._bar.console if self._bar else self.console).print(text, markup=False)
+
+    def write(self, file: str, record: Mapping[str, Any]) -> None:
+        """Append one JSON line to a file of the run's folder."""
+        if self.folder is not None:
+            with (self.folder / file).open("a") as stream:
+                stream.write(json.dumps(record) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines that a run beyond its last checkpoint left, so that a resumed run's files hold no step twice."""
+        if self.folder is None:
+            return
+        for file in (self.folder / "metrics.jsonl", self.folder / "topology.jsonl"):
+            if file.is_file():
+                lines = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
+                file.write_text("".join(line + "\n" for line in lines))
+
+    @contextmanager
+    def progress(self, title: str, start: int, total: int, images_per_step: int) -> Iterator[StepProgress]:
+        """A progress display over optimizer steps; `StepProgress.advance` moves it."""
+        if self.active and self.console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                TextColumn("{task.fields[status]}"),
+            )  # fmt: skip
+            with Progress(*columns, console=self.console) as self._bar:
+                task = self._bar.add_task(title, total=total, completed=start, status="")
+                yield StepProgress(self, title, start, total, images_per_step, task)
+            self._bar = None
+        else:
+            yield StepProgress(self, title, start, total, images_per_step, None)
+
+
+class StepProgress:
+    """One running display: measures the rate and shows it."""
+
+    def __init__(self, log: RunLog, title: str, start: int, total: int, images_per_step: int, task: Any) -> None:
+        self._log, self._title, self._start, self._total = log, title, start, total
+        self._images_per_step, self._task = images_per_step, task
+        self._begin = self._last_line = time.monotonic()
+
+    def images_per_second(self, step: int) -> float:
+        """Mean rate since the start of this display, over all devices."""
+        return (step - self._start) * self._images_per_step / max(time.monotonic() - self._begin, 1e-9)
+
+    def advance(self, step: int, status: str) -> None:
+        """Show that ``step`` optimizer steps are done."""
+        if not self._log.active:
+            return
+        now, rate = time.monotonic(), self.images_per_second(step)
+        if self._task is not None and self._log._bar is not None:
+            self._log._bar.update(self._task, completed=step, status=f"{rate:,.0f} images/s  {status}")
+        elif now - self._last_line >= PLAIN_LINE_SECONDS:
+            self._last_line = now
+            left = (self._total - step) * self._images_per_step / max(rate, 1e-9)
+            self._log.say(
+                f"{self._title}: step {step}/{self._total}, {rate:,.0f} images/s, {left:,.0f} s left, {status}"
+            )
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # a line torn by a kill
+        return sys.maxsize
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for ``environment.json``."""
+    import torch
+
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(), "platform": platform.platform(), "packages": versions,
+        "cuda_devices": devices, "torch_threads": torch.get_num_threads(), "command": sys.argv,
+    }  # fmt: skip

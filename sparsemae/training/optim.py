@@ -1,0 +1,81 @@
+"""Learning rates: the schedule, layer-wise decay, and who takes weight decay."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch import nn
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule. The defaults are Table 1's."""
+
+    lr: float = 2.4e-3
+    """Peak learning rate, for the global batch as it is (no hidden scaling)."""
+    min_lr: float = 1e-5
+    """Learning rate at the end of the schedule."""
+    warmup_epochs: float = 5.0
+    """Epochs of linear warm-up from 0."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay; biases, norms, positions, class and mask tokens take none."""
+    layer_decay: float = 1.0
+    """Learning-rate factor per layer from the head down; 1 switches it off."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's beta."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    clip_grad: float | None = None
+    """Largest norm of the gradient; None: no clipping."""
+
+
+def learning_rate(optim: OptimConfig, epoch: float, epochs: float) -> float:
+    """Cosine with linear warm-up, at a fraction of epochs: ``epoch = step / steps_per_epoch``.
+
+    lr = peak * e / w for e < w, else min + (peak - min) * (1 + cos(pi * (e - w) / (E - w))) / 2.
+    """
+    if epoch < optim.warmup_epochs:
+        return optim.lr * epoch / optim.warmup_epochs
+    progress = (epoch - optim.warmup_epochs) / (epochs - optim.warmup_epochs)
+    return optim.min_lr + (optim.lr - optim.min_lr) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Every group gets ``lr`` times its own ``lr_scale``."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over every trainable parameter, at learning rate 0 until the schedule sets one."""
+    groups = parameter_groups(model, optim.weight_decay, optim.layer_decay)
+    return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=optim.eps, fused=True)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """Groups with ``lr_scale``: timm's layer decay on the ViT, scale 1 for all around it (decoder, heads).
+
+    The ViT is ``model`` itself or its ``encoder``: timm's grouping gives a wrapper no decay at all.
+    For L blocks: patch embedding, tokens and positions ``decay**(L+1)``, block i ``decay**(L-i)``, head 1.
+    """
+    encoder = model if isinstance(model, VisionTransformer) else model.encoder
+    assert isinstance(encoder, VisionTransformer)
+    groups = param_groups_layer_decay(encoder, weight_decay, encoder.no_weight_decay(), layer_decay=layer_decay)
+    if encoder is not model:
+        inside = {id(parameter) for parameter in encoder.parameters()}
+        around = nn.Module()
+        for name, parameter in model.named_parameters():
+            if id(parameter) not in inside:
+                around.register_parameter(name.replace(".", "/"), parameter)
+        fixed = getattr(model, "no_weight_decay", set)()
+        outer = param_groups_weight_decay(around, weight_decay, no_weight_decay_list=fixed)
+        groups += [{**group, "lr_scale": 1.0} for group in outer]
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    trainable = [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
+    assert sorted(grouped) == sorted(trainable), "parameter groups must cover every trainable parameter once"
+    return groups
