@@ -7,24 +7,24 @@ in a loader worker would arrive as a page of traceback.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform
 from timm.data.readers import create_reader
-from timm.data.transforms import ToNumpy
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import transforms
 from torchvision.datasets import FashionMNIST
 
 from sparsemae.data.embedded import CLASS_NAMES, EmbeddedReader
-from sparsemae.data.sampling import AUGMENT, HOLDOUT, PATCH_NOISE, seeded, stream
+from sparsemae.data.sampling import HOLDOUT, SAMPLE, Key, seeding, stream
 
 SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "validation", "test")}
 
@@ -89,7 +89,10 @@ class Source:
 
 
 def open_source(data: SourceConfig, split: Literal["train", "val"], limit: int | None = None) -> Source:
-    """Open one split, or the first ``limit`` images of it. Raises ValueError, naming the folder, if it is missing, empty or has no such split."""
+    """Open one split, or the first ``limit`` images of it.
+
+    Raises ValueError, naming the folder, if it is missing or empty, or its classes are not those of the training split.
+    """
     if data.source == "embedded":
         reader: Any = EmbeddedReader(split)
         source = Source(reader, CLASS_NAMES, _all(reader))
@@ -171,11 +174,22 @@ def training_transform(data: DataConfig) -> Any:
     return transforms.Compose(
         [
             transforms.Resize((data.img_size, data.img_size), transforms.InterpolationMode(data.interpolation)),
-            transforms.RandomCrop(data.img_size, padding=data.crop_shift),
+            _RandomShift(data.crop_shift),
             transforms.RandomHorizontalFlip(data.hflip),
-            ToNumpy(),
+            transforms.PILToTensor(),
         ]
     )
+
+
+class _RandomShift:
+    """Move a PIL image by up to ``pixels`` each way, black where it leaves: RandomCrop(padding), in one PIL call."""
+
+    def __init__(self, pixels: int) -> None:
+        self.pixels = pixels
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        x, y = (random.randint(-self.pixels, self.pixels) for _ in range(2))
+        return image.transform(image.size, Image.Transform.AFFINE, (1, 0, x, 0, 1, y))
 
 
 def evaluation_transform(img_size: int, interpolation: str, eval_crop: float) -> Any:
@@ -205,7 +219,7 @@ class Unreadable:
 
 
 class ImageDataset(Dataset[Any]):
-    """Samples ``{"image": uint8 [3, H, W], "target": int, "index": int}``, and ``"noise": [L]`` where patches are to be masked.
+    """Samples ``{"image": uint8 [3, H, W], "target": int, "index": int}``, for pretraining with ``"noise": [L]``.
 
     Indexed by a training key (epoch, index), or in evaluation by the index alone.
 
@@ -221,17 +235,22 @@ class ImageDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any] | Unreadable:
+    def __getitems__(self, keys: Sequence[int | Key]) -> list[dict[str, Any] | Unreadable]:
+        with seeding() as seed_generators:
+            return [self._sample(key, seed_generators) for key in keys]
+
+    def __getitem__(self, key: int | Key) -> dict[str, Any] | Unreadable:
+        return self.__getitems__([key])[0]
+
+    def _sample(self, key: int | Key, seed_generators: Callable[..., int]) -> dict[str, Any] | Unreadable:
         epoch, index = key if isinstance(key, tuple) else (0, key)
+        seed_generators(self.seed, SAMPLE, epoch, index)
         try:
             image, target = load_image(self.source, index, self.smallest)
         except ValueError as error:
             return Unreadable(str(error))
-        with seeded(self.seed, AUGMENT, epoch, index):
-            sample = {"image": self.transform(image), "target": target, "index": index}
-        if self.patches:
-            sample["noise"] = stream(self.seed, PATCH_NOISE, epoch, index).random(self.patches, np.float32)
-        return sample
+        noise = {"noise": torch.rand(self.patches)} if self.patches else {}  # before the transform's own draws
+        return {"image": torch.as_tensor(self.transform(image)), "target": target, "index": index, **noise}
 
 
 def load_image(source: Source, index: int, smallest: int = 1) -> tuple[Image.Image, int]:
@@ -246,7 +265,7 @@ def decode_rgb(file: Any, name: str, smallest: int = 1) -> Image.Image:
         image = file if isinstance(file, Image.Image) else Image.open(file)
         image = image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "not an image in a known format" if isinstance(error, Image.UnidentifiedImageError) else error
+        reason = "not an image in a known format" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(f"{name}: unreadable image: {reason}") from error
     if min(image.size) < smallest:
         raise ValueError(f"{name}: wanted at least one patch of {smallest} px, got {image.width} x {image.height} px")

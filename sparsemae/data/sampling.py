@@ -8,8 +8,9 @@ accumulation step's.
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ import torch
 from torch.utils.data import Sampler
 
 # One stream per use, so that no two draws share their counters.
-ORDER, AUGMENT, PATCH_NOISE, STEP, INIT, HOLDOUT = range(6)
+ORDER, SAMPLE, STEP, INIT, HOLDOUT, PICTURE = range(6)
 
 Key = tuple[int, int]
 """(epoch, index) of one training sample."""
@@ -31,32 +32,32 @@ def stream(seed: int, *counters: int) -> np.random.Generator:
 
 def seed_all(seed: int, *counters: int) -> None:
     """Set the global generators of python, numpy and torch (all devices) to a function of the arguments."""
-    words = np.random.SeedSequence((seed, *counters)).generate_state(2)
-    random.seed(int(words[0]))
-    np.random.seed(int(words[0]))
-    torch.manual_seed(int(words[1]))
+    torch.manual_seed(_seed_cpu(seed, *counters))
+
+
+def _seed_cpu(seed: int, *counters: int) -> int:
+    """Seed the global CPU generators that library transforms draw from; returns torch's seed."""
+    sequence = np.random.SeedSequence((seed, *counters))
+    python_seed, torch_seed = (int(word) for word in sequence.generate_state(2))
+    random.seed(python_seed)
+    torch.default_generator.manual_seed(torch_seed)
+    np.random.set_bit_generator(np.random.Philox(sequence))  # type: ignore[attr-defined]
+    return torch_seed
 
 
 @contextmanager
-def seeded(seed: int, *counters: int) -> Iterator[None]:
-    """`seed_all` for library transforms that draw from the global CPU generators; their states are put back after.
+def seeding() -> Iterator[Callable[..., int]]:
+    """Yields a function (seed, *counters) that seeds the global CPU generators; puts their states back in the end.
 
-    numpy's global generator is swapped rather than saved: copying its state takes longer than most transforms.
+    numpy's generator is swapped rather than saved: copying its state takes longer than most transforms.
     """
-    python_state, torch_state, numpy_generator = (
-        random.getstate(), torch.get_rng_state(), np.random.get_bit_generator(),
-    )  # fmt: skip
-    sequence = np.random.SeedSequence((seed, *counters))
-    words = sequence.generate_state(2)
-    random.seed(int(words[0]))
-    torch.default_generator.manual_seed(int(words[1]))
-    np.random.set_bit_generator(np.random.Philox(sequence))
+    states = random.getstate(), torch.get_rng_state(), np.random.get_bit_generator()  # type: ignore[attr-defined]
     try:
-        yield
+        yield _seed_cpu
     finally:
-        random.setstate(python_state)
-        torch.set_rng_state(torch_state)
-        np.random.set_bit_generator(numpy_generator)
+        random.setstate(states[0])
+        torch.set_rng_state(states[1])
+        np.random.set_bit_generator(states[2])  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,10 @@ class BatchPlan:
         """Optimizer steps in an epoch; what the global batch leaves over differs from epoch to epoch."""
         return self.images // self.global_batch
 
+    def micro_batch_number(self, accumulation: int, rank: int) -> int:
+        """Counter of a micro-batch within its optimizer step, the same on any number of processes."""
+        return accumulation * self.world + rank
+
 
 class TrainingSampler(Sampler[list[Key]]):
     """Yields this process's micro-batches of keys for optimizer steps ``start`` to ``stop``, in order.
@@ -120,12 +125,9 @@ class TrainingSampler(Sampler[list[Key]]):
             if epoch != epoch_now:
                 epoch_now, order = epoch, stream(self.seed, ORDER, epoch).permutation(plan.images)
             for accumulation in range(plan.accumulate):
-                first = within * plan.global_batch + self.micro_batch_number(accumulation) * plan.micro_batch
+                number = plan.micro_batch_number(accumulation, self.rank)
+                first = within * plan.global_batch + number * plan.micro_batch
                 yield [(epoch, int(index)) for index in order[first : first + plan.micro_batch]]
-
-    def micro_batch_number(self, accumulation: int) -> int:
-        """Counter of a micro-batch within its optimizer step, the same on any number of processes."""
-        return accumulation * self.plan.world + self.rank
 
 
 class EvaluationSampler(Sampler[list[int]]):
@@ -135,7 +137,7 @@ class EvaluationSampler(Sampler[list[int]]):
         self.indices, self.batch = range(rank, images, world), batch
 
     def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch)
+        return math.ceil(len(self.indices) / self.batch)
 
     def __iter__(self) -> Iterator[list[int]]:
         for first in range(0, len(self.indices), self.batch):

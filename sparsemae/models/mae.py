@@ -121,7 +121,8 @@ class MaskedAutoencoder(nn.Module):
         x = torch.cat((x[:, :1], patches), dim=1) + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x = block(x)
-        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+        pred: Tensor = self.decoder_pred(self.decoder_norm(x))
+        return pred[:, 1:]
 
     def forward_loss(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         """Mean squared error per patch, averaged over the removed ones; at least in fp32 under autocast."""

@@ -57,7 +57,7 @@ def load_weights(
         strict: refuse missing and unexpected keys as well.
 
     Raises:
-        ValueError: nothing fits, or a tensor's shape differs; names the source and the keys. The model is unchanged then.
+        ValueError: nothing fits, or a tensor's shape differs; names the source and the keys.
     """
     name = "state dict" if isinstance(source, Mapping) else str(source)
     state = to_public_names(source if isinstance(source, Mapping) else read_weights(source)[0])
@@ -77,8 +77,10 @@ def load_weights(
     if strict and missing:
         raise ValueError(f"{name}: checkpoint of another architecture: lacks {', '.join(missing[:3])}")
     if not any(key in shapes for key in state):
-        raise ValueError(f"{name}: no weight fits the model; wanted keys like {', '.join(list(shapes)[:3])}, "
-                         f"got {', '.join(list(state)[:3]) or 'none'}")
+        raise ValueError(
+            f"{name}: no weight fits the model; wanted keys like {', '.join(list(shapes)[:3])}, "
+            f"got {', '.join(list(state)[:3]) or 'none'}"
+        )
     result = model.load_state_dict(translated, strict=False)
     unexpected = [key.removeprefix(prefix) for key in result.unexpected_keys]
     if strict and unexpected:
@@ -134,25 +136,31 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                return {key: file.get_tensor(key) for key in file.keys()}, json.loads(metadata.get("sparsemae", "{}"))
+                return {key: file.get_tensor(key) for key in list(file.keys())}, json.loads(
+                    metadata.get("sparsemae", "{}")
+                )
         except (SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises pickle, zip and runtime errors alike
-        raise ValueError(f"{path}: wanted a torch file of tensors only, got one that needs more "
-                         f"(convert it to safetensors): {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"{path}: wanted a torch file of tensors only, got one that needs more "
+            f"(convert it to safetensors): {str(error).splitlines()[0]}"
+        ) from error
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)} if isinstance(content, dict) else {}
+    tensors = (
+        {key: value for key, value in content.items() if isinstance(value, Tensor)} if isinstance(content, dict) else {}
+    )
     if not tensors:
         raise ValueError(f"{path}: wanted a state dict, got no tensors")
     return tensors, {}
 
 
 # HF ViTMAE -> MAE. Both the names of transformers >= 5 and the older ones of the published files.
-_HF_NAMES = [
+_HF_NAMES: list[tuple[str, Any]] = [
     (r"^(vit|vit_mae)\.", ""),
     (r"^embeddings\.cls_token", "cls_token"),
     (r"^embeddings\.position_embeddings", "pos_embed"),
@@ -177,9 +185,10 @@ def to_public_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(state)
     renamed = {}
     for key, value in state.items():
+        name = key
         for pattern, replacement in _HF_NAMES:
-            key = re.sub(pattern, replacement, key)  # type: ignore[arg-type]
-        renamed[key] = value
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = value
     for key in [key for key in renamed if ".attn.query." in key]:
         parts = [renamed.pop(key.replace("query", part)) for part in ("query", "key", "value")]
         renamed[key.replace("query", "qkv")] = torch.cat(parts)

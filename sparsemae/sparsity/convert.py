@@ -152,7 +152,7 @@ def densify(model: nn.Module) -> list[str]:
         del layer.weight_mask, layer.pattern
         layer.__dict__.pop("held_mask", None)
         layer.__dict__.pop("use_dense", None)
-        layer.__class__ = nn.Linear
+        layer.__class__ = nn.Linear  # type: ignore[assignment]
     return [name for name, _ in layers]
 
 

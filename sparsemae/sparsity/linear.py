@@ -43,6 +43,8 @@ class NMLinear(nn.Linear):
     """
 
     pattern: NMPattern
+    weight_mask: Tensor
+    """Only on a frozen layer."""
     held_mask: Tensor | None = None
     """Mask that stands in for the recomputed one inside `hold_masks`; never saved."""
     use_dense: bool = False

@@ -133,5 +133,3 @@ def _dense_group(path: str) -> str:
     """`blocks.3.norm1.weight` counts under `blocks.*.norm1`, other parameters under their module."""
     parts = ["*" if part.isdigit() else part for part in path.split(".")]
     return ".".join(parts[:-1]) if len(parts) > 1 else parts[0]
-
-

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from sparsemae.data.classification import DataConfig
 from sparsemae.data.sampling import INIT, seed_all
 from sparsemae.models import MaskedAutoencoder, ModelConfig, build_vit
 from sparsemae.models.weights import find_weights, load_weights, read_weights
 from sparsemae.sparsity import iter_sparse, sparsify
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass
@@ -82,26 +84,41 @@ def describe(
     }  # fmt: skip
 
 
-def load_trained(source: str | Path, task: str) -> tuple[nn.Module, dict[str, Any]]:
-    """Rebuild a model of ours from its file or run folder, in evaluation mode, with its description.
+def load_classifier(source: str | Path) -> tuple[VisionTransformer, dict[str, Any]]:
+    """A finetuned model from its file or run folder, in evaluation mode, with its description.
 
     Raises ValueError if the file is foreign, of another task, or does not fit its own description.
     """
+    path, state, description = _read(source, "classify")
+    config, classes = ModelConfig(**description["model"]), len(description["class_names"])
+    model = build_classifier(config, description["input"]["img_size"], classes, seed=0)
+    return _filled(model, path, state, description), description
+
+
+def load_autoencoder(source: str | Path) -> tuple[MaskedAutoencoder, dict[str, Any]]:
+    """A pretrained autoencoder, as `load_classifier`."""
+    path, state, description = _read(source, "pretrain")
+    config, decoder = ModelConfig(**description["model"]), DecoderConfig(**description["decoder"])
+    model = build_autoencoder(config, decoder, description["input"]["img_size"], seed=0)
+    model.norm_pix_loss = description["norm_pix_loss"]
+    return _filled(model, path, state, description), description
+
+
+def _read(source: str | Path, task: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
     path = find_weights(source)
     state, description = read_weights(path)
     if description.get("version") != 1:
-        raise ValueError(f"{path}: wanted a sparsemae weights file, got one without our description")
+        raise ValueError(f"{path}: wanted a sparsemae weights file of version 1, got one without our description")
     if description["task"] != task:
         raise ValueError(f"{path}: wanted a model for {task}, got one for {description['task']}")
-    config, img_size = ModelConfig(**description["model"]), description["input"]["img_size"]
-    if task == "pretrain":
-        model: nn.Module = build_autoencoder(config, DecoderConfig(**description["decoder"]), img_size, 0)
-    else:
-        model = build_classifier(config, img_size, len(description["class_names"]), 0)
-    for pattern in set(description["sparse"].values()):
+    return path, state, description
+
+
+def _filled(model: Model, path: Path, state: dict[str, Tensor], description: dict[str, Any]) -> Model:
+    for pattern in sorted(set(description["sparse"].values())):
         sparsify(model, pattern, include=[name for name, own in description["sparse"].items() if own == pattern])
     try:
         load_weights(model, state, strict=True)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return model.eval(), description
+    return model.eval()

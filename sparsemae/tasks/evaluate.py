@@ -22,7 +22,7 @@ from sparsemae.data.classification import (
 )
 from sparsemae.data.sampling import EvaluationSampler
 from sparsemae.sparsity import hold_masks
-from sparsemae.tasks.build import load_trained
+from sparsemae.tasks.build import load_classifier
 
 EVALUATION_BATCH = 256
 
@@ -41,7 +41,7 @@ class EvaluateConfig:
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
     """Print and return top-1, top-5 and the standard error of top-1, as shares."""
-    model, description = load_trained(config.model, "classify")
+    model, description = load_classifier(config.model)
     prepared = description["input"]
     source = open_source(config.data, "val")
     if list(source.class_names) != description["class_names"]:
@@ -74,11 +74,11 @@ def accuracy(
     }
     sampler = EvaluationSampler(len(dataset), EVALUATION_BATCH, fabric.global_rank, fabric.world_size)
     for batch in batches(dataset, sampler, workers):
-        batch = fabric.to_device(batch)
+        images, targets = fabric.to_device((batch["image"], batch["target"]))
         with fabric.autocast():
-            logits = model(normalize(batch["image"], mean, std)).float()
+            logits = model(normalize(images, mean, std)).float()
         for meter in meters.values():
-            meter.update(logits, batch["target"])
+            meter.update(logits, targets)
     result: dict[str, Any] = {name: float(meter.compute()) for name, meter in meters.items()}
     result["standard_error"] = math.sqrt(result["top1"] * (1 - result["top1"]) / len(dataset))
     return result

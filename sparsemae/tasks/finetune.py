@@ -21,8 +21,8 @@ from sparsemae.models.weights import save_model
 from sparsemae.sparsity import freeze, summarize
 from sparsemae.tasks.build import SparseConfig, build_classifier, describe, make_sparse
 from sparsemae.tasks.evaluate import accuracy
-from sparsemae.training.fit import TrainerConfig, fit, start
-from sparsemae.training.optim import OptimConfig, make_optimizer
+from sparsemae.training.fit import Task, TrainerConfig, fit, start
+from sparsemae.training.optim import OptimConfig
 
 
 @dataclass
@@ -66,7 +66,6 @@ def finetune(config: FinetuneConfig) -> Path:
         freeze(model)
     if run.fabric.is_global_zero:
         run.log.say(str(summarize(model)))
-    optimizer = make_optimizer(model, config.optim)
     description = describe("classify", model, config.model, data, train.class_names)
     criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
 
@@ -78,10 +77,10 @@ def finetune(config: FinetuneConfig) -> Path:
     def evaluate() -> dict[str, float]:
         return accuracy(run.fabric, model, validation, data.mean, data.std, data.workers)
 
-    metrics = fit(
-        run, model, optimizer, dataset, loss_of, config.optim, description,
-        srste_strength=sparse.strength, workers=data.workers, evaluate=evaluate, title="finetuning",
+    task = Task(
+        model, dataset, loss_of, description, "finetuning", sparse.strength, data.workers, evaluate
     )  # fmt: skip
+    metrics = fit(run, task, config.optim)
     if sparse.pattern != "dense":
         freeze(model)
     path = run.folder / "model.safetensors"

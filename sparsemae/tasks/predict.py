@@ -10,7 +10,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 
 from sparsemae.data.classification import decode_rgb, evaluation_transform, normalize
 from sparsemae.sparsity import hold_masks
-from sparsemae.tasks.build import load_trained
+from sparsemae.tasks.build import load_classifier
 
 
 @dataclass
@@ -28,14 +28,14 @@ class PredictConfig:
 def predict(config: PredictConfig) -> dict[str, list[tuple[str, float]]]:
     """Print and return, per file, the ``top_k`` classes with their probabilities."""
     files = [file for path in config.images for file in _image_files(Path(path))]
-    model, description = load_trained(config.model, "classify")
+    model, description = load_classifier(config.model)
     prepared, names = description["input"], description["class_names"]
     transform = evaluation_transform(prepared["img_size"], prepared["interpolation"], prepared["eval_crop"])
     top_k = min(config.top_k, len(names))
     results = {}
     with torch.inference_mode(), hold_masks(model):
         for file in files:
-            image = torch.from_numpy(transform(decode_rgb(file, str(file))))[None]
+            image = torch.as_tensor(transform(decode_rgb(file, str(file))))[None]
             probabilities = model(normalize(image, prepared["mean"], prepared["std"])).softmax(dim=-1)[0]
             best = probabilities.topk(top_k)
             results[str(file)] = [(names[i], float(p)) for p, i in zip(best.values, best.indices, strict=True)]

@@ -13,8 +13,8 @@ from sparsemae.models import ModelConfig, load_weights
 from sparsemae.models.weights import save_model
 from sparsemae.sparsity import summarize
 from sparsemae.tasks.build import DecoderConfig, SparseConfig, build_autoencoder, describe, make_sparse
-from sparsemae.training.fit import TrainerConfig, fit, start
-from sparsemae.training.optim import OptimConfig, make_optimizer
+from sparsemae.training.fit import Task, TrainerConfig, fit, start
+from sparsemae.training.optim import OptimConfig
 
 
 @dataclass
@@ -53,22 +53,31 @@ def pretrain(config: PretrainConfig) -> Path:
 
     run = start(asdict(config), config.trainer, config.out, config.seed)
     if config.init is not None:
-        run.log.say(f"{config.init}: {load_weights(model, config.init, ignore=['head.*', 'fc_norm.*', '*.weight_mask'])}")
+        run.log.say(
+            f"{config.init}: {load_weights(model, config.init, ignore=['head.*', 'fc_norm.*', '*.weight_mask'])}"
+        )
     make_sparse(model, sparse)
     if run.fabric.is_global_zero:
         run.log.say(str(summarize(model.encoder)))
-    optimizer = make_optimizer(model, config.optim)
-    description = describe("pretrain", model, config.model, data, decoder=asdict(config.decoder))
+    description = describe(
+        "pretrain",
+        model,
+        config.model,
+        data,
+        decoder=asdict(config.decoder),
+        mask_ratio=config.mask_ratio,
+        norm_pix_loss=config.norm_pix_loss,
+    )
 
     def loss_of(forward: nn.Module, batch: dict[str, Any]) -> Tensor:
         images = normalize(batch["image"], data.mean, data.std)
         loss: Tensor = forward(images, config.mask_ratio, batch["noise"]).loss
         return loss
 
-    fit(
-        run, model, optimizer, dataset, loss_of, config.optim, description,
-        srste_strength=sparse.strength, workers=data.workers, title="pretraining",
+    task = Task(
+        model, dataset, loss_of, description, "pretraining", sparse.strength, data.workers
     )  # fmt: skip
+    fit(run, task, config.optim)
     path = run.folder / "model.safetensors"
     if run.fabric.is_global_zero:
         save_model(path, model, description)

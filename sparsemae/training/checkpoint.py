@@ -21,31 +21,46 @@ from torch import nn
 from sparsemae.models.weights import load_weights, save_model
 
 
-def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, description: Mapping[str, Any], training: Mapping[str, Any], keep: int
-) -> Path:
-    """Write the checkpoint of ``step`` below ``folder`` and remove all but the last ``keep``."""
-    path = folder / f"step-{step:08d}"
-    temporary = folder / f".{path.name}.tmp"
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of an optimizer step lies."""
+    return folder / f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """Inverse of `checkpoint_path`."""
+    return int(path.name.removeprefix("step-"))
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders, oldest first."""
+    return sorted(folder.glob("step-*"))
+
+
+def save_checkpoint(path: Path, model: nn.Module, description: Mapping[str, Any], training: Mapping[str, Any]) -> None:
+    """Write a checkpoint folder; it appears whole or not at all.
+
+    Args:
+        description: metadata of the weights file.
+        training: what `load_checkpoint` returns: tensors and plain values only.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_model(temporary / "model.safetensors", model, description)
-    torch.save({"step": step, **training}, temporary / "training.pt")
+    torch.save(dict(training), temporary / "training.pt")
     sums = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
     (temporary / "sha256.json").write_text(json.dumps(sums, indent=1))
     for file in temporary.iterdir():
         _fsync(file)
     shutil.rmtree(path, ignore_errors=True)
     temporary.rename(path)
-    _fsync(folder)
+    _fsync(path.parent)
+
+
+def remove_old_checkpoints(folder: Path, keep: int) -> None:
+    """Keep only the last ``keep`` checkpoints."""
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
-    return path
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders, oldest first."""
-    return sorted(folder.glob("step-*"))
 
 
 def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Any]:

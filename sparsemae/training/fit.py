@@ -9,7 +9,8 @@ counters.
 from __future__ import annotations
 
 import json
-import warnings
+import logging
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,16 @@ from torch.utils.data import Dataset
 from sparsemae.data.classification import batches
 from sparsemae.data.sampling import STEP, BatchPlan, TrainingSampler, seed_all
 from sparsemae.sparsity import Topology, add_srste_gradient, hold_masks, iter_sparse
-from sparsemae.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from sparsemae.training.logs import RunLog, environment
-from sparsemae.training.optim import OptimConfig, learning_rate, set_learning_rate
+from sparsemae.training.checkpoint import (
+    checkpoint_path,
+    list_checkpoints,
+    load_checkpoint,
+    remove_old_checkpoints,
+    save_checkpoint,
+    step_of,
+)
+from sparsemae.training.logs import RunLog, StepProgress, environment
+from sparsemae.training.optim import OptimConfig, learning_rate, make_optimizer, set_learning_rate
 
 PRECISIONS: dict[str, Any] = {"bf16": "bf16-mixed", "fp32": "32-true", "fp64": "64-true"}
 # Settings that may differ when a run is continued: they do not change what is computed.
@@ -89,13 +97,12 @@ def start(config: Any, trainer: TrainerConfig, out: str, seed: int) -> Run:
             f"trainer.precision: wanted {', '.join(PRECISIONS)}, got {trainer.precision}"
             + (reason if "16" in trainer.precision else "")
         )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*tensorboardX.*")
-        fabric = Fabric(
-            accelerator=trainer.accelerator, devices=trainer.devices, num_nodes=trainer.num_nodes,
-            precision=PRECISIONS[trainer.precision],
-        )  # fmt: skip
-        fabric.launch()
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces the precision in every process
+    fabric = Fabric(
+        accelerator=trainer.accelerator, devices=trainer.devices, num_nodes=trainer.num_nodes,
+        precision=PRECISIONS[trainer.precision],
+    )  # fmt: skip
+    fabric.launch()
     folder = Path(out)
     fabric.barrier()
     log = RunLog(folder, active=fabric.is_global_zero)
@@ -133,133 +140,162 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def fit(
-    run: Run,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    dataset: Dataset[Any],
-    loss_of: Callable[[nn.Module, dict[str, Any]], Tensor],
-    optim: OptimConfig,
-    description: dict[str, Any],
-    srste_strength: float = 0.0,
-    workers: int = 0,
-    evaluate: Callable[[], dict[str, float]] | None = None,
-    title: str = "training",
-) -> dict[str, float]:
-    """Run (or continue) the optimizer steps of a task.
+@dataclass
+class Task:
+    """What a task brings to the loop."""
 
-    Args:
-        model: the plain module; `fit` wraps it for the devices.
-        dataset: map-style, indexed by (epoch, index).
-        loss_of: ``(wrapped model, batch on the device) -> scalar loss``, a mean over the micro-batch.
-        description: goes into the weights files.
-        srste_strength: lambda of SR-STE's term; 0 is plain straight-through.
-        workers: loader processes per device.
-        evaluate: called between steps with the masks held; returns metrics.
-
-    Returns:
-        The last evaluation's metrics, or an empty dict.
-    """
-    fabric, trainer, log = run.fabric, run.trainer, run.log
-    plan = BatchPlan.make(len(dataset), trainer.global_batch, trainer.device_batch, fabric.world_size)  # type: ignore[arg-type]
-    total = round(trainer.epochs * plan.steps_per_epoch)
-    stop = min(total, trainer.max_steps or total)
-    topology = Topology(model) if any(iter_sparse(model)) else None
-    checkpoints = run.folder / "checkpoints"
-    wrapped, optimizer = fabric.setup(model, optimizer)  # first: optimizer state follows its parameters' device
-    step = _resume(run, model, optimizer, topology, checkpoints)
-    if step >= stop:
-        log.say(f"{run.folder}: complete at step {step}; choose another --out for a new run")
-
-    def save(at: int) -> None:
-        if fabric.is_global_zero:
-            state = {"optimizer": optimizer.state_dict(), "topology": topology.state_dict() if topology else {}}
-            save_checkpoint(checkpoints, at, model, {**description, "step": at}, state, trainer.keep_checkpoints)
-        fabric.barrier()
-
-    metrics: dict[str, float] = {}
-    sampler = TrainingSampler(plan, run.seed, fabric.global_rank, step, stop)
-    feed = batches(dataset, sampler, workers, pin_memory=fabric.device.type == "cuda")
-    model.train()
-    losses: list[Tensor] = []
-    with log.progress(title, step, stop, plan.global_batch) as progress:
-        for step in range(step, stop):
-            lr = learning_rate(optim, step / plan.steps_per_epoch, trainer.epochs)
-            set_learning_rate(optimizer, lr)
-            with hold_masks(model):
-                losses.append(_accumulate(run, plan, wrapped, feed, loss_of, step))
-                if srste_strength:
-                    add_srste_gradient(model, srste_strength)
-            if optim.clip_grad is not None:
-                fabric.clip_gradients(wrapped, optimizer, max_norm=optim.clip_grad)
-            optimizer.step()
-            optimizer.zero_grad()
-
-            done = step + 1
-            epoch = done / plan.steps_per_epoch
-            if done % trainer.log_every_steps == 0 or done == stop:
-                loss = _mean_loss(fabric, losses, done)
-                losses.clear()
-                record = {"step": done, "epoch": epoch, "loss": loss, "lr": lr}
-                log.write("metrics.jsonl", {**record, "images_per_second": progress.images_per_second(done)})
-                progress.advance(done, f"loss {loss:.4f}")
-            end_of_epoch = done % plan.steps_per_epoch == 0
-            if topology is not None and (end_of_epoch or done == stop):
-                moved = topology.update()
-                layers = {name: vars(movement) for name, movement in moved.layers.items()}
-                log.write("topology.jsonl", {"step": done, "total": vars(moved.total), "layers": layers})
-            due = end_of_epoch and done // plan.steps_per_epoch % trainer.evaluate_every_epochs == 0
-            if evaluate is not None and (due or done == stop):
-                metrics = _evaluate(model, evaluate)
-                log.write("metrics.jsonl", {"step": done, "epoch": epoch, **metrics})
-            if done % trainer.save_every_steps == 0 or done == stop:
-                save(done)
-    return metrics or (_evaluate(model, evaluate) if evaluate is not None else {})
+    model: nn.Module
+    """The plain module; the loop wraps it for the devices."""
+    dataset: Dataset[Any]
+    """Map-style, indexed by (epoch, index)."""
+    loss_of: Callable[[nn.Module, dict[str, Any]], Tensor]
+    """(wrapped model, batch on the device) -> scalar loss, a mean over the micro-batch."""
+    description: dict[str, Any]
+    """Goes into the weights files."""
+    title: str = "training"
+    srste_strength: float = 0.0
+    """lambda of SR-STE's term; 0 is plain straight-through."""
+    workers: int = 0
+    """Loader processes per device."""
+    evaluate: Callable[[], dict[str, float]] | None = None
+    """Called between steps, model in evaluation mode, masks held; returns metrics."""
 
 
-def _accumulate(run: Run, plan: BatchPlan, wrapped: Any, feed: Iterator[Any], loss_of: Any, step: int) -> Tensor:
-    """Forward and backward over the micro-batches of one optimizer step; returns the mean loss, on the device."""
-    fabric, total = run.fabric, torch.zeros((), device=run.fabric.device)
-    for accumulation in range(plan.accumulate):
-        seed_all(run.seed, STEP, step, accumulation * plan.world + fabric.global_rank)
-        last = accumulation == plan.accumulate - 1
-        with fabric.no_backward_sync(wrapped, enabled=not last):
-            loss = loss_of(wrapped, fabric.to_device(next(feed)))
-            fabric.backward(loss / plan.accumulate)
-        total += loss.detach().float() / plan.accumulate
-    return total
+def fit(run: Run, task: Task, optim: OptimConfig) -> dict[str, float]:
+    """Run (or continue) a task's optimizer steps; returns the last evaluation's metrics, or an empty dict."""
+    return _Loop(run, task, optim).run_all()
 
 
-def _mean_loss(fabric: Fabric, losses: list[Tensor], step: int) -> float:
-    loss = float(fabric.all_reduce(torch.stack(losses).mean(), reduce_op="mean"))  # type: ignore[arg-type]
-    if not torch.isfinite(torch.tensor(loss)):
-        raise ValueError(f"loss is {loss} at step {step}: lower optim.lr, or continue from an earlier checkpoint")
-    return loss
+class _Loop:
+    """The state of one `fit`: plan, wrapped model, optimizer, topology, and the step counter."""
+
+    def __init__(self, run: Run, task: Task, optim: OptimConfig) -> None:
+        trainer, fabric = run.trainer, run.fabric
+        self.run, self.task, self.optim, self.fabric = run, task, optim, fabric
+        images = len(task.dataset)  # type: ignore[arg-type]
+        self.plan = BatchPlan.make(images, trainer.global_batch, trainer.device_batch, fabric.world_size)
+        total = round(trainer.epochs * self.plan.steps_per_epoch)
+        self.stop = min(total, trainer.max_steps or total)
+        if fabric.device.type == "cpu" and trainer.precision == "bf16":
+            _use_plain_attention(task.model)
+        self.topology = Topology(task.model) if any(iter_sparse(task.model)) else None
+        # set up before resuming: optimizer state follows its parameters' device
+        self.wrapped, self.optimizer = fabric.setup(task.model, make_optimizer(task.model, optim))
+        self.checkpoints = run.folder / "checkpoints"
+        self.metrics: dict[str, float] = {}
+        self.losses: list[Tensor] = []
+        self.done = self._resume()
+        """Optimizer steps taken so far."""
+
+    def run_all(self) -> dict[str, float]:
+        if self.done >= self.stop:
+            self.run.log.say(f"{self.run.folder}: complete at step {self.done}; choose another --out for a new run")
+        sampler = TrainingSampler(self.plan, self.run.seed, self.fabric.global_rank, self.done, self.stop)
+        feed = batches(self.task.dataset, sampler, self.task.workers, pin_memory=self.fabric.device.type == "cuda")
+        self.task.model.train()
+        with self.run.log.progress(self.task.title, self.done, self.stop, self.plan.global_batch) as progress:
+            while self.done < self.stop:
+                self._step(feed)
+                self._keep_books(progress)
+        if not self.metrics:
+            self._evaluate()
+        return self.metrics
+
+    def _step(self, feed: Iterator[Any]) -> None:
+        """One optimizer step over its micro-batches."""
+        epoch = self.done / self.plan.steps_per_epoch
+        self.lr = learning_rate(self.optim, epoch, self.run.trainer.epochs)
+        set_learning_rate(self.optimizer, self.lr)
+        with hold_masks(self.task.model):
+            self.losses.append(self._accumulate(feed))
+            if self.task.srste_strength:
+                add_srste_gradient(self.task.model, self.task.srste_strength)
+        if self.optim.clip_grad is not None:
+            self.fabric.clip_gradients(self.wrapped, self.optimizer, max_norm=self.optim.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.done += 1
+
+    def _accumulate(self, feed: Iterator[Any]) -> Tensor:
+        """Forward and backward of the micro-batches; returns the mean loss, on the device."""
+        plan, total = self.plan, torch.zeros((), device=self.fabric.device)
+        for accumulation in range(plan.accumulate):
+            seed_all(self.run.seed, STEP, self.done, plan.micro_batch_number(accumulation, self.fabric.global_rank))
+            with self.fabric.no_backward_sync(self.wrapped, enabled=accumulation < plan.accumulate - 1):
+                loss = self.task.loss_of(self.wrapped, self.fabric.to_device(next(feed))) / plan.accumulate
+                self.fabric.backward(loss)
+            total += loss.detach()
+        return total
+
+    def _keep_books(self, progress: StepProgress) -> None:
+        """Logs, topology, evaluation and checkpoints, each when due and all at the end."""
+        trainer, done, last = self.run.trainer, self.done, self.done == self.stop
+        epoch, within = divmod(done, self.plan.steps_per_epoch)
+        where = {"step": done, "epoch": done / self.plan.steps_per_epoch}
+        if done % trainer.log_every_steps == 0 or last:
+            loss = self._mean_loss()
+            rate = progress.images_per_second(done)
+            self.run.log.write("metrics.jsonl", {**where, "loss": loss, "lr": self.lr, "images_per_second": rate})
+            progress.advance(done, f"loss {loss:.4f}")
+        if self.topology is not None and (within == 0 or last):
+            moved = self.topology.update()
+            layers = {name: vars(movement) for name, movement in moved.layers.items()}
+            self.run.log.write("topology.jsonl", {**where, "total": vars(moved.total), "layers": layers})
+        if self.task.evaluate is not None and (last or (within == 0 and epoch % trainer.evaluate_every_epochs == 0)):
+            self._evaluate()
+            self.run.log.write("metrics.jsonl", {**where, **self.metrics})
+        if done % trainer.save_every_steps == 0 or last:
+            self._save()
+
+    def _mean_loss(self) -> float:
+        """Mean over the steps since the last look and over all processes."""
+        loss = float(self.fabric.all_reduce(torch.stack(self.losses).mean(), reduce_op="mean"))  # type: ignore[arg-type]
+        self.losses.clear()
+        if not math.isfinite(loss):
+            raise ValueError(f"loss is {loss} at step {self.done}: lower optim.lr, or continue from {self.checkpoints}")
+        return loss
+
+    def _evaluate(self) -> None:
+        model, evaluate = self.task.model, self.task.evaluate
+        if evaluate is None:
+            return
+        model.eval()
+        with hold_masks(model), torch.no_grad():
+            self.metrics = evaluate()
+        model.train()
+
+    def _save(self) -> None:
+        if self.fabric.is_global_zero:
+            state = {
+                "optimizer": self.optimizer.state_dict(),
+                "topology": self.topology.state_dict() if self.topology else {},
+            }
+            description = {**self.task.description, "step": self.done}
+            path = checkpoint_path(self.checkpoints, self.done)
+            save_checkpoint(path, self.task.model, description, state)
+            remove_old_checkpoints(self.checkpoints, self.run.trainer.keep_checkpoints)
+        self.fabric.barrier()
+
+    def _resume(self) -> int:
+        """Load the last unharmed checkpoint; returns its step, 0 if there is none."""
+        for path in reversed(list_checkpoints(self.checkpoints)):
+            try:
+                state = load_checkpoint(path, self.task.model)
+            except ValueError as error:
+                self.run.log.say(f"{error}; trying the one before it")
+                continue
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.topology is not None:
+                self.topology.load_state_dict(state["topology"])
+            step = step_of(path)
+            self.run.log.forget_after(step)
+            self.run.log.say(f"continuing {self.run.folder} at step {step}")
+            return step
+        return 0
 
 
-def _evaluate(model: nn.Module, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
-    model.eval()
-    with hold_masks(model), torch.no_grad():
-        metrics = evaluate()
-    model.train()
-    return metrics
-
-
-def _resume(
-    run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, topology: Topology | None, folder: Path
-) -> int:
-    """Load the last unharmed checkpoint; returns its step, 0 if there is none."""
-    for path in reversed(list_checkpoints(folder)):
-        try:
-            state = load_checkpoint(path, model)
-        except ValueError as error:
-            run.log.say(f"{error}; trying the one before it")
-            continue
-        optimizer.load_state_dict(state["optimizer"])
-        if topology is not None:
-            topology.load_state_dict(state["topology"])
-        step = int(state["step"])
-        run.log.forget_after(step)
-        run.log.say(f"continuing {run.folder} at step {step}")
-        return step
-    return 0
+def _use_plain_attention(model: nn.Module) -> None:
+    """torch's fused attention takes 3 to 15 times as long as its own matrix products in bf16 on a CPU."""
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # type: ignore[assignment]

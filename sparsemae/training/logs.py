@@ -48,7 +48,7 @@ class RunLog:
                 stream.write(json.dumps(record) + "\n")
 
     def forget_after(self, step: int) -> None:
-        """Drop the lines that a run beyond its last checkpoint left, so that a resumed run's files hold no step twice."""
+        """Drop the lines of steps beyond the checkpoint that a run continues from, so that no step stands twice."""
         if self.folder is None:
             return
         for file in (self.folder / "metrics.jsonl", self.folder / "topology.jsonl"):
@@ -110,7 +110,7 @@ def environment() -> dict[str, Any]:
     """Versions and machine, for ``environment.json``."""
     import torch
 
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
             versions[package] = version(package)

@@ -65,14 +65,16 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) 
     """
     encoder = model if isinstance(model, VisionTransformer) else model.encoder
     assert isinstance(encoder, VisionTransformer)
-    groups = param_groups_layer_decay(encoder, weight_decay, encoder.no_weight_decay(), layer_decay=layer_decay)
+    groups: list[dict[str, Any]] = param_groups_layer_decay(
+        encoder, weight_decay, encoder.no_weight_decay(), layer_decay=layer_decay
+    )
     if encoder is not model:
         inside = {id(parameter) for parameter in encoder.parameters()}
         around = nn.Module()
         for name, parameter in model.named_parameters():
             if id(parameter) not in inside:
                 around.register_parameter(name.replace(".", "/"), parameter)
-        fixed = getattr(model, "no_weight_decay", set)()
+        fixed: set[str] = getattr(model, "no_weight_decay", set)()
         outer = param_groups_weight_decay(around, weight_decay, no_weight_decay_list=fixed)
         groups += [{**group, "lr_scale": 1.0} for group in outer]
     grouped = [id(parameter) for group in groups for parameter in group["params"]]

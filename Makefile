@@ -1,0 +1,33 @@
+# Each target makes .venv itself, and installs again when pyproject.toml or constraints.txt changed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: demo test check holds format
+
+demo: $(STAMP)
+	$(BIN)/sparsemae demo
+
+test: $(STAMP)
+	$(TESTS) -n 2
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(TESTS) -n 2 -m "not slow and not fresh"
+
+# make holds OF=foundation: the numbered requirements of one issue, with the figures measured
+holds: $(STAMP)
+	$(TESTS) -m "" --holds $(OF)
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[train,test]"
+	touch $(STAMP)
