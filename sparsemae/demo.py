@@ -34,6 +34,7 @@ from sparsemae.tasks.evaluate import EvaluateConfig, evaluate
 from sparsemae.tasks.predict import PredictConfig, predict
 
 PREDICTED_IMAGES = 5
+MARKER = ".sparsemae-demo"
 DENSE = ("--sparse.pattern", "dense")
 SMALL = (*DENSE, "--model.args", "{patch_size: 7, embed_dim: 32, depth: 4, num_heads: 4}")
 
@@ -93,8 +94,7 @@ def demo(config: DemoConfig) -> None:
     begin = time.monotonic()
     console = Console(highlight=False, soft_wrap=True)
     out = Path(config.out)
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    _empty(out)
     console.print("SparseMAE on 10,000 unlabelled and 1,000 labelled Fashion-MNIST images (28 x 28), 2:32 sparse\n")
     done = _run_stages(config, console, begin)
 
@@ -119,6 +119,15 @@ def demo(config: DemoConfig) -> None:
     console.print(f"\nPicture: {picture} (originals, masked, reconstructed by the sparse and by the full weights)")
     console.print(f"Model:   {out}/finetune-sparse/model.safetensors")
     console.print(f"{time.monotonic() - begin:.0f} s on {_cores()} cores")
+
+
+def _empty(out: Path) -> None:
+    """Make the demo's folder, or empty it if an earlier demo left it. Raises ValueError rather than remove others' files."""
+    if out.exists() and any(out.iterdir()) and not (out / MARKER).is_file():
+        raise ValueError(f"--out: {out}: wanted a new folder or that of an earlier demo, got one with other files")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / MARKER).touch()
 
 
 def _cores() -> int:

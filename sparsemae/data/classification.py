@@ -47,7 +47,7 @@ class DataConfig(SourceConfig):
     """Images, their preparation and their augmentation."""
 
     train_images: int | None = None
-    """Use only this many training images, from the first; None: all."""
+    """Use at most this many training images, from the first; None: all."""
     img_size: int = 224
     """Side of the model's input, px."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -89,7 +89,7 @@ class Source:
 
 
 def open_source(data: SourceConfig, split: Literal["train", "val"], limit: int | None = None) -> Source:
-    """Open one split, or the first ``limit`` images of it.
+    """Open one split, or at most its first ``limit`` images of it.
 
     Raises ValueError, naming the folder, if it is missing or empty, or its classes are not those of the training split.
     """
@@ -106,8 +106,8 @@ def open_source(data: SourceConfig, split: Literal["train", "val"], limit: int |
         source = _open_folder(Path(data.root), split)
     if limit is None:
         return source
-    if not 1 <= limit <= len(source):
-        raise ValueError(f"data.train_images: wanted 1 to {len(source)}, got {limit}")
+    if limit < 1:
+        raise ValueError(f"data.train_images: wanted at least 1, got {limit}")
     return Source(source.reader, source.class_names, source.indices[:limit])
 
 
@@ -256,14 +256,15 @@ class ImageDataset(Dataset[Any]):
 def load_image(source: Source, index: int, smallest: int = 1) -> tuple[Image.Image, int]:
     """Decode one image to RGB. Raises ValueError naming the file if it is unreadable or too small."""
     file, target = source.reader[int(source.indices[index])]
-    return decode_rgb(file, source.filename(index), smallest), target
+    with file:
+        return decode_rgb(file, source.filename(index), smallest), target
 
 
 def decode_rgb(file: Any, name: str, smallest: int = 1) -> Image.Image:
     """PIL image (or a file of one) to RGB. Raises ValueError naming it if it is unreadable or too small."""
     try:
-        image = file if isinstance(file, Image.Image) else Image.open(file)
-        image = image.convert("RGB")
+        with file if isinstance(file, Image.Image) else Image.open(file) as opened:
+            image = opened.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "not an image in a known format" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(f"{name}: unreadable image: {reason}") from error

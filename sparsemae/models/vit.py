@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import timm
+from timm.models import is_model_in_modules
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -30,6 +31,8 @@ def build_vit(model: ModelConfig, img_size: int, num_classes: int = 0) -> Vision
     """
     if not timm.is_model(model.name):
         raise ValueError(f"model.name: wanted a timm model, got {model.name!r}")
+    if not is_model_in_modules(model.name, ("vision_transformer", "deit")):
+        raise ValueError(f"model.name: wanted a timm VisionTransformer, got {model.name}")
     args = {"img_size": img_size, "drop_path_rate": model.drop_path, **model.args}
     patch = args.get("patch_size") or _patch_size(model.name)
     if patch is not None and img_size < patch:
@@ -40,8 +43,7 @@ def build_vit(model: ModelConfig, img_size: int, num_classes: int = 0) -> Vision
         vit = timm.create_model(model.name, num_classes=num_classes, **args)
     except (TypeError, AssertionError) as error:
         raise ValueError(f"model.args: {model.name} does not take {model.args}: {error}") from error
-    if not isinstance(vit, VisionTransformer):
-        raise ValueError(f"model.name: wanted a timm VisionTransformer, got {model.name} ({type(vit).__name__})")
+    assert isinstance(vit, VisionTransformer)
     if num_classes:
         nn.init.trunc_normal_(vit.head.weight, std=2e-5)
         nn.init.zeros_(vit.head.bias)

@@ -47,11 +47,13 @@ def sparsify(
 
     chosen: dict[str, nn.Linear] = {}
     for name, module in model.named_modules():
-        if type(module) is not nn.Linear or any(fnmatchcase(name, glob) for glob in exclude):
+        if not isinstance(module, nn.Linear) or any(fnmatchcase(name, glob) for glob in exclude):
             continue
         if not (_below_blocks(model, name) if include is None else any(fnmatchcase(name, glob) for glob in include)):
             continue
         _refuse_bypassed(model, name)
+        if type(module) is not nn.Linear:
+            continue
         check_divides(module.weight, pattern, name)
         check_finite(module.weight, name)
         chosen[name] = module
@@ -59,9 +61,12 @@ def sparsify(
         where = "below a module list named `blocks`" if include is None else f"matching {list(include)}"
         raise ValueError(f"sparsify: wanted at least one nn.Linear {where}, got none (use include=[...])")
 
-    for module in chosen.values():
+    for name, module in chosen.items():
         module.__class__ = NMLinear
         module.pattern = pattern  # type: ignore[assignment]
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if hasattr(parent, "qkv_bias_separate"):  # timm's BEiT, EVA and Swin v2 otherwise hand qkv.weight to F.linear
+            parent.qkv_bias_separate = True  # type: ignore[assignment]
     return list(chosen)
 
 
@@ -149,7 +154,8 @@ def densify(model: nn.Module) -> list[str]:
         if not layer.frozen:
             raise ValueError(f"densify: wanted a frozen model, got {name} with a moving mask (call freeze first)")
     for _, layer in layers:
-        del layer.weight_mask, layer.pattern
+        layer.drop_mask()
+        del layer.pattern
         layer.__dict__.pop("held_mask", None)
         layer.__dict__.pop("use_dense", None)
         layer.__class__ = nn.Linear  # type: ignore[assignment]

@@ -84,6 +84,11 @@ class NMLinear(nn.Linear):
         self.held_mask = None
         _keep_zero_after_steps(self.weight, mask)
 
+    def drop_mask(self) -> None:
+        """Undo the permanence of `freeze`: the weight keeps its zeros, and optimizers may move them again."""
+        _frozen_weights.pop(self.weight, None)
+        del self.weight_mask
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, pattern={self.pattern}{', frozen' if self.frozen else ''}"
 

@@ -68,7 +68,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) 
     groups: list[dict[str, Any]] = param_groups_layer_decay(
         encoder, weight_decay, encoder.no_weight_decay(), layer_decay=layer_decay
     )
-    if encoder is not model:
+    if encoder is not model:  # the head, whose scale is 1, lies outside: timm took the last block for it
+        groups = [{**group, "lr_scale": group["lr_scale"] * layer_decay} for group in groups]
         inside = {id(parameter) for parameter in encoder.parameters()}
         around = nn.Module()
         for name, parameter in model.named_parameters():

@@ -1,0 +1,89 @@
+"""`--holds WORD` runs the numbered requirements of one issue and prints item, figure, pass or fail."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--holds", metavar="WORD", help="run only the tests of an issue's numbered requirements")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    word = config.getoption("--holds")
+    if word is None:
+        return
+    chosen = [item for item in items if any(name.split(".")[0] == word for name in _held(item))]
+    if not chosen:
+        raise pytest.UsageError(f"--holds: no test is marked holds('{word}.N')")
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
+
+
+def _held(item: pytest.Item) -> list[str]:
+    return [name for mark in item.iter_markers("holds") for name in mark.args]
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Any:
+    outcome = yield
+    report = outcome.get_result()
+    if report.when == "call" or report.outcome != "passed":
+        figures = "; ".join(str(value) for name, value in item.user_properties if name == "figure")
+        report.held = [(name, report.outcome, figures, item.nodeid.split("::")[-1]) for name in _held(item)]
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if config.getoption("--holds") is None:
+        return
+    rows = {row for reports in terminalreporter.stats.values() for r in reports for row in getattr(r, "held", ())}
+    terminalreporter.section(f"must hold: {config.getoption('--holds')}")
+    for name, outcome, figures, test in sorted(rows, key=lambda row: (float(row[0].split(".")[1]), row[3])):
+        verdict = {"passed": "pass", "failed": "FAIL"}.get(outcome, outcome)
+        terminalreporter.write_line(f"{name:<16} {verdict:<8} {test}" + (f": {figures}" if figures else ""))
+
+
+@pytest.fixture
+def figure(record_property: Any) -> Any:
+    """Call with a measured figure: `make holds` prints it."""
+    return lambda text: record_property("figure", text)
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """ROOT/{train,val}/{cat,dog}/N.png, 40 px, deterministic noise."""
+    root, generator = tmp_path / "images", np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 3)):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
+def tiny(job: str, out: Path, *options: str) -> list[str]:
+    """Words of a job on a few embedded images with the demo's recipe made tiny: 2 steps an epoch."""
+    words = [
+        job, "--config", f"demo_{job}", "--out", str(out), "--data.train_images", "32", "--trainer.global_batch", "16",
+        "--trainer.epochs", "3", "--optim.warmup_epochs", "1", "--trainer.log_every_steps", "1",
+        "--model.args", "{patch_size: 7, embed_dim: 32, depth: 2, num_heads: 2}", "--trainer.precision", "fp32",
+    ]  # fmt: skip
+    if job == "pretrain":
+        words += ["--decoder", "{embed_dim: 16, depth: 1, num_heads: 2}"]
+    else:
+        words += ["--init", "null", "--trainer.evaluate_every_epochs", "100"]
+    return words + list(options)
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    """Lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

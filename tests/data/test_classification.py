@@ -1,0 +1,127 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_transform
+
+from sparsemae.data.classification import (
+    DataConfig,
+    ImageDataset,
+    SourceConfig,
+    batches,
+    evaluation_transform,
+    load_image,
+    normalize,
+    open_source,
+    training_transform,
+)
+from sparsemae.data.sampling import BatchPlan, EvaluationSampler, TrainingSampler
+
+
+def folder(root: Path, **options: object) -> DataConfig:
+    return DataConfig(source="folder", root=str(root), img_size=32, **options)
+
+
+def test_folder_splits_and_classes(image_folder: Path) -> None:
+    train, val = (open_source(folder(image_folder), split) for split in ("train", "val"))
+    assert (len(train), len(val)) == (16, 6)
+    assert train.class_names == val.class_names == ["cat", "dog"]
+    assert Path(train.filename(0)) == image_folder / "train" / "cat" / "0.png"
+
+
+def test_one_folder_holds_out_a_tenth_the_same_every_time(image_folder: Path) -> None:
+    data = folder(image_folder / "train")
+    train, val = open_source(data, "train"), open_source(data, "val")
+    assert (len(train), len(val)) == (15, 1)
+    assert {train.filename(i) for i in range(15)}.isdisjoint({val.filename(0)})
+    assert open_source(data, "val").filename(0) == val.filename(0)
+
+
+def test_a_class_absent_from_validation_keeps_the_labels(image_folder: Path) -> None:
+    for file in (image_folder / "val" / "cat").iterdir():
+        file.unlink()
+    val = open_source(folder(image_folder), "val")
+    assert {load_image(val, i)[1] for i in range(len(val))} == {1}
+
+
+def test_mistakes_name_the_folder(tmp_path: Path, image_folder: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere: no such folder"):
+        open_source(folder(tmp_path / "nowhere"), "train")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty: wanted images"):
+        open_source(folder(tmp_path / "empty"), "train")
+    with pytest.raises(ValueError, match="data.root: wanted a folder"):
+        open_source(SourceConfig(source="folder"), "train")
+    (image_folder / "val" / "cat").rename(image_folder / "val" / "horse")
+    with pytest.raises(ValueError, match="got another: horse"):
+        open_source(folder(image_folder), "val")
+    with pytest.raises(ValueError, match="train_images: wanted at least 1, got 0"):
+        open_source(SourceConfig(), "train", 0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_named_in_one_line(image_folder: Path, workers: int) -> None:
+    broken = image_folder / "train" / "dog" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    data = folder(image_folder)
+    dataset = ImageDataset(open_source(data, "train"), training_transform(data))
+    with pytest.raises(ValueError, match=r"^[^\n]*dog/3.png: unreadable image[^\n]*$"):
+        list(batches(dataset, EvaluationSampler(len(dataset), 4), workers))
+
+
+def test_an_image_smaller_than_a_patch_is_named(image_folder: Path) -> None:
+    Image.new("RGB", (40, 3)).save(image_folder / "train" / "dog" / "3.png")
+    data = folder(image_folder)
+    dataset = ImageDataset(open_source(data, "train"), training_transform(data), smallest=16)
+    with pytest.raises(ValueError, match="3.png: wanted at least one patch of 16 px, got 40 x 3 px"):
+        list(batches(dataset, EvaluationSampler(len(dataset), 4), 0))
+
+
+def all_batches(data: DataConfig, workers: int, start: int = 0) -> list[dict]:
+    source = open_source(data, "train")
+    dataset = ImageDataset(source, training_transform(data), seed=7, patches=4)
+    plan = BatchPlan.make(len(source), 4, None, 1)
+    return list(batches(dataset, TrainingSampler(plan, 7, 0, start, 9), workers))
+
+
+def same(one: dict, other: dict) -> bool:
+    return all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("crop", ["resized", "shift"])
+def test_samples_are_functions_of_seed_epoch_and_index(image_folder: Path, crop: str) -> None:
+    data = folder(image_folder, crop=crop, auto_augment="rand-m9-mstd0.5-inc1" if crop == "resized" else None)
+    alone = all_batches(data, 0)
+    assert all(same(a, b) for a, b in zip(alone, all_batches(data, 2), strict=True))
+    assert all(same(a, b) for a, b in zip(alone[5:], all_batches(data, 1, start=5), strict=True))
+    by_key = {}
+    for number, batch in enumerate(alone):  # the same image of two epochs differs
+        for image, noise, index in zip(batch["image"], batch["noise"], batch["index"].tolist(), strict=True):
+            by_key[number // 4, index] = image, noise
+    index = next(i for e, i in by_key if e == 0 and (1, i) in by_key)
+    assert not torch.equal(by_key[0, index][0], by_key[1, index][0])
+    assert not torch.equal(by_key[0, index][1], by_key[1, index][1])
+
+
+def test_the_evaluation_transform_is_timms(image_folder: Path) -> None:
+    image = Image.open(image_folder / "val" / "cat" / "0.png").convert("RGB")
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    wanted = create_transform(32, interpolation="bicubic", crop_pct=0.875, mean=mean, std=std)(image)
+    got = torch.as_tensor(evaluation_transform(32, "bicubic", 0.875)(image))
+    assert got.dtype == torch.uint8
+    torch.testing.assert_close(normalize(got[None], mean, std)[0], wanted, rtol=0, atol=1e-6)
+
+
+def test_shift_moves_by_at_most_the_pixels_given_and_fills_with_black() -> None:
+    transform = training_transform(DataConfig(img_size=8, crop="shift", crop_shift=1, hflip=0.0))
+    pixels = np.arange(1, 65, dtype=np.uint8).reshape(8, 8)
+    seen = set()
+    for _ in range(200):
+        moved = np.asarray(transform(Image.fromarray(pixels).convert("RGB")))[0]
+        padded = np.pad(pixels, 1)
+        matches = [(y, x) for y in range(3) for x in range(3) if (padded[y : y + 8, x : x + 8] == moved).all()]
+        assert len(matches) == 1
+        seen.add(matches[0])
+    assert len(seen) == 9

@@ -1,0 +1,127 @@
+"""From images to predictions through the command line, made tiny."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import metrics, tiny
+
+from sparsemae.cli import main
+from sparsemae.models.weights import load_weights, read_weights, save_model
+from sparsemae.sparsity import NMPattern, iter_sparse, nm_mask, sparsify
+from sparsemae.tasks.build import load_autoencoder, load_classifier
+from sparsemae.tasks.evaluate import EvaluateConfig, evaluate
+from sparsemae.tasks.predict import PredictConfig, predict
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """pretrain -> finetune, six steps each."""
+    folder = tmp_path_factory.mktemp("runs")
+    main(tiny("pretrain", folder / "pretrain"))
+    main(tiny("finetune", folder / "finetune", "--init", str(folder / "pretrain")))
+    return folder
+
+
+def test_finetuning_starts_from_the_full_latent_weights(runs: Path, tmp_path: Path) -> None:
+    main(tiny("finetune", tmp_path / "start", "--init", str(runs / "pretrain"), "--optim.lr", "0"))
+    before, after = read_weights(runs / "pretrain")[0], read_weights(tmp_path / "start")[0]
+    key = "blocks.1.mlp.fc2.weight"
+    assert (before[key] != 0).all()
+    mask = nm_mask(before[key], NMPattern(2, 32))
+    assert torch.equal(after[key], torch.where(mask, before[key], 0.0))
+    assert torch.equal(after["pos_embed"], before["pos_embed"])
+
+
+def test_the_file_says_what_evaluation_found(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = evaluate(EvaluateConfig(str(runs / "finetune")))
+    described = load_classifier(runs / "finetune")[1]["metrics"]
+    assert found["top1"] == described["top1"] == metrics(runs / "finetune")[-1]["top1"]
+    assert f"top-1 {found['top1']:.2%}" in capsys.readouterr().out
+    expected = (found["top1"] * (1 - found["top1"]) / 10_000) ** 0.5
+    assert found["standard_error"] == pytest.approx(expected)
+
+
+def test_predictions_of_files_and_folders(runs: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = predict(PredictConfig(str(runs / "finetune"), [str(image_folder / "val")], top_k=4))
+    assert len(result) == 6
+    printed = capsys.readouterr().out
+    for file, classes in result.items():
+        assert file in printed
+        assert len(classes) == 4
+        shares = [share for _, share in classes]
+        assert shares == sorted(shares, reverse=True)
+        assert sum(shares) <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("mask", ["dynamic", "fixed"])
+def test_a_fixed_mask_stays_and_a_dynamic_one_moves(runs: Path, tmp_path: Path, mask: str) -> None:
+    main(tiny("finetune", tmp_path / "run", "--init", str(runs / "pretrain"), "--sparse.mask", mask))
+    sad = json.loads((tmp_path / "run" / "topology.jsonl").read_text().splitlines()[-1])["total"]["sad"]
+    assert (sad > 0) == (mask == "dynamic")
+
+
+def test_dense_and_excluded_layers(tmp_path: Path) -> None:
+    main(tiny("pretrain", tmp_path / "dense", "--sparse.pattern", "dense"))
+    assert not list(iter_sparse(load_autoencoder(tmp_path / "dense")[0]))
+    assert not (tmp_path / "dense" / "topology.jsonl").exists()
+    main(tiny("pretrain", tmp_path / "part", "--sparse.exclude", "[blocks.0.*]"))
+    model = load_autoencoder(tmp_path / "part")[0]
+    assert {name.split(".")[2] for name, _ in iter_sparse(model)} == {"1"}
+
+
+@pytest.mark.slow
+@pytest.mark.holds("foundation.5")
+def test_a_trained_model_is_the_same_in_a_fresh_process(runs: Path) -> None:
+    script = """
+import sys, torch
+from sparsemae.sparsity import iter_sparse, freeze
+from sparsemae.tasks.build import load_autoencoder, load_classifier
+torch.manual_seed(0)
+images, noise = torch.randn(2, 3, 28, 28), torch.rand(2, 16)
+mae, classifier = load_autoencoder(sys.argv[1])[0], load_classifier(sys.argv[2])[0]
+masks = {name: layer.current_mask() for name, layer in [*iter_sparse(mae), *iter_sparse(classifier)]}
+with torch.no_grad():
+    torch.save([masks, mae(images, 0.5, noise).pred, classifier(images)], sys.argv[3])
+"""
+    outputs = []
+    for name in ("one", "two"):
+        words = [str(runs / "pretrain"), str(runs / "finetune"), str(runs / f"{name}.pt")]
+        subprocess.run(
+            [sys.executable, "-c", script, *words], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        outputs.append(torch.load(runs / f"{name}.pt", weights_only=True))
+    (masks, *predictions), (other_masks, *other_predictions) = outputs
+    assert len(masks) == 16
+    assert all(torch.equal(masks[name], other_masks[name]) for name in masks)
+    assert all(torch.equal(a, b) for a, b in zip(predictions, other_predictions, strict=True))
+
+
+@pytest.mark.holds("foundation.5")
+def test_a_frozen_file_that_breaks_nm_is_refused_naming_the_layer(runs: Path, tmp_path: Path) -> None:
+    state, description = read_weights(runs / "finetune")
+    layer = "blocks.1.mlp.fc1"
+    state[f"{layer}.weight"][3, :5] = 1.0
+    model, _ = load_classifier(runs / "finetune")
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(state[name])
+    save_model(tmp_path / "broken.safetensors", model, description)
+    with pytest.raises(ValueError, match=f"broken.safetensors: {layer}: wanted pruned weights to be 0.* row 3, group 0"):
+        load_classifier(tmp_path / "broken.safetensors")
+
+
+def test_our_files_start_any_timm_vit(runs: Path) -> None:
+    import timm
+
+    model = timm.create_model(
+        "vit_base_patch16_224", img_size=28, patch_size=7, embed_dim=32, depth=2, num_heads=2, num_classes=0
+    )
+    names = sparsify(model, "2:32")
+    loaded = load_weights(model, runs / "pretrain")
+    assert not loaded.missing
+    assert all(key.startswith(("decoder", "mask_token")) for key in loaded.unexpected)
+    assert len(names) == 8

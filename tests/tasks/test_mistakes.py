@@ -1,0 +1,140 @@
+"""A user's mistakes: one line that says what was wanted and what was got, exit status 2, nothing left behind."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny
+from PIL import Image
+
+from sparsemae.cli import main
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run the command line; returns its one line of error."""
+
+    def run(*words: str) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main(list(words))
+        errors = [line for line in capsys.readouterr().err.splitlines() if "using the recipe" not in line]
+        assert exit_.value.code == 2
+        shown = [line for line in errors if "error:" in line]
+        assert len(shown) == 1, errors
+        assert errors[-1] == shown[0]
+        assert "Traceback" not in "".join(errors)
+        return shown[0]
+
+    return run
+
+
+def on(folder: Path, job: str, out: Path, *options: str) -> list[str]:
+    words = tiny(job, out, "--data.source", "folder", "--data.root", str(folder), *options)
+    at = words.index("--data.train_images")
+    return words[:at] + words[at + 2 :]
+
+
+@pytest.mark.holds("foundation.7")
+@pytest.mark.parametrize("job", ["pretrain", "finetune"])
+def test_data(refused: Callable[..., str], tmp_path: Path, image_folder: Path, job: str) -> None:
+    out = tmp_path / "run"
+    assert "nowhere: no such folder" in refused(*on(tmp_path / "nowhere", job, out))
+    (tmp_path / "empty").mkdir()
+    assert "empty: wanted images in it" in refused(*on(tmp_path / "empty", job, out))
+    assert not out.exists()
+    small = image_folder / "train" / "cat" / "0.png"
+    Image.new("RGB", (40, 3)).save(small)
+    assert "0.png: wanted at least one patch of 7 px, got 40 x 3 px" in refused(*on(image_folder, job, out))
+    small.write_bytes(b"not an image")
+    assert "0.png: unreadable image: not an image in a known format" in refused(*on(image_folder, job, out))
+    assert not (out / "model.safetensors").exists()
+
+
+@pytest.mark.holds("foundation.7")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--optim.lrr", "1"], "unrecognized arguments: --optim.lrr"),
+        (["--optim.lr", "fast"], 'key "optim.lr"'),
+        (["--config", "no_such"], "--config: wanted a YAML file or a recipe (demo_finetune, demo_pretrain), got 'no_such'"),
+        (["--sparse.pattern", "2:48"], "attn.qkv: pattern 2:48 wants in_features divisible by 48, got in_features=32"),
+        (["--sparse.pattern", "33:32"], "wanted 1 <= n <= m (n kept of every m), got n=33, m=32"),
+        (["--sparse.pattern", "half"], 'wanted "n:m"'),
+        (["--data.img_size", "6"], "data.img_size: wanted at least one patch of 7 px, got 6 px"),
+        (["--trainer.precision", "fp16"], "wanted bf16, fp32, fp64, got fp16 (fp16's loss scale"),
+        (["--model.name", "resnet18"], "model.name: wanted a timm VisionTransformer, got resnet18"),
+        (["--model.name", "vit_huge_patch1"], "model.name: wanted a timm model, got 'vit_huge_patch1'"),
+        (["--model.args", "{embed_dimm: 3}"], "model.args: vit_base_patch16_224 does not take"),
+        (["--trainer.global_batch", "64"], "global_batch: wanted at most the 32 training images, got 64"),
+        (["--trainer.device_batch", "3"], "1 x 3 does not divide it"),
+        (["--init", "/no/such/file"], "/no/such/file: no such file or run folder"),
+    ],
+)  # fmt: skip
+def test_options(refused: Callable[..., str], tmp_path: Path, options: list[str], message: str) -> None:
+    assert message in refused(*tiny("pretrain", tmp_path / "run", *options))
+
+
+@pytest.mark.holds("foundation.7")
+def test_mask_ratio(refused: Callable[..., str], tmp_path: Path) -> None:
+    assert "mask_ratio: wanted a share" in refused(*tiny("pretrain", tmp_path / "run", "--mask_ratio", "1.0"))
+
+
+@pytest.mark.holds("foundation.7")
+def test_checkpoint_of_another_architecture(refused: Callable[..., str], tmp_path: Path) -> None:
+    main(tiny("pretrain", tmp_path / "run", "--trainer.max_steps", "1"))
+    words = tiny("finetune", tmp_path / "tuned", "--init", str(tmp_path / "run"))
+    words[words.index("--model.args") + 1] = "{patch_size: 7, embed_dim: 64, depth: 2, num_heads: 2}"
+    line = refused(*words)
+    assert "checkpoint of another architecture" in line
+    assert "blocks.0.attn.proj.weight [32, 32] for [64, 64]" in line
+    assert "wanted a model for classify, got one for pretrain" in refused("evaluate", str(tmp_path / "run"))
+    torch.save({"weight": torch.ones(2)}, tmp_path / "foreign.pth")
+    assert "without our description" in refused("evaluate", str(tmp_path / "foreign.pth"))
+
+
+@pytest.mark.holds("foundation.7")
+def test_wrong_number_of_classes(refused: Callable[..., str], tmp_path: Path, image_folder: Path) -> None:
+    main(tiny("finetune", tmp_path / "run", "--trainer.max_steps", "1"))
+    line = refused("evaluate", str(tmp_path / "run"), "--data.source", "folder", "--data.root", str(image_folder))
+    assert "wanted the 10 classes" in line
+    assert "got 2 (cat, dog" in line
+    for name in ("train", "val"):
+        (image_folder / name / "dog" / "0.png").unlink()
+    single = image_folder / "train"
+    for file in (single / "dog").iterdir():
+        file.unlink()
+    assert "wanted at least two class folders, got ['cat']" in refused(*on(single, "finetune", tmp_path / "one"))
+
+
+def test_predict(refused: Callable[..., str], tmp_path: Path, image_folder: Path) -> None:
+    assert "nowhere: no such file or run folder" in refused("predict", str(tmp_path / "nowhere"), str(image_folder))
+    assert "images" in refused("predict", str(tmp_path))
+    main(tiny("finetune", tmp_path / "run", "--trainer.max_steps", "1"))
+    assert "x.jpg: no such file" in refused("predict", str(tmp_path / "run"), "x.jpg")
+
+
+def test_commands(refused: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "wanted a command (demo, pretrain" in refused("train")
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert "got one with other files" in refused("demo", "--out", str(tmp_path))
+    assert (tmp_path / "thesis.txt").exists()
+    with pytest.raises(ValueError, match="nowhere"):
+        main(["evaluate", "nowhere", "--debug"])
+    main(["--version"])
+    assert capsys.readouterr().out.startswith("0.")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(refused: Callable[..., str], tmp_path: Path) -> None:
+    line = refused(*tiny("pretrain", tmp_path / "run", "--optim.lr", "1e30", "--optim.warmup_epochs", "0"))
+    assert "loss is nan at step" in line
+
+
+def test_gray_and_transparent_images_are_read(tmp_path: Path, image_folder: Path) -> None:
+    pixels = np.zeros((40, 40), np.uint8)
+    Image.fromarray(pixels).save(image_folder / "train" / "cat" / "0.png")
+    Image.fromarray(pixels).convert("RGBA").save(image_folder / "train" / "cat" / "1.png")
+    Image.fromarray(pixels).convert("P").save(image_folder / "train" / "cat" / "2.png")
+    main(on(image_folder, "pretrain", tmp_path / "run"))

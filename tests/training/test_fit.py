@@ -1,0 +1,157 @@
+"""The loop on the real command line, made tiny: determinism, resuming, processes and accumulation."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import metrics, tiny
+
+from sparsemae.cli import main
+from sparsemae.models.weights import read_weights
+from sparsemae.sparsity import NMPattern, nm_mask
+
+GRADIENTS = Path(__file__).parent / "gradients.py"
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return read_weights(out)[0]
+
+
+def assert_identical(one: Path, other: Path) -> None:
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.holds("foundation.6")
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers_live_on", [True, False])
+def test_same_seed_same_weights_with_any_workers(tmp_path: Path, workers: int, workers_live_on: bool) -> None:
+    """Workers serve the whole run (live on), or are started anew in the middle of an epoch by a resume."""
+    main(tiny("pretrain", tmp_path / "one"))
+    words = tiny("pretrain", tmp_path / "other", "--data.workers", str(workers))
+    if not workers_live_on:
+        main([*words, "--trainer.max_steps", "3"])
+    main(words)
+    assert_identical(tmp_path / "one", tmp_path / "other")
+
+
+def test_another_seed_gives_other_weights(tmp_path: Path) -> None:
+    main(tiny("pretrain", tmp_path / "one"))
+    main(tiny("pretrain", tmp_path / "other", "--seed", "1"))
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "other")
+    assert not torch.equal(a["blocks.0.attn.qkv.weight"], b["blocks.0.attn.qkv.weight"])
+
+
+@pytest.mark.parametrize("job", ["pretrain", "finetune"])
+@pytest.mark.parametrize("stop", [1, 2, 5])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, job: str, stop: int) -> None:
+    options = ("--model.drop_path", "0.3")
+    main(tiny(job, tmp_path / "whole", *options))
+    main(tiny(job, tmp_path / "parts", *options, "--trainer.max_steps", str(stop)))
+    main(tiny(job, tmp_path / "parts", *options))
+    assert_identical(tmp_path / "whole", tmp_path / "parts")
+    whole, parts = (
+        [(row["step"], row["loss"]) for row in metrics(tmp_path / name) if "loss" in row] for name in ("whole", "parts")
+    )
+    assert whole == parts
+    topologies = [(tmp_path / name / "topology.jsonl").read_text().splitlines()[-1] for name in ("whole", "parts")]
+    assert json.loads(topologies[0]) == json.loads(topologies[1]) or stop % 2  # an odd stop adds a look
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    main(tiny("pretrain", tmp_path / "whole"))
+    words = tiny("pretrain", tmp_path / "run", "--trainer.save_every_steps", "1", "--trainer.max_steps", "4")
+    main(words)
+    last = tmp_path / "run" / "checkpoints" / "step-00000004"
+    (last / "training.pt").write_bytes((last / "training.pt").read_bytes()[:-9])
+    main([*words, "--trainer.max_steps", "6"])
+    errors = capfd.readouterr().err
+    assert "step-00000004: damaged checkpoint: training.pt" in errors
+    assert "continuing" in errors
+    assert "at step 3" in errors
+    assert_identical(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_changed_configuration_is_refused_with_the_difference(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = tiny("pretrain", tmp_path / "run", "--trainer.max_steps", "1")
+    main(words)
+    with pytest.raises(SystemExit) as exit_:
+        main([*words, "--optim.lr", "0.5"])
+    assert exit_.value.code == 2
+    assert "optim.lr was 0.004, is 0.5" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*words, "--trainer.resume", "never"])
+
+
+def test_the_runs_folder(tmp_path: Path) -> None:
+    main(tiny("pretrain", tmp_path / "run"))
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "checkpoints", "config.yaml", "environment.json", "metrics.jsonl", "model.safetensors", "topology.jsonl",
+    ]  # fmt: skip
+    rows = metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    # config.yaml can be run again
+    main(["pretrain", "--config", str(tmp_path / "run" / "config.yaml"), "--out", str(tmp_path / "again")])
+    assert_identical(tmp_path / "run", tmp_path / "again")
+
+
+@pytest.mark.holds("foundation.5")
+def test_a_frozen_file_holds_nm_in_every_group(tmp_path: Path) -> None:
+    main(tiny("finetune", tmp_path / "run"))
+    state = weights(tmp_path / "run")
+    masks = [key for key in state if key.endswith("weight_mask")]
+    assert len(masks) == 8
+    for key in masks:
+        weight = state[key.removesuffix("_mask")]
+        kept = (weight.view(-1, 32) != 0).sum(dim=1)
+        assert (kept == 2).all()
+        assert not torch.signbit(weight[~state[key]]).any()
+        assert torch.equal(nm_mask(weight, NMPattern(2, 32)), state[key])
+
+
+def gradients(tmp_path: Path, name: str, processes: int, *options: str) -> dict[str, torch.Tensor]:
+    """Gradients at the first optimizer step, and the loss, of a real run in fp64."""
+    out = tmp_path / name
+    words = tiny("pretrain", out, "--trainer.precision", "fp64", "--trainer.max_steps", "1",
+                 "--trainer.global_batch", "8", "--model.drop_path", "0.0", *options)  # fmt: skip
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        words += ["--trainer.devices", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [*launch, str(GRADIENTS), str(out) + ".pt", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    result = torch.load(str(out) + ".pt", weights_only=True)
+    result["loss"] = torch.tensor(metrics(out)[0]["loss"], dtype=torch.float64)
+    return result
+
+
+@pytest.mark.slow
+@pytest.mark.holds("foundation.3")
+def test_processes_accumulation_and_batch_agree(tmp_path: Path, figure) -> None:
+    """Loss, gradient and SR-STE's term: 1 x 8, 1 x 2 steps x 4, 2 processes x 4 (gloo)."""
+    worst = 0.0
+    terms = []
+    for name, processes, batch in [("whole", 1, "8"), ("accumulated", 1, "4"), ("processes", 2, "4")]:
+        options = ("--trainer.device_batch", batch)
+        plain = gradients(tmp_path, f"{name}-0", processes, *options, "--sparse.strength", "0")
+        pulled = gradients(tmp_path, f"{name}-1", processes, *options, "--sparse.strength", "0.5")
+        term = {f"srste {key}": pulled[key] - plain[key] for key in plain}
+        terms.append({**plain, **pulled, **term} | {f"plain {key}": plain[key] for key in plain})
+    whole, accumulated, processes = terms
+    assert any(value.abs().max() > 1e-4 for key, value in whole.items() if key.startswith("srste"))
+    for key, value in whole.items():
+        error = float((accumulated[key] - value).norm() / value.norm().clamp_min(1e-12))
+        worst = max(worst, error)
+        assert torch.equal(accumulated[key], processes[key]), key
+    assert worst <= 1e-10
+    figure(f"largest relative difference {worst:.1e}; processes and accumulation bit for bit")

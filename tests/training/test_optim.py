@@ -1,0 +1,70 @@
+import math
+
+import pytest
+import timm
+import torch
+
+from sparsemae.models import MaskedAutoencoder
+from sparsemae.training.optim import OptimConfig, learning_rate, make_optimizer, parameter_groups, set_learning_rate
+
+
+@pytest.mark.holds("foundation.4")
+@pytest.mark.parametrize(
+    ("epoch", "wanted"), [(1, 4.8e-4), (5, 2.4e-3), (50, 2.32427703e-3), (199.5, 1.23351023e-3), (400, 1e-5), (0, 0.0)]
+)
+def test_table_1_schedule_reaches_every_group(epoch: float, wanted: float) -> None:
+    model = MaskedAutoencoder(timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=0), 32, 1, 2)
+    optim = OptimConfig()
+    optimizer = make_optimizer(model, optim)
+    set_learning_rate(optimizer, learning_rate(optim, epoch, 400))
+    for group in optimizer.param_groups:
+        assert group["lr"] == pytest.approx(wanted, rel=1e-8)
+
+
+@pytest.mark.holds("foundation.4")
+def test_layer_decay_and_weight_decay_of_vit_base() -> None:
+    model = timm.create_model("vit_base_patch16_224", global_pool="avg", num_classes=10)
+    optim = OptimConfig(lr=1.0, warmup_epochs=0, min_lr=0.0, layer_decay=0.65)
+    optimizer = make_optimizer(model, optim)
+    set_learning_rate(optimizer, learning_rate(optim, 0, 1))
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        group = group_of[id(parameter)]
+        first, _, rest = name.partition(".")
+        if first in ("patch_embed", "cls_token", "pos_embed"):
+            power = 13
+        else:
+            power = 12 - int(rest.split(".")[0]) if first == "blocks" else 0
+        assert group["lr"] == pytest.approx(0.65**power, rel=1e-12), name
+        exempt = name.endswith("bias") or "norm" in name or first in ("cls_token", "pos_embed")
+        assert group["weight_decay"] == (0.0 if exempt else 0.05), name
+
+
+def test_autoencoder_groups_cover_encoder_and_decoder_without_decaying_tokens() -> None:
+    model = MaskedAutoencoder(timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=0), 32, 1, 2)
+    groups = parameter_groups(model, 0.05, 0.5)
+    by_id = {id(p): group for group in groups for p in group["params"]}
+    names = dict(model.named_parameters())
+    assert by_id[id(model.mask_token)]["weight_decay"] == 0.0
+    assert by_id[id(model.encoder.cls_token)]["weight_decay"] == 0.0
+    assert by_id[id(names["decoder_blocks.0.attn.qkv.weight"])] | {"params": []} == {
+        "params": [], "weight_decay": 0.05, "lr_scale": 1.0,
+    }  # fmt: skip
+    assert by_id[id(names["encoder.blocks.0.attn.qkv.weight"])]["lr_scale"] == 0.5**2
+    assert id(model.decoder_pos_embed) not in by_id
+
+
+def test_schedule_is_a_closed_form_between_its_ends() -> None:
+    optim = OptimConfig(lr=3.0, min_lr=1.0, warmup_epochs=2)
+    assert learning_rate(optim, 1.0, 10) == 1.5
+    assert learning_rate(optim, 6.0, 10) == pytest.approx(2.0)
+    assert learning_rate(optim, 8.0, 10) == pytest.approx(1 + (1 + math.cos(math.pi * 0.75)))
+    assert learning_rate(optim, 12.0, 10) == 1.0
+
+
+def test_every_trainable_parameter_is_covered_or_it_fails() -> None:
+    model = MaskedAutoencoder(timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=0), 32, 1, 2)
+    optimizer = make_optimizer(model, OptimConfig())
+    covered = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    assert covered == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert isinstance(optimizer, torch.optim.AdamW)
