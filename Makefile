@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test check holds format
+.PHONY: demo test check holds format results
 
 demo: $(STAMP)
 	$(BIN)/sparsemae demo
@@ -22,6 +22,11 @@ check: $(STAMP)
 # make holds OF=foundation: the numbered requirements of one issue, with the figures measured
 holds: $(STAMP)
 	$(TESTS) -m "" --holds $(OF)
+
+# the table and the picture of README.md and docs/
+results: demo
+	cp runs/demo/reconstructions.png docs/
+	$(BIN)/python docs/update.py
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -88,7 +88,8 @@ def usage() -> str:
 
 
 def _with_default_recipe(words: list[str], job: Job, program: str) -> list[str]:
-    if job.recipe is None or any(word.startswith("--config") for word in words):
+    """Without a recipe and without data of one's own, a job runs on the embedded images."""
+    if job.recipe is None or any(word.startswith(("--config", "--data.source", "-h", "--help")) for word in words):
         return words
     print(f"{program}: no --config given, using the recipe {job.recipe} (embedded Fashion-MNIST)", file=sys.stderr)
     return ["--config", job.recipe, *words]

@@ -112,17 +112,19 @@ def demo(config: DemoConfig) -> None:
     left_out = [stage.title for stage in STAGES if stage.name not in done]
     if left_out:
         console.print(f"Left out, for lack of time (--minutes {config.minutes:g}): {'; '.join(left_out)}")
-    (out / "results.json").write_text(json.dumps(results, indent=1))
     picture = out / "reconstructions.png"
     model, description = load_autoencoder(out / "pretrain-sparse")
     reconstruction_picture(model, description, picture, config.seed)
     console.print(f"\nPicture: {picture} (originals, masked, reconstructed by the sparse and by the full weights)")
     console.print(f"Model:   {out}/finetune-sparse/model.safetensors")
-    console.print(f"{time.monotonic() - begin:.0f} s on {_cores()} cores")
+    seconds = time.monotonic() - begin
+    console.print(f"{seconds:.0f} s on {_cores()} cores")
+    (out / "results.json").write_text(json.dumps({"seconds": seconds, "arms": results}, indent=1))
+    (out / "results.md").write_text(_markdown(results))
 
 
 def _empty(out: Path) -> None:
-    """Make the demo's folder, or empty it if an earlier demo left it. Raises ValueError rather than remove others' files."""
+    """Make the demo's folder, or empty an earlier demo's. Raises ValueError rather than remove other files."""
     if out.exists() and any(out.iterdir()) and not (out / MARKER).is_file():
         raise ValueError(f"--out: {out}: wanted a new folder or that of an earlier demo, got one with other files")
     shutil.rmtree(out, ignore_errors=True)
@@ -213,15 +215,29 @@ def _result(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+HEADINGS = ("trained", "top-1", "± s.e.", "parameters kept", "in training")
+
+
+def _rows(results: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Cells of the table, best first."""
+    return [
+        (row["title"], f"{row['top1']:.1%}", f"{row['standard_error']:.1%}", f"{row['kept']:,}", f"{row['total']:,}")
+        for row in sorted(results.values(), key=lambda row: -row["top1"])
+    ]
+
+
 def _table(results: dict[str, dict[str, Any]]) -> Table:
-    table = Table("trained", title="\nTest accuracy after 20 epochs on 1,000 labelled images")
-    for heading in ("top-1", "± s.e.", "parameters kept", "in training"):
+    table = Table(HEADINGS[0], title="\nTest accuracy after 20 epochs on 1,000 labelled images")
+    for heading in HEADINGS[1:]:
         table.add_column(heading, justify="right")
-    for row in sorted(results.values(), key=lambda row: -row["top1"]):
-        table.add_row(
-            row["title"], f"{row['top1']:.1%}", f"{row['standard_error']:.1%}", f"{row['kept']:,}", f"{row['total']:,}"
-        )
+    for cells in _rows(results):
+        table.add_row(*cells)
     return table
+
+
+def _markdown(results: dict[str, dict[str, Any]]) -> str:
+    lines = [HEADINGS, ("---", *["---:"] * (len(HEADINGS) - 1)), *_rows(results)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def _verdicts(results: dict[str, dict[str, Any]]) -> list[str]:

@@ -143,11 +143,10 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
             raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises pickle, zip and runtime errors alike
-        raise ValueError(
-            f"{path}: wanted a torch file of tensors only, got one that needs more "
-            f"(convert it to safetensors): {str(error).splitlines()[0]}"
-        ) from error
+    except Exception as error:  # torch raises pickle, zip, end-of-file and runtime errors alike
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"needs {code[1]} to load (convert it to safetensors)" if code else "cannot be read"
+        raise ValueError(f"{path}: wanted a torch file of tensors only, got one that {reason}") from error
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -167,7 +166,10 @@ _HF_NAMES: list[tuple[str, Any]] = [
     (r"^embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
     (r"^(encoder\.layer|layers)\.(\d+)\.", r"blocks.\2."),
     (r"^layernorm\.", "norm."),
-    (r"^decoder\.decoder_layers\.(\d+)\.", r"decoder_blocks.\1."),
+    (
+        r"^decoder\.decoder_(layers|encoder\.layer)\.(\d+)\.",
+        r"decoder_blocks.\2.",
+    ),  # the latter: saved by transformers 5
     (r"^decoder\.(mask_token|decoder_)", r"\1"),
     (r"layernorm_before", "norm1"),
     (r"layernorm_after", "norm2"),
@@ -182,7 +184,7 @@ _HF_NAMES: list[tuple[str, Any]] = [
 def to_public_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict under MAE's and timm's names; those of HF ViTMAE are translated, q, k and v fused."""
     if not any("embeddings.patch_embeddings" in key for key in state):
-        return dict(state)
+        return {key.removeprefix("encoder."): value for key, value in state.items()}
     renamed = {}
     for key, value in state.items():
         name = key

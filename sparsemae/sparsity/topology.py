@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from sparsemae.sparsity.convert import _sparse_layers
@@ -57,14 +59,23 @@ class Topology:
         )
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Reference and last masks, so that a resumed run reports what an uninterrupted one would."""
-        return {"reference": dict(self._reference), "last": dict(self._last)}
+        """Reference and last masks as bits, so that a resumed run reports what an uninterrupted one would."""
+        return {
+            which: {name: torch.from_numpy(np.packbits(mask.cpu().numpy())) for name, mask in masks.items()}
+            for which, masks in (("reference", self._reference), ("last", self._last))
+        }
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Inverse of `state_dict`."""
-        device = {name: layer.weight.device for name, layer in self._layers}
-        self._reference = {name: mask.to(device[name]) for name, mask in state["reference"].items()}
-        self._last = {name: mask.to(device[name]) for name, mask in state["last"].items()}
+
+        def unpacked(masks: dict[str, Tensor]) -> dict[str, Tensor]:
+            result = {}
+            for name, layer in self._layers:
+                bits = np.unpackbits(masks[name].numpy(), count=layer.weight.numel()).view(bool)
+                result[name] = torch.from_numpy(bits).view_as(layer.weight).to(layer.weight.device)
+            return result
+
+        self._reference, self._last = unpacked(state["reference"]), unpacked(state["last"])
 
 
 @dataclass

@@ -104,12 +104,12 @@ def start(config: Any, trainer: TrainerConfig, out: str, seed: int) -> Run:
     )  # fmt: skip
     fabric.launch()
     folder = Path(out)
-    fabric.barrier()
     log = RunLog(folder, active=fabric.is_global_zero)
     if list_checkpoints(folder / "checkpoints"):
         if trainer.resume == "never":
             raise ValueError(f"{folder}: holds a run already; wanted a new folder with trainer.resume=never")
         _refuse_other_config(folder / "config.yaml", config)
+    fabric.barrier()  # nobody writes before everybody has looked
     if fabric.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))

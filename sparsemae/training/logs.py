@@ -66,8 +66,10 @@ class RunLog:
             )  # fmt: skip
             with Progress(*columns, console=self.console) as self._bar:
                 task = self._bar.add_task(title, total=total, completed=start, status="")
-                yield StepProgress(self, title, start, total, images_per_step, task)
-            self._bar = None
+                try:
+                    yield StepProgress(self, title, start, total, images_per_step, task)
+                finally:
+                    self._bar = None
         else:
             yield StepProgress(self, title, start, total, images_per_step, None)
 

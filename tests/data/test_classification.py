@@ -52,7 +52,7 @@ def test_mistakes_name_the_folder(tmp_path: Path, image_folder: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty: wanted images"):
         open_source(folder(tmp_path / "empty"), "train")
-    with pytest.raises(ValueError, match="data.root: wanted a folder"):
+    with pytest.raises(ValueError, match=r"data\.root: wanted a folder"):
         open_source(SourceConfig(source="folder"), "train")
     (image_folder / "val" / "cat").rename(image_folder / "val" / "horse")
     with pytest.raises(ValueError, match="got another: horse"):
@@ -75,7 +75,7 @@ def test_an_image_smaller_than_a_patch_is_named(image_folder: Path) -> None:
     Image.new("RGB", (40, 3)).save(image_folder / "train" / "dog" / "3.png")
     data = folder(image_folder)
     dataset = ImageDataset(open_source(data, "train"), training_transform(data), smallest=16)
-    with pytest.raises(ValueError, match="3.png: wanted at least one patch of 16 px, got 40 x 3 px"):
+    with pytest.raises(ValueError, match=r"3\.png: wanted at least one patch of 16 px, got 40 x 3 px"):
         list(batches(dataset, EvaluationSampler(len(dataset), 4), 0))
 
 

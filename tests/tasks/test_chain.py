@@ -91,9 +91,7 @@ with torch.no_grad():
     outputs = []
     for name in ("one", "two"):
         words = [str(runs / "pretrain"), str(runs / "finetune"), str(runs / f"{name}.pt")]
-        subprocess.run(
-            [sys.executable, "-c", script, *words], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
+        subprocess.run([sys.executable, "-c", script, *words], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         outputs.append(torch.load(runs / f"{name}.pt", weights_only=True))
     (masks, *predictions), (other_masks, *other_predictions) = outputs
     assert len(masks) == 16
@@ -110,7 +108,9 @@ def test_a_frozen_file_that_breaks_nm_is_refused_naming_the_layer(runs: Path, tm
     for name, parameter in model.named_parameters():
         parameter.data.copy_(state[name])
     save_model(tmp_path / "broken.safetensors", model, description)
-    with pytest.raises(ValueError, match=f"broken.safetensors: {layer}: wanted pruned weights to be 0.* row 3, group 0"):
+    with pytest.raises(
+        ValueError, match=f"broken.safetensors: {layer}: wanted pruned weights to be 0.* row 3, group 0"
+    ):
         load_classifier(tmp_path / "broken.safetensors")
 
 

@@ -37,8 +37,11 @@ def test_damage_is_found_and_named(saved: Path, file: str, damage: str) -> None:
         (saved / file).unlink()
     else:
         half = len(content) // 2
-        (saved / file).write_bytes(content[:half] if damage == "truncated" else
-                                   content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :])
+        (saved / file).write_bytes(
+            content[:half]
+            if damage == "truncated"
+            else content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
+        )
     with pytest.raises(ValueError, match="step-00000012"):
         load_checkpoint(saved, nn.Linear(4, 3))
 
