@@ -12,10 +12,9 @@ def main() -> None:
     """Replace what stands between the two marks."""
     table = (ROOT / "runs/demo/results.md").read_text()
     seconds = json.loads((ROOT / "runs/demo/results.json").read_text())["seconds"]
+    block = f"\n{table}\n`make results`: {seconds:.0f} s on 2 cores.\n\n"
     for file in (ROOT / "README.md", ROOT / "docs/results.md"):
-        text = file.read_text()
-        note = f"\n`make results`: {seconds:.0f} s on 2 cores.\n"
-        file.write_text(TABLE.sub(lambda match: f"{match[1]}\n{table}{note}\n{match[2]}", text))
+        file.write_text(TABLE.sub(lambda match: match[1] + block + match[2], file.read_text()))
 
 
 if __name__ == "__main__":

@@ -64,8 +64,9 @@ class RunLog:
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                 TextColumn("{task.fields[status]}"),
             )  # fmt: skip
-            with Progress(*columns, console=self.console) as self._bar:
-                task = self._bar.add_task(title, total=total, completed=start, status="")
+            with Progress(*columns, console=self.console) as bar:
+                self._bar = bar
+                task = bar.add_task(title, total=total, completed=start, status="")
                 try:
                     yield StepProgress(self, title, start, total, images_per_step, task)
                 finally:
