@@ -34,6 +34,8 @@ from sparsemae.tasks.evaluate import EvaluateConfig, evaluate
 from sparsemae.tasks.predict import PredictConfig, predict
 
 PREDICTED_IMAGES = 5
+ENDING_SECONDS = 35.0
+"""Set aside for evaluation, predictions and the picture."""
 MARKER = ".sparsemae-demo"
 DENSE = ("--sparse.pattern", "dense")
 SMALL = (*DENSE, "--model.args", "{patch_size: 7, embed_dim: 32, depth: 4, num_heads: 4}")
@@ -80,7 +82,7 @@ STAGES = [  # in order of starting
     Stage("finetune-sparse", "finetune", "SparseMAE", (), "pretrain-sparse", True),
     Stage("finetune-srste", "finetune", "dense MAE -> SR-STE", (), "pretrain-dense"),
     Stage("finetune-small", "finetune", "small dense with MAE", SMALL, "pretrain-small"),
-    Stage("finetune-oneshot", "finetune", "dense MAE -> one-shot, mask fixed", ("--sparse.mask", "fixed"),
+    Stage("finetune-oneshot", "finetune", "dense MAE -> one-shot mask", ("--sparse.mask", "fixed"),
           "pretrain-dense"),
     Stage("scratch-sparse", "finetune", "sparse from scratch"),
     Stage("scratch-small", "finetune", "small dense from scratch", SMALL),
@@ -149,7 +151,7 @@ def _run_stages(config: DemoConfig, console: Console, begin: float) -> dict[str,
                 if len(running) == slots:
                     break
                 waiting.remove(stage)
-                if stage.required or elapsed + _estimate(stage, done) < 60 * config.minutes - 20:
+                if stage.required or elapsed + _estimate(stage, done) < 60 * config.minutes - ENDING_SECONDS:
                     words = stage.words(config)
                     console.print(f"$ sparsemae {stage.job} {shlex.join(words)}", style="dim")
                     running[pool.submit(_run_job, stage.job, words, f"{config.out}/{stage.name}.log")] = stage

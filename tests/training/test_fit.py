@@ -47,7 +47,7 @@ def test_another_seed_gives_other_weights(tmp_path: Path) -> None:
     assert not torch.equal(a["blocks.0.attn.qkv.weight"], b["blocks.0.attn.qkv.weight"])
 
 
-@pytest.mark.parametrize("job", ["pretrain", "finetune"])
+@pytest.mark.parametrize("job", ["pretrain", pytest.param("finetune", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stop", [1, 2, 5])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, job: str, stop: int) -> None:
     options = ("--model.drop_path", "0.3")
