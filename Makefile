@@ -1,4 +1,4 @@
-# Each target makes .venv itself, and installs again when pyproject.toml or constraints.txt changed.
+# Each target makes .venv itself, and installs again when pyproject.toml, constraints.txt or the native code changed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,7 +32,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[train,test]"
 	touch $(STAMP)

@@ -11,6 +11,8 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 RECIPES = Path(__file__).parent / "recipes"
 Config = TypeVar("Config")
+OPTIONAL_WORDS = "files"
+"""A list field of this name takes any number of positional words, none included."""
 
 
 class _Parser(ArgumentParser):
@@ -36,11 +38,13 @@ def read_config(kind: type[Config], words: Sequence[str], program: str = "sparse
     parser = _Parser(prog=program, description=kind.__doc__)
     parser.add_argument("--config", action="config", help="A recipe's name, or a YAML file.")
     members = fields(kind)  # type: ignore[arg-type]
-    required = [member for member in members if member.default is member.default_factory is MISSING]
-    many = {member.name for member in required if str(member.type).startswith("list")}
+    required = {member.name for member in members if member.default is member.default_factory is MISSING}
+    lists = {member.name for member in members if str(member.type).startswith("list")}
+    many = dict.fromkeys(lists & required, "+") | dict.fromkeys(lists & {OPTIONAL_WORDS}, "*")
     parser.add_class_arguments(kind, as_positional=True, skip=set(many))
-    for name in many:
-        parser.add_argument(name, nargs="+", type=str, help="One or more files or folders.")
+    for name, nargs in many.items():
+        default: Any = {"default": []} if nargs == "*" else {}
+        parser.add_argument(name, nargs=nargs, type=str, help="Files or folders.", **default)
     parsed: Any = parser.instantiate(parser.parse_args(_recipe_files(words)))
     return kind(**{member.name: getattr(parsed, member.name) for member in members})
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from torch import nn
+from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from sparsemae.data.classification import (
@@ -21,7 +21,9 @@ from sparsemae.data.classification import (
     open_source,
 )
 from sparsemae.data.sampling import EvaluationSampler
-from sparsemae.sparsity import hold_masks
+from sparsemae.packing.format import is_packed
+from sparsemae.runtime import load
+from sparsemae.sparsity import densify
 from sparsemae.tasks.build import load_classifier
 
 EVALUATION_BATCH = 256
@@ -32,30 +34,41 @@ class EvaluateConfig:
     """Accuracy of a finetuned model."""
 
     model: str
-    """The model: a run folder, or its model.safetensors."""
+    """The model: a packed file, a run folder, or its model.safetensors."""
     data: SourceConfig = field(default_factory=SourceConfig)
     """Where the validation split lies; preparation of the images comes from the model's file."""
     accelerator: str = "auto"
     """Where to run: auto, cpu, cuda, mps."""
 
 
+@dataclass(frozen=True)
+class _Subject:
+    """A classifier under evaluation, torch's or packed."""
+
+    forward: Callable[[Tensor], Tensor]
+    """Normalised images ``[B, 3, H, W]`` to logits ``[B, C]``."""
+    input: dict[str, Any]
+    class_names: list[str]
+    patch: int
+
+
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
     """Print and return top-1, top-5 and the standard error of top-1, as shares."""
-    model, description = load_classifier(config.model)
-    prepared = description["input"]
+    packed = is_packed(config.model)
+    fabric = Fabric(accelerator="cpu" if packed else config.accelerator, devices=1)
+    subject = _packed(config.model) if packed else _trained(config.model, fabric)
+    prepared = subject.input
     source = open_source(config.data, "val")
-    if list(source.class_names) != description["class_names"]:
+    if list(source.class_names) != subject.class_names:
         raise ValueError(
-            f"{config.data.root or config.data.source}: wanted the {len(description['class_names'])} classes of "
-            f"{config.model} ({', '.join(description['class_names'][:3])}, ...), got {len(source.class_names)} "
+            f"{config.data.root or config.data.source}: wanted the {len(subject.class_names)} classes of "
+            f"{config.model} ({', '.join(subject.class_names[:3])}, ...), got {len(source.class_names)} "
             f"({', '.join(source.class_names[:3])}, ...)"
         )
     transform = evaluation_transform(prepared["img_size"], prepared["interpolation"], prepared["eval_crop"])
-    dataset = ImageDataset(source, transform, smallest=max(model.patch_embed.patch_size))
-    fabric = Fabric(accelerator=config.accelerator, devices=1)
-    model.to(fabric.device)
-    with torch.inference_mode(), hold_masks(model):
-        metrics = accuracy(fabric, model, dataset, prepared["mean"], prepared["std"], config.data.workers)
+    dataset = ImageDataset(source, transform, smallest=subject.patch)
+    with torch.inference_mode():
+        metrics = accuracy(fabric, subject.forward, dataset, prepared["mean"], prepared["std"], config.data.workers)
     print(
         f"{config.model}: top-1 {metrics['top1']:.2%} ± {metrics['standard_error']:.2%}, "
         f"top-5 {metrics['top5']:.2%} on {len(source):,} images"
@@ -63,10 +76,37 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     return metrics
 
 
+def _trained(model: str, fabric: Fabric) -> _Subject:
+    classifier, description = load_classifier(model)
+    densify(classifier)  # a frozen model is a plain one with zeros
+    classifier.to(fabric.device)
+    patch = max(classifier.patch_embed.patch_size)
+    return _Subject(classifier, description["input"], description["class_names"], patch)
+
+
+def _packed(file: str) -> _Subject:
+    model = load(file)
+    shape, preprocess = model.config.vit, model.config.preprocess
+    prepared = {
+        "img_size": shape.image_height, "mean": preprocess.mean, "std": preprocess.std,
+        "interpolation": preprocess.interpolation, "eval_crop": preprocess.crop_pct,
+    }  # fmt: skip
+    names = list(model.config.class_names)
+    return _Subject(lambda images: torch.from_numpy(model(images.numpy())), prepared, names, shape.patch_size)
+
+
 def accuracy(
-    fabric: Fabric, model: nn.Module, dataset: ImageDataset, mean: Sequence[float], std: Sequence[float], workers: int
+    fabric: Fabric,
+    model: Callable[[Tensor], Tensor],
+    dataset: ImageDataset,
+    mean: Sequence[float],
+    std: Sequence[float],
+    workers: int,
 ) -> dict[str, float]:
-    """Top-1 and top-5 as shares, over all processes. ``model`` is the plain module, in evaluation mode."""
+    """Top-1, top-5 and the standard error of top-1 as shares, over all processes.
+
+    ``model`` gives the logits of normalised images; a module must be the plain one, in evaluation mode.
+    """
     classes = len(dataset.source.class_names)
     ranks = {"top1": 1, "top5": min(5, classes)}
     meters = {

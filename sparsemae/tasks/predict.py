@@ -1,16 +1,17 @@
-"""Predictions for image files."""
+"""Predictions for image files, by a packed file (without torch) or by a run's model."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from timm.data.readers.img_extensions import get_img_extensions
+from PIL import Image
 
-from sparsemae.data.classification import decode_rgb, evaluation_transform, normalize
-from sparsemae.sparsity import hold_masks
-from sparsemae.tasks.build import load_classifier
+from sparsemae.packing.format import is_packed
+
+Ranking = list[tuple[str, float]]
+"""Classes with their probabilities, best first."""
 
 
 @dataclass
@@ -18,34 +19,54 @@ class PredictConfig:
     """Classify images."""
 
     model: str
-    """The model: a run folder, or its model.safetensors."""
+    """The model: a packed file, a run folder, or its model.safetensors."""
     images: list[str]
     """Image files, or folders of them."""
     top_k: int = 3
     """Classes to name for each image."""
 
 
-def predict(config: PredictConfig) -> dict[str, list[tuple[str, float]]]:
+def predict(config: PredictConfig) -> dict[str, Ranking]:
     """Print and return, per file, the ``top_k`` classes with their probabilities."""
     files = [file for path in config.images for file in _image_files(Path(path))]
-    model, description = load_classifier(config.model)
+    rank = _by_packed if is_packed(config.model) else _by_torch
+    results = dict(zip(map(str, files), rank(config.model, files, config.top_k), strict=True))
+    for file, ranking in results.items():
+        print(f"{file}: " + ", ".join(f"{name} {share:.1%}" for name, share in ranking))
+    return results
+
+
+def _by_packed(model: str, files: Sequence[Path], top_k: int) -> list[Ranking]:
+    from sparsemae.runtime import load
+
+    return [[(best.label, best.probability) for best in ranking] for ranking in load(model).predict(files, top_k)]
+
+
+def _by_torch(model: str, files: Sequence[Path], top_k: int) -> list[Ranking]:
+    # imported here: a packed file must not load torch
+    import torch
+
+    from sparsemae.data.classification import decode_rgb, evaluation_transform, normalize
+    from sparsemae.sparsity import hold_masks
+    from sparsemae.tasks.build import load_classifier
+
+    classifier, description = load_classifier(model)
     prepared, names = description["input"], description["class_names"]
     transform = evaluation_transform(prepared["img_size"], prepared["interpolation"], prepared["eval_crop"])
-    top_k = min(config.top_k, len(names))
-    results = {}
-    with torch.inference_mode(), hold_masks(model):
+    rankings = []
+    with torch.inference_mode(), hold_masks(classifier):
         for file in files:
             image = torch.as_tensor(transform(decode_rgb(file, str(file))))[None]
-            probabilities = model(normalize(image, prepared["mean"], prepared["std"])).softmax(dim=-1)[0]
-            best = probabilities.topk(top_k)
-            results[str(file)] = [(names[i], float(p)) for p, i in zip(best.values, best.indices, strict=True)]
-            print(f"{file}: " + ", ".join(f"{name} {share:.1%}" for name, share in results[str(file)]))
-    return results
+            probabilities = classifier(normalize(image, prepared["mean"], prepared["std"])).softmax(dim=-1)[0]
+            best = probabilities.topk(min(top_k, len(names)))
+            rankings.append([(names[i], float(p)) for p, i in zip(best.values, best.indices, strict=True)])
+    return rankings
 
 
 def _image_files(path: Path) -> list[Path]:
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in get_img_extensions(as_set=True))
+        extensions = Image.registered_extensions()
+        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in extensions)
         if not found:
             raise ValueError(f"{path}: wanted image files, found none")
         return found

@@ -269,6 +269,8 @@ def test_loss_is_full_precision_under_autocast():
         output = model(images, noise=noise)
     assert output.loss.dtype == torch.float32
     assert torch.equal(output.mask, reference.mask)
+    assert output.pred.dtype == torch.bfloat16
+    assert torch.equal(output.loss, model.forward_loss(images, output.pred.float(), output.mask))
     torch.testing.assert_close(output.loss, reference.loss, rtol=0.05, atol=0)
     output.loss.backward()
     assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)

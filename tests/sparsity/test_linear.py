@@ -326,6 +326,19 @@ def test_freeze_gives_plus_zero_and_keeps_the_rest_bit_for_bit():
     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
 
 
+def test_a_frozen_mask_does_not_follow_the_weight():
+    """A kept weight that reaches 0 ties with the pruned ones, and a fresh mask would take the lower index."""
+    layer = sparse_layer()
+    freeze(layer)
+    mask = layer.weight_mask.clone()
+    with torch.no_grad():
+        layer.weight.zero_()
+    assert not torch.equal(nm_mask(layer.weight, PATTERN), mask)
+    assert torch.equal(layer.current_mask(), mask)
+    layer(torch.randn(4, 16, dtype=torch.float64)).sum().backward()
+    assert torch.equal(layer.weight.grad != 0, mask)
+
+
 def test_freeze_takes_the_held_masks():
     layer = sparse_layer()
     mask = nm_mask(layer.weight, PATTERN)

@@ -1,0 +1,93 @@
+// The dispatch table: what one instruction set offers to the ViT forward (vit.cpp), as plain function pointers.
+//
+// Every table owns the layout of its activations and weights; the forward only passes pointers on.
+//   residual     float, one image: feature-major [D][padded tokens] or token-major [padded tokens][D], as `feature_major` says
+//   activation   the input of a linear layer: float or bf16, layout private to the table, `activation_bytes` long, zeroed at allocation
+//   scratch      per thread, `scratch_bytes` long
+// Work is cut in units that threads take one by one: blocks of `kTokenUnit` tokens, blocks of kRowBlock output rows, heads.
+// Files of kernels are compiled for their instruction set and must not instantiate inline functions shared with the rest (the linker
+// could keep the wrong copy): they see this header, and their own code in an anonymous namespace.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace sparsemae {
+
+constexpr std::size_t kRowBlock = 32;   // output rows in one unit of a linear layer
+constexpr std::size_t kTokenUnit = 16;  // tokens in one unit of a norm; token counts are padded to a multiple of it
+
+static constexpr std::size_t round_up(std::size_t value, std::size_t step) { return (value + step - 1) / step * step; }
+
+// One row of weights in plain form: `count` kept inputs, ascending, and their values.
+struct Row {
+  const std::uint32_t* index;
+  const float* value;
+  std::size_t count;
+};
+
+// Where the rows of a linear layer come from when its layout is built; row() of a padding row has count 0.
+struct RowSource {
+  void* context;
+  Row (*row)(void* context, std::size_t physical_row);
+};
+
+// A linear layer in the layout of one table. y = (W x) * scale + bias, scale and bias per output row (padded with zeros).
+struct Linear {
+  std::size_t rows = 0;     // physical: a multiple of kRowBlock
+  std::size_t used = 0;     // rows below this are real (except inside heads, which are padded one by one)
+  std::size_t columns = 0;  // real inputs
+  void* data = nullptr;     // 64-byte aligned, owned by the model
+  const std::size_t* offsets = nullptr;  // byte offset of each row block in data
+  const float* scale = nullptr;
+  const float* bias = nullptr;
+  bool int8 = false;  // weights are integers to be multiplied with a quantised activation
+};
+
+struct Geometry {
+  std::size_t width = 0, tokens = 0, padded_tokens = 0;
+  std::size_t heads = 0, head_dim = 0, padded_head_dim = 0;
+  std::size_t channels = 0, image_height = 0, image_width = 0, patch = 0, prefix = 0;
+};
+
+enum class Output { activation, gelu, residual };
+
+struct Kernels {
+  const char* name;
+  const char* math;  // "fp32" or "bf16": what products are made of
+  bool feature_major;
+  bool even_heads;  // needs an even head_dim
+  std::size_t head_step;  // head_dim is padded to a multiple of it
+
+  std::size_t (*activation_bytes)(std::size_t features, const Geometry&);
+  std::size_t (*scratch_bytes)(const Geometry&);
+  // Bytes of row block `block`; writes it to `out` unless that is null. Values and indices come from the source.
+  std::size_t (*pack_block)(const RowSource&, std::size_t columns, std::size_t block, bool int8, void* out);
+
+  void (*thread_begin)();  // before and after a thread runs kernels (tile state)
+  void (*thread_end)();
+  // Patches of image [C][H][W] as the activation of the patch embedding, tokens [first, first + kTokenUnit).
+  void (*patches)(const Geometry&, const float* image, void* activation, std::size_t first);
+  void (*norm)(const Geometry&, const float* residual, const float* weight, const float* bias, float eps, void* activation,
+               std::size_t first);
+  // As norm, with float output in the residual's own layout (in place is allowed).
+  void (*norm_residual)(const Geometry&, const float* residual, const float* weight, const float* bias, float eps, float* out,
+                        std::size_t first);
+  // Null where int8 layers are not supported: the activation rounded to int8 with a scale per token, for tokens [first, first + kTokenUnit).
+  void (*quantise)(const Geometry&, std::size_t features, const void* activation, void* quantised, std::size_t first);
+  void (*linear)(const Geometry&, const Linear&, const void* input, Output kind, void* output, std::size_t first_block,
+                 std::size_t last_block, void* scratch);
+  // q, k and v of one head from the normalised input, then attention; qkv rows are [head][q, k, v][padded_head_dim].
+  void (*attention)(const Geometry&, const Linear& qkv, const void* input, void* output, std::size_t head, void* scratch);
+  // out[r] = dot(weight[r], x) + bias[r] for r in [first, last); weight is [rows][columns] float.
+  void (*dense_rows)(const float* weight, const float* bias, const float* x, std::size_t columns, float* out, std::size_t first,
+                     std::size_t last);
+};
+
+const Kernels* portable_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+const Kernels* avx512bf16_kernels();
+const Kernels* amx_kernels();
+
+}  // namespace sparsemae

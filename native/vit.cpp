@@ -1,0 +1,191 @@
+// The forward. One image at a time: by all threads together, stage by stage, or, where a batch has as many images as there are threads,
+// by one thread each without any barrier (its activations stay in its own cache).
+#include "vit.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "vit_state.h"
+
+namespace sparsemae {
+
+// A stage is a number of units that the threads of an image take from a counter; a thread that is held up takes fewer.
+struct Vit::Stages {
+  ThreadPool* pool;  // null: this thread has the image for itself
+  std::atomic<std::uint32_t>* counters;
+
+  template <class F>
+  void run(std::size_t units, std::size_t chunk, const F& work) {
+    if (!pool) return work(std::size_t{0}, units);
+    auto& counter = *counters++;
+    for (std::size_t first; (first = counter.fetch_add(static_cast<std::uint32_t>(chunk), std::memory_order_relaxed)) < units;)
+      work(first, std::min(first + chunk, units));
+    pool->barrier();
+  }
+  // A quarter of a thread's share: few enough pieces to keep the kernels' pipelines full, enough to even out.
+  std::size_t chunk(std::size_t units) const { return pool ? std::max<std::size_t>(1, units / (4 * pool->size())) : units; }
+};
+
+Vit::Workspace& Vit::workspace(std::size_t index) {
+  while (workspaces_.size() <= index) {
+    const Geometry& g = geometry_;
+    auto w = std::make_unique<Workspace>();
+    w->residual = aligned_array<float>(residual_size_);
+    w->patches = aligned_array<char>(kernels_->activation_bytes(g.channels * g.patch * g.patch, g));
+    w->normed = aligned_array<char>(kernels_->activation_bytes(g.width, g));
+    w->attended = aligned_array<char>(kernels_->activation_bytes(g.width, g));
+    w->hidden = aligned_array<char>(kernels_->activation_bytes(config_.mlp_hidden, g));
+    // at most as long as the activation itself, and a scale per token
+    if (kernels_->quantise)
+      w->quantised = aligned_array<char>(kernels_->activation_bytes(std::max(g.width, config_.mlp_hidden), g) + g.padded_tokens * 4);
+    w->pooled.resize(2 * g.width);
+    workspaces_.push_back(std::move(w));
+  }
+  return *workspaces_[index];
+}
+
+void Vit::forward(const float* images, std::size_t batch, float* out, bool features) {
+  const std::lock_guard lock(mutex_);
+  const Geometry& g = geometry_;
+  const std::size_t image_size = g.channels * g.image_height * g.image_width;
+  const std::size_t out_size = features ? g.tokens * g.width : outputs();
+  struct Call {
+    Vit* model;
+    const float* images;
+    float* out;
+    std::size_t image_size, out_size, batch, alone;
+    bool features;
+    std::atomic<std::size_t> next{0};
+  } call{this, images, out, image_size, out_size, batch, threads() > 1 ? batch - batch % threads() : batch, features};
+  // A lone thread, or one image per thread: nothing is shared.
+  for (std::size_t t = 0; t < (call.alone ? threads() : 1); ++t) workspace(t);
+  const auto alone = [](void* context, std::size_t thread) {
+    auto& c = *static_cast<Call*>(context);
+    c.model->kernels_->thread_begin();
+    for (std::size_t i; (i = c.next.fetch_add(1)) < c.alone;) {
+      Stages stages{nullptr, nullptr};
+      c.model->forward_image(*c.model->workspaces_[thread], stages, c.images + i * c.image_size, c.out + i * c.out_size, c.features,
+                             c.model->scratch_[thread].get());
+    }
+    c.model->kernels_->thread_end();
+  };
+  const auto together = [](void* context, std::size_t thread) {
+    auto& c = *static_cast<Call*>(context);
+    c.model->kernels_->thread_begin();
+    Stages stages{&c.model->pool_, c.model->counters_.data()};
+    c.model->forward_image(*c.model->workspaces_[0], stages, c.images, c.out, c.features, c.model->scratch_[thread].get());
+    c.model->kernels_->thread_end();
+  };
+  if (call.alone) pool_.run(alone, &call);
+  for (std::size_t i = call.alone; i < batch; ++i) {
+    for (auto& counter : counters_) counter.store(0, std::memory_order_relaxed);
+    call.images = images + i * image_size;
+    call.out = out + i * out_size;
+    pool_.run(together, &call);
+  }
+}
+
+void Vit::forward_image(Workspace& w, Stages& stages, const float* image, float* out, bool features, void* scratch) const {
+  const Geometry& g = geometry_;
+  const std::size_t token_units = g.padded_tokens / kTokenUnit;
+  stages.run(token_units, 1, [&](std::size_t first, std::size_t last) {
+    std::copy(base_.get() + residual_size_ * first / token_units, base_.get() + residual_size_ * last / token_units,
+              w.residual.get() + residual_size_ * first / token_units);
+    for (std::size_t u = first; u < last; ++u) kernels_->patches(g, image, w.patches.get(), u * kTokenUnit);
+  });
+  const std::size_t row_blocks = embed_.view.rows / kRowBlock;
+  stages.run(row_blocks, stages.chunk(row_blocks), [&](std::size_t first, std::size_t last) {
+    kernels_->linear(g, embed_.view, w.patches.get(), Output::residual, w.residual.get(), first, last, scratch);
+  });
+  if (norm_pre_)
+    stages.run(token_units, 1, [&](std::size_t first, std::size_t last) {
+      for (std::size_t u = first; u < last; ++u)
+        kernels_->norm_residual(g, w.residual.get(), norm_pre_->weight.data(), norm_pre_->bias.data(), config_.norm_eps,
+                                w.residual.get(), u * kTokenUnit);
+    });
+  for (const Block& block : blocks_) forward_block(w, stages, block, scratch);
+  finish(w, stages, out, features);
+}
+
+void Vit::forward_block(Workspace& w, Stages& stages, const Block& block, void* scratch) const {
+  const Geometry& g = geometry_;
+  const auto norm = [&](const Norm& n, const Layer& next) {
+    stages.run(g.padded_tokens / kTokenUnit, 1, [&](std::size_t first, std::size_t last) {
+      for (std::size_t u = first; u < last; ++u)
+        kernels_->norm(g, w.residual.get(), n.weight.data(), n.bias.data(), config_.norm_eps, w.normed.get(), u * kTokenUnit);
+      if (next.view.int8)
+        for (std::size_t u = first; u < last; ++u)
+          kernels_->quantise(g, g.width, w.normed.get(), w.quantised.get(), u * kTokenUnit);
+    });
+    return next.view.int8 ? w.quantised.get() : w.normed.get();
+  };
+  const auto quantised = [&](const Layer& next, char* activation) {
+    if (!next.view.int8) return activation;
+    stages.run(g.padded_tokens / kTokenUnit, 1, [&](std::size_t first, std::size_t last) {
+      for (std::size_t u = first; u < last; ++u)
+        kernels_->quantise(g, next.view.columns, activation, w.quantised.get(), u * kTokenUnit);
+    });
+    return w.quantised.get();
+  };
+  const auto linear = [&](const Layer& layer, const void* input, Output kind, void* output) {
+    const std::size_t units = layer.view.rows / kRowBlock;
+    stages.run(units, stages.chunk(units), [&](std::size_t first, std::size_t last) {
+      kernels_->linear(g, layer.view, input, kind, output, first, last, scratch);
+    });
+  };
+  const char* normed = norm(block.norm1, block.qkv);
+  stages.run(g.heads, 1, [&](std::size_t first, std::size_t last) {
+    for (std::size_t head = first; head < last; ++head)
+      kernels_->attention(g, block.qkv.view, normed, w.attended.get(), head, scratch);
+  });
+  linear(block.proj, quantised(block.proj, w.attended.get()), Output::residual, w.residual.get());
+  linear(block.fc1, norm(block.norm2, block.fc1), Output::gelu, w.hidden.get());
+  linear(block.fc2, quantised(block.fc2, w.hidden.get()), Output::residual, w.residual.get());
+}
+
+void Vit::finish(Workspace& w, Stages& stages, float* out, bool features) const {
+  const Geometry& g = geometry_;
+  const auto at = [&](std::size_t token, std::size_t d) { return w.residual[residual_index(*kernels_, g, token, d)]; };
+  if (norm_) {
+    const bool all = features || config_.average_pool || config_.all_tokens;
+    stages.run(all ? g.padded_tokens / kTokenUnit : 1, 1, [&](std::size_t first, std::size_t last) {
+      for (std::size_t u = first; u < last; ++u)
+        kernels_->norm_residual(g, w.residual.get(), norm_->weight.data(), norm_->bias.data(), config_.norm_eps, w.residual.get(),
+                                u * kTokenUnit);
+    });
+  }
+  if (features) {
+    stages.run(g.tokens, kTokenUnit, [&](std::size_t first, std::size_t last) {
+      for (std::size_t t = first; t < last; ++t)
+        for (std::size_t d = 0; d < g.width; ++d) out[t * g.width + d] = at(t, d);
+    });
+    return;
+  }
+  float *pooled = w.pooled.data(), *input = fc_norm_ ? pooled + g.width : pooled;
+  if (!config_.num_classes && !fc_norm_) input = pooled;
+  stages.run(1, 1, [&](std::size_t, std::size_t) {
+    const std::size_t first = config_.average_pool && !config_.pool_include_prefix ? g.prefix : 0;
+    const std::size_t last = config_.average_pool ? g.tokens : 1;
+    for (std::size_t d = 0; d < g.width; ++d) {
+      float sum = 0.0f;
+      for (std::size_t t = first; t < last; ++t) sum += at(t, d);
+      pooled[d] = sum / static_cast<float>(last - first);
+    }
+    if (fc_norm_) {
+      double mean = 0.0, variance = 0.0;
+      for (std::size_t d = 0; d < g.width; ++d) mean += pooled[d];
+      mean /= static_cast<double>(g.width);
+      for (std::size_t d = 0; d < g.width; ++d) variance += (pooled[d] - mean) * (pooled[d] - mean);
+      const double scale = 1.0 / std::sqrt(variance / static_cast<double>(g.width) + config_.norm_eps);
+      for (std::size_t d = 0; d < g.width; ++d)
+        input[d] = static_cast<float>((pooled[d] - mean) * scale) * fc_norm_->weight[d] + fc_norm_->bias[d];
+    }
+    if (!config_.num_classes) std::copy(input, input + g.width, out);
+  });
+  if (config_.num_classes)
+    stages.run(config_.num_classes, 64, [&](std::size_t first, std::size_t last) {
+      kernels_->dense_rows(head_weight_.data(), head_bias_.data(), input, g.width, out, first, last);
+    });
+}
+
+}  // namespace sparsemae

@@ -1,0 +1,240 @@
+// Building a model: codes to positions, rows to the layout of the chosen kernels, constants folded into scales and biases.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <exception>
+#include <functional>
+#include <new>
+#include <stdexcept>
+
+#include "codes.h"
+#include "dispatch.h"
+#include "vit.h"
+#include "vit_state.h"
+
+namespace sparsemae {
+
+void FreeAligned::operator()(void* p) const { ::operator delete[](p, std::align_val_t{64}); }
+
+namespace {
+
+float from_bf16(std::uint16_t bits) {
+  const std::uint32_t wide = static_cast<std::uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof value);
+  return value;
+}
+
+// Rows of a weight matrix in the order of the kernels' physical rows. The rows of one block are decoded when it is first asked for.
+class Reader {
+ public:
+  Reader(const Weights& weights, const std::vector<std::int64_t>& rows) : weights_(weights), rows_(rows) {
+    if (weights.n)
+      positions_ = decode_positions(weights.codes, weights.code_bytes, weights.rows * (weights.columns / weights.m), weights.n,
+                                    weights.m);
+  }
+  RowSource source() {
+    return {this, [](void* self, std::size_t row) { return static_cast<Reader*>(self)->row(row); }};
+  }
+
+ private:
+  Row row(std::size_t physical) {
+    if (physical / kRowBlock != block_) {
+      block_ = physical / kRowBlock;
+      for (std::size_t r = 0; r < kRowBlock; ++r) decode(block_ * kRowBlock + r, r);
+    }
+    const std::size_t r = physical % kRowBlock;
+    return {index_[r].data(), value_[r].data(), index_[r].size()};
+  }
+
+  void decode(std::size_t physical, std::size_t slot) {
+    auto& index = index_[slot];
+    auto& value = value_[slot];
+    index.clear();
+    value.clear();
+    if (physical >= rows_.size() || rows_[physical] < 0) return;
+    const std::size_t groups = weights_.n ? weights_.columns / weights_.m : 1;
+    const std::size_t per_group = weights_.n ? weights_.n : weights_.columns;
+    const std::size_t count = groups * per_group, first = static_cast<std::size_t>(rows_[physical]) * count;
+    index.resize(count);
+    value.resize(count);
+    for (std::size_t g = 0, i = 0; g < groups; ++g)
+      for (std::size_t j = 0; j < per_group; ++j, ++i)
+        index[i] = static_cast<std::uint32_t>(weights_.n ? g * weights_.m + positions_[first + i] : j);
+    for (std::size_t i = 0; i < count; ++i)
+      value[i] = weights_.fp32   ? weights_.fp32[first + i]
+                 : weights_.bf16 ? from_bf16(weights_.bf16[first + i])
+                                 : static_cast<float>(weights_.int8[first + i]);
+  }
+
+  const Weights& weights_;
+  const std::vector<std::int64_t>& rows_;
+  std::vector<std::uint8_t> positions_;
+  std::size_t block_ = static_cast<std::size_t>(-1);
+  std::vector<std::uint32_t> index_[kRowBlock];
+  std::vector<float> value_[kRowBlock];
+};
+
+std::vector<std::int64_t> identity_rows(std::size_t count) {
+  std::vector<std::int64_t> rows(round_up(count, kRowBlock), -1);
+  for (std::size_t i = 0; i < count; ++i) rows[i] = static_cast<std::int64_t>(i);
+  return rows;
+}
+
+// [head][q, k, v][padded_head_dim], from timm's [q, k, v][head][head_dim].
+std::vector<std::int64_t> head_rows(const Geometry& g) {
+  std::vector<std::int64_t> rows(g.heads * 3 * g.padded_head_dim, -1);
+  for (std::size_t h = 0; h < g.heads; ++h)
+    for (std::size_t part = 0; part < 3; ++part)
+      for (std::size_t d = 0; d < g.head_dim; ++d)
+        rows[(h * 3 + part) * g.padded_head_dim + d] = static_cast<std::int64_t>(part * g.width + h * g.head_dim + d);
+  return rows;
+}
+
+// Runs the tasks on all threads; throws what the first failing one (in their order) has thrown.
+void run_all(ThreadPool& pool, const std::vector<std::function<void()>>& tasks) {
+  struct Call {
+    const std::vector<std::function<void()>>& tasks;
+    std::vector<std::exception_ptr> failures;
+    std::atomic<std::size_t> next{0};
+  } call{tasks, std::vector<std::exception_ptr>(tasks.size())};
+  pool.run(
+      [](void* context, std::size_t) {
+        auto& c = *static_cast<Call*>(context);
+        for (std::size_t i; (i = c.next.fetch_add(1)) < c.tasks.size();) {
+          try {
+            c.tasks[i]();
+          } catch (...) {
+            c.failures[i] = std::current_exception();
+          }
+        }
+      },
+      &call);
+  for (const auto& failure : call.failures)
+    if (failure) std::rethrow_exception(failure);
+}
+
+}  // namespace
+
+Vit::Layer Vit::build_layer(const Weights& weights, const std::vector<std::int64_t>& rows, const std::vector<float>* bias,
+                            const std::vector<float>* gain) const {
+  Reader reader(weights, rows);
+  const RowSource source = reader.source();
+  Layer layer;
+  const std::size_t blocks = rows.size() / kRowBlock;
+  const bool int8 = layer.view.int8 = weights.integers && kernels_->quantise;
+  std::size_t total = 0, capacity = 0;
+  for (std::size_t block = 0; block < blocks; ++block) {  // one at a time, so that its rows are decoded once
+    const std::size_t bytes = kernels_->pack_block(source, weights.columns, block, int8, nullptr);
+    if (total + bytes > capacity) {
+      capacity = block ? 2 * (total + bytes) : bytes * blocks;  // blocks are alike: the first guess is nearly always right
+      auto larger = aligned_array<char>(capacity);
+      std::copy_n(layer.data.get(), total, larger.get());
+      layer.data = std::move(larger);
+    }
+    kernels_->pack_block(source, weights.columns, block, int8, layer.data.get() + total);
+    layer.offsets.push_back(total);
+    total += bytes;
+  }
+  layer.scale.assign(rows.size(), 0.0f);
+  layer.bias.assign(rows.size(), 0.0f);
+  for (std::size_t r = 0; r < rows.size(); ++r) {
+    if (rows[r] < 0) continue;
+    const auto from = static_cast<std::size_t>(rows[r]);
+    const float factor = gain ? (*gain)[from] : 1.0f;
+    layer.scale[r] = (weights.row_scale ? weights.row_scale[from] : 1.0f) * factor;
+    layer.bias[r] = bias ? (*bias)[from] * factor : 0.0f;
+  }
+  layer.view.rows = rows.size();
+  layer.view.used = static_cast<std::size_t>(std::find_if(rows.rbegin(), rows.rend(), [](auto r) { return r >= 0; }).base() - rows.begin());
+  layer.view.columns = weights.columns;
+  layer.view.data = layer.data.get();
+  layer.view.offsets = layer.offsets.data();
+  layer.view.scale = layer.scale.data();
+  layer.view.bias = layer.bias.data();
+  return layer;
+}
+
+void Vit::build_base(const Vectors& vectors) {
+  const Geometry& g = geometry_;
+  base_ = aligned_array<float>(residual_size_);
+  const auto& positions = vectors.at("pos_embed");
+  for (std::size_t t = 0; t < g.tokens; ++t)
+    for (std::size_t d = 0; d < g.width; ++d) {
+      float value = 0.0f;
+      if (!config_.no_embed_class)
+        value = positions[t * g.width + d];
+      else if (t >= g.prefix)
+        value = positions[(t - g.prefix) * g.width + d];
+      if (t >= g.prefix)
+        value += config_.patch_bias ? vectors.at("patch_embed.proj.bias")[d] : 0.0f;
+      else if (config_.class_token && t == 0)
+        value += vectors.at("cls_token")[d];
+      else
+        value += vectors.at("reg_token")[(t - (config_.class_token ? 1 : 0)) * g.width + d];
+      base_[residual_index(*kernels_, g, t, d)] = value;
+    }
+}
+
+Vit::Vit(const VitConfig& config, const std::map<std::string, Weights>& weights, const Vectors& vectors, std::size_t threads,
+         const std::string& isa)
+    : config_(config), pool_(threads), counters_(kStagesPerImage + kStagesPerBlock * config.depth) {
+  bool exact = false;
+  for (const auto& [name, w] : weights) exact = exact || (w.n && w.fp32);
+  Geometry& g = geometry_;
+  g.width = config.embed_dim;
+  g.heads = config.num_heads;
+  g.head_dim = g.width / g.heads;
+  g.channels = config.in_chans;
+  g.image_height = config.image_height;
+  g.image_width = config.image_width;
+  g.patch = config.patch_size;
+  g.prefix = config.reg_tokens + (config.class_token ? 1 : 0);
+  g.tokens = g.prefix + (g.image_height / g.patch) * (g.image_width / g.patch);
+  g.padded_tokens = std::max<std::size_t>(round_up(g.tokens, kTokenUnit), 2 * kTokenUnit);
+  kernels_ = choose_kernels(isa, exact, g.head_dim % 2 != 0);
+  g.padded_head_dim = round_up(g.head_dim, kernels_->head_step);
+  residual_size_ = g.width * g.padded_tokens;
+
+  const auto norm = [&](const std::string& name) { return Norm{vectors.at(name + ".weight"), vectors.at(name + ".bias")}; };
+  const auto optional_vector = [&](const std::string& name) {
+    const auto found = vectors.find(name);
+    return found == vectors.end() ? nullptr : &found->second;
+  };
+  const auto qkv_rows = head_rows(g), wide = identity_rows(g.width), hidden = identity_rows(config.mlp_hidden);
+  std::vector<float> query_gain(3 * g.width, 1.0f);
+  std::fill_n(query_gain.begin(), g.width, 1.0f / std::sqrt(static_cast<float>(g.head_dim)));
+
+  blocks_.resize(config.depth);
+  std::vector<std::function<void()>> layers;
+  layers.emplace_back([&] { embed_ = build_layer(weights.at("patch_embed.proj.weight"), wide, nullptr, nullptr); });
+  for (std::size_t i = 0; i < config.depth; ++i) {
+    const std::string block = "blocks." + std::to_string(i) + ".";
+    const auto layer = [&](Layer& to, const std::string& name, const auto& rows, const std::vector<float>* gain) {
+      layers.emplace_back([&to, &rows, gain, name = block + name, &weights, &optional_vector, this] {
+        try {
+          to = build_layer(weights.at(name + ".weight"), rows, optional_vector(name + ".bias"), gain);
+        } catch (const std::invalid_argument& error) {
+          throw std::invalid_argument(name + ".weight: " + error.what());
+        }
+      });
+    };
+    blocks_[i].norm1 = norm(block + "norm1");
+    blocks_[i].norm2 = norm(block + "norm2");
+    layer(blocks_[i].qkv, "attn.qkv", qkv_rows, &query_gain);
+    layer(blocks_[i].proj, "attn.proj", wide, optional_vector(block + "ls1.gamma"));
+    layer(blocks_[i].fc1, "mlp.fc1", hidden, nullptr);
+    layer(blocks_[i].fc2, "mlp.fc2", wide, optional_vector(block + "ls2.gamma"));
+  }
+  run_all(pool_, layers);
+  build_base(vectors);
+  if (config.pre_norm) norm_pre_ = norm("norm_pre");
+  if (config.final_norm) norm_ = norm("norm");
+  if (config.fc_norm) fc_norm_ = norm("fc_norm");
+  if (config.num_classes) head_weight_ = vectors.at("head.weight"), head_bias_ = vectors.at("head.bias");
+  for (std::size_t t = 0; t < threads; ++t) scratch_.push_back(aligned_array<char>(kernels_->scratch_bytes(g)));
+}
+
+Vit::~Vit() = default;
+
+}  // namespace sparsemae

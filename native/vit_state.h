@@ -1,0 +1,33 @@
+// What building and running a model share and nobody else needs.
+#pragma once
+
+#include <cstring>
+#include <new>
+
+#include "vit.h"
+
+namespace sparsemae {
+
+constexpr std::size_t kStagesPerImage = 8;
+constexpr std::size_t kStagesPerBlock = 8;
+
+// Zeroed, 64-byte aligned; `count` may be 0.
+template <class T>
+Aligned<T> aligned_array(std::size_t count) {
+  void* memory = ::operator new[](round_up(count * sizeof(T), 64) + 64, std::align_val_t{64});
+  std::memset(memory, 0, round_up(count * sizeof(T), 64) + 64);
+  return Aligned<T>(static_cast<T*>(memory));
+}
+
+inline std::size_t residual_index(const Kernels& kernels, const Geometry& g, std::size_t token, std::size_t feature) {
+  return kernels.feature_major ? feature * g.padded_tokens + token : token * g.width + feature;
+}
+
+struct Vit::Workspace {
+  Aligned<float> residual;
+  Aligned<char> patches, normed, attended, hidden;
+  Aligned<char> quantised;  // the input of an int8 layer
+  std::vector<float> pooled;
+};
+
+}  // namespace sparsemae

@@ -1,0 +1,1 @@
+"""Packed models: group codes, the file format, and packing itself."""

@@ -1,0 +1,34 @@
+"""The native library."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsemae.packing.format import VitShape
+
+class Builder:
+    def __init__(self, shape: VitShape) -> None: ...
+    def vector(self, name: str, values: NDArray[np.float32]) -> None: ...
+    def dense(self, name: str, values: NDArray[np.float32]) -> None: ...
+    def sparse(
+        self,
+        name: str,
+        columns: int,
+        n: int,
+        m: int,
+        codes: NDArray[np.uint8],
+        values: NDArray[Any],
+        scale: NDArray[np.float32] | None,
+        integers: bool,
+    ) -> None: ...
+    def build(self, threads: int, isa: str) -> Vit: ...
+
+class Vit:
+    isa: str
+    math: str
+    threads: int
+    def __call__(self, images: NDArray[np.float32], features: bool) -> NDArray[np.float32]: ...
+
+def usable_isas() -> list[str]: ...
+def decode_positions(codes: NDArray[np.uint8], groups: int, n: int, m: int) -> bytes: ...

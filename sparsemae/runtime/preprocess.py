@@ -1,0 +1,70 @@
+"""timm's evaluation transform in pillow and numpy, agreeing to the pixel: resize the shorter side, crop the centre, normalise.
+
+torchvision resizes PIL images with pillow itself, so that only its rounding of sizes and offsets has to be met: the longer side is
+``int(size * long / short)``, truncated; a crop starts at ``round((side - crop) / 2)``, half to even; an image smaller than the crop is padded with black.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from sparsemae.packing.format import Preprocess, VitShape
+
+_RESAMPLING = {
+    name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+}
+
+
+def load_image(path: str | Path, vit: VitShape, preprocess: Preprocess) -> NDArray[np.float32]:
+    """Read an image file as the model's input.
+
+    Returns:
+        float32 [3, H, W], normalised.
+
+    Raises:
+        ValueError: not an image that pillow can read.
+        OSError: the file cannot be opened.
+    """
+    with Path(path).open("rb") as file:
+        try:
+            with Image.open(file) as image:
+                upright = ImageOps.exif_transpose(image) if preprocess.exif_transpose else image
+                return transform(upright.convert("RGB"), vit, preprocess)
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{path}: not a readable image: {' '.join(str(error).split())[:200]}") from None
+
+
+def transform(image: Image.Image, vit: VitShape, preprocess: Preprocess) -> NDArray[np.float32]:
+    """Resize, crop and normalise an RGB image. Returns float32 [3, H, W]."""
+    height, width = vit.image_height, vit.image_width
+    image = image.resize(
+        _resized(image.size, height, width, preprocess.crop_pct), _RESAMPLING[preprocess.interpolation]
+    )
+    pixels = np.asarray(_centre(image, height, width), dtype=np.float32) / np.float32(255)
+    mean, std = (np.array(values, np.float32) for values in (preprocess.mean, preprocess.std))
+    return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))
+
+
+def _resized(size: tuple[int, int], height: int, width: int, crop_pct: float) -> tuple[int, int]:
+    """(width, height) after timm's resize: the shorter side for a square input, the better fitting one otherwise."""
+    scaled_height, scaled_width = math.floor(height / crop_pct), math.floor(width / crop_pct)
+    if scaled_height == scaled_width:
+        short, long = sorted(size)
+        longer = int(scaled_height * long / short)
+        return (scaled_height, longer) if size[0] <= size[1] else (longer, scaled_height)
+    ratio = min(size[1] / scaled_height, size[0] / scaled_width)
+    return round(size[0] / ratio), round(size[1] / ratio)
+
+
+def _centre(image: Image.Image, height: int, width: int) -> Image.Image:
+    if image.width < width or image.height < height:
+        padded = Image.new("RGB", (max(width, image.width), max(height, image.height)))
+        padded.paste(image, (max(0, (width - image.width) // 2), max(0, (height - image.height) // 2)))
+        image = padded
+    left, top = round((image.width - width) / 2.0), round((image.height - height) / 2.0)
+    return image.crop((left, top, left + width, top + height))

@@ -1,0 +1,139 @@
+"""Every instruction set of this processor against the float64 twin, on the shapes that the format allows."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+
+from sparsemae.packing.codec import decode_positions, encode_mask
+from sparsemae.packing.format import PackedModel
+from sparsemae.runtime import _native
+from sparsemae.runtime.model import _build
+
+ISAS = _native.usable_isas()
+LIMIT = {"fp32": 2e-5, "bf16": 4e-2}
+"""Largest error over the standard deviation of the outputs. Narrow random models average out little of bf16's rounding."""
+
+SHAPES: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "plain": ("2:32", {}),
+    "dense": (None, {}),
+    "all kept": ("32:32", {}),
+    "one of a group": ("1:64", {}),
+    "odd n": ("3:32", {}),
+    "m of 12": ("5:12", {"embed_dim": 48, "num_heads": 3, "mlp_hidden": 60}),
+    "m of 7, odd heads": ("3:7", {"embed_dim": 35, "num_heads": 5, "mlp_hidden": 49}),
+    "bitmap codes": ("40:80", {"embed_dim": 80, "num_heads": 5, "mlp_hidden": 160}),
+    "wide groups": ("9:256", {"embed_dim": 256, "num_heads": 4, "mlp_hidden": 512}),
+    "one token": ("2:32", {"image_height": 4, "image_width": 4, "class_token": False, "patch_size": 4}),
+    "wide image, one channel": ("2:32", {"image_width": 36, "in_chans": 1}),
+    "odd patches": ("2:32", {"patch_size": 5, "image_height": 35, "image_width": 25}),
+    "many tokens": ("2:32", {"patch_size": 2, "image_height": 34, "image_width": 34, "depth": 1}),
+    "registers": ("2:32", {"reg_tokens": 3, "global_pool": "token", "final_norm": True, "fc_norm": False}),
+    "positions of patches only": ("2:32", {"reg_tokens": 1, "no_embed_class": True}),
+    "layer scale, pre norm": ("2:32", {"layer_scale": True, "pre_norm": True}),
+    "no biases": ("2:32", {"qkv_bias": False, "proj_bias": False, "patch_bias": False}),
+    "encoder": ("2:32", {"num_classes": 0, "pool_include_prefix": True}),
+    "all tokens": ("2:32", {"num_classes": 0, "global_pool": "", "fc_norm": False, "final_norm": True}),
+    "one class": ("2:32", {"num_classes": 1}),
+    "hidden of 100": ("2:4", {"mlp_hidden": 100}),
+    "wide heads": ("2:32", {"embed_dim": 320, "num_heads": 2, "mlp_hidden": 64}),
+}
+
+
+def error(got: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.abs(got - wanted).max() / max(float(wanted.std()), 0.3))
+
+
+def images_for(model: PackedModel, batch: int) -> np.ndarray:
+    vit = model.config.vit
+    return np.random.default_rng(1).standard_normal(
+        (batch, vit.in_chans, vit.image_height, vit.image_width), np.float32
+    )
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.holds("packed.5")
+def test_forward_agrees_with_the_twin(isa: str, kind: str) -> None:
+    pattern, changes = SHAPES[kind]
+    for dtype in ("fp32", "bf16", "int8"):
+        model = reference.random_model(reference.vit_shape(**changes), pattern, dtype)
+        images = images_for(model, 3)
+        wanted, tokens = reference.forward(model, images), reference.forward(model, images, features=True)
+        for threads in (1, 2):
+            native = _build(model, threads, isa)
+            assert error(native(images, False), wanted) <= LIMIT[native.math]
+            assert error(native(images, True), tokens) <= 2 * LIMIT[native.math]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_any_batch_and_thread_count_gives_the_same_bits(isa: str) -> None:
+    model = reference.random_model(reference.TINY)
+    images = images_for(model, 7)
+    wanted = _build(model, 1, isa)(images, False)
+    for threads in (2, 3, 5):
+        native = _build(model, threads, isa)
+        for batch in (1, 2, 3, 7, 0):
+            assert (native(images[:batch], False) == wanted[:batch]).all()
+
+
+def test_fp32_files_are_computed_in_fp32() -> None:
+    for isa in ISAS:
+        assert _build(reference.random_model(reference.TINY, dtype="fp32"), 1, isa).math == "fp32"
+
+
+def test_unknown_instruction_set_is_named() -> None:
+    with pytest.raises(ValueError, match="instruction set must be one of .*portable.* got 'sse9'"):
+        _build(reference.random_model(reference.TINY), 1, "sse9")
+    with pytest.raises(ValueError, match=r"threads must be in \[1, 1024\], got 0"):
+        _build(reference.random_model(reference.TINY), 0, "")
+
+
+@pytest.mark.parametrize(
+    ("n", "m"),
+    [(1, 1), (2, 4), (2, 32), (4, 32), (31, 32), (16, 32), (32, 64), (33, 67), (40, 80), (1, 256), (255, 256)],
+)
+def test_codes_are_decoded_as_numpy_does(n: int, m: int) -> None:
+    groups = 613
+    order = np.argsort(np.random.default_rng(0).random((groups, m)), axis=1)
+    codes = encode_mask((order < n).reshape(1, -1), n, m)
+    native = np.frombuffer(_native.decode_positions(codes, groups, n, m), np.uint8).reshape(groups, n)
+    assert (native == decode_positions(codes, groups, n, m)).all()
+    for bad in (codes[:-1], np.append(codes, np.uint8(0))):
+        for decode in (decode_positions, _native.decode_positions):
+            with pytest.raises(ValueError, match="bytes"):
+                decode(bad, groups, n, m) if codes.size else decode(np.zeros(1, np.uint8), groups, n, m)
+    for bad in (np.full_like(codes, 255), np.full_like(codes, 170)):
+        assert refused(decode_positions, bad, groups, n, m) == refused(_native.decode_positions, bad, groups, n, m)
+
+
+def refused(decode: Callable[..., Any], *args: Any) -> bool:
+    try:
+        decode(*args)
+    except ValueError:
+        return True
+    return False
+
+
+@pytest.mark.holds("packed.6")
+def test_models_and_callers_in_parallel_do_not_mix() -> None:
+    models = [reference.random_model(reference.TINY, seed=seed) for seed in range(3)]
+    images = images_for(models[0], 5)
+    natives = [_build(model, 2, "") for model in models]
+    wanted = [native(images, False) for native in natives]
+    failures: list[int] = []
+
+    def call(i: int) -> None:
+        for _ in range(30):
+            if not (natives[i % 3](images, False) == wanted[i % 3]).all():
+                failures.append(i)
+
+    callers = [threading.Thread(target=call, args=(i,)) for i in range(6)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not failures

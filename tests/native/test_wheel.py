@@ -1,0 +1,63 @@
+"""A wheel, built and installed into an empty environment, predicts without torch and without a compiler."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import reference
+from PIL import Image
+
+from sparsemae.packing.format import write
+from sparsemae.runtime import _native
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.holds("packed.1")
+def test_wheel_in_an_empty_environment(tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip"]
+    subprocess.run([*pip, "wheel", "--no-deps", "-q", "-w", tmp_path, ROOT], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("sparsemae-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert any(re.fullmatch(r"sparsemae/runtime/_native.*\.(so|pyd)", name) for name in names)
+    assert not any(name.endswith((".cpp", ".h")) for name in names)
+
+    venv.create(tmp_path / "env", with_pip=True)
+    python = tmp_path / "env" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "-q", wheel], check=True, capture_output=True)
+    write(tmp_path / "model.safetensors", reference.random_model(reference.TINY))
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "photo.jpg")
+    code = (
+        "import sys, sparsemae.runtime as r\n"
+        "print(r.load('model.safetensors').predict(['photo.jpg'])[0][0].label, 'torch' in sys.modules)"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [python, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert re.fullmatch(r"\d False\n", done.stdout)
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="reads the library with objdump")
+def test_library_fits_a_manylinux_wheel() -> None:
+    """manylinux_2_34 (Debian 12, Ubuntu 22.04, RHEL 9): no other library and no newer symbol than it allows."""
+    dynamic = subprocess.run(["objdump", "-p", _native.__file__], capture_output=True, text=True, check=True).stdout
+    needed = set(re.findall(r"NEEDED +(\S+)", dynamic))
+    assert needed <= {
+        "libc.so.6",
+        "libm.so.6",
+        "libpthread.so.0",
+        "libgcc_s.so.1",
+        "libstdc++.so.6",
+        "ld-linux-x86-64.so.2",
+    }
+    for symbols, newest in (("GLIBC", (2, 34)), ("GLIBCXX", (3, 4, 29))):
+        found = re.findall(rf"\b{symbols}_([\d.]+)", dynamic)
+        assert max(tuple(map(int, version.split("."))) for version in found) <= newest
