@@ -15,22 +15,29 @@ import multiprocessing
 import os
 import shlex
 import shutil
+import statistics
 import time
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from sparsemae.config import read_config
 from sparsemae.data.classification import SourceConfig
 from sparsemae.data.embedded import CLASS_NAMES, EmbeddedReader
 from sparsemae.report.plots import reconstruction_picture
-from sparsemae.sparsity import summarize
+from sparsemae.runtime import load
+from sparsemae.sparsity import densify, iter_sparse, summarize
 from sparsemae.tasks.build import load_autoencoder, load_classifier
 from sparsemae.tasks.evaluate import EvaluateConfig, evaluate
+from sparsemae.tasks.pack import PackConfig, pack
 from sparsemae.tasks.predict import PredictConfig, predict
 
 PREDICTED_IMAGES = 5
@@ -118,7 +125,11 @@ def demo(config: DemoConfig) -> None:
     model, description = load_autoencoder(out / "pretrain-sparse")
     reconstruction_picture(model, description, picture, config.seed)
     console.print(f"\nPicture: {picture} (originals, masked, reconstructed by the sparse and by the full weights)")
-    console.print(f"Model:   {out}/finetune-sparse/model.safetensors")
+    console.print("\nPacked, to run on any CPU without torch:")
+    packed = out / "packed.safetensors"
+    pack(PackConfig(f"{out}/finetune-sparse", str(packed), data=SourceConfig()))
+    console.print(_speed_table(packed, [out / name for name in ("finetune-sparse", "finetune-small") if name in done]))
+    console.print(f"Try: sparsemae predict {packed} {out}/images")
     seconds = time.monotonic() - begin
     console.print(f"{seconds:.0f} s on {_cores()} cores")
     (out / "results.json").write_text(json.dumps({"seconds": seconds, "arms": results}, indent=1))
@@ -189,8 +200,6 @@ def _progress(folder: Path) -> str:
 
 def _run_job(job: str, words: list[str], log: str) -> float:
     """Run one job in this process, single-threaded, its output in a file; returns its seconds."""
-    import torch
-
     begin = time.monotonic()
     torch.set_num_threads(1)
     module: Any = importlib.import_module(f"sparsemae.tasks.{job}")
@@ -240,6 +249,43 @@ def _table(results: dict[str, dict[str, Any]]) -> Table:
 def _markdown(results: dict[str, dict[str, Any]]) -> str:
     lines = [HEADINGS, ("---", *["---:"] * (len(HEADINGS) - 1)), *_rows(results)]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _speed_table(packed: Path, runs: list[Path]) -> Table:
+    """Size and time per image of the packed model and of dense ones in torch: one thread, taking turns, medians."""
+    torch.set_num_threads(1)
+    runtime = load(packed, threads=1)
+    shape = runtime.config.vit
+    forwards: dict[str, tuple[Path, Callable[[np.ndarray], Any]]] = {"packed bf16": (packed, runtime)}
+    for run in runs:
+        model = load_classifier(run)[0]
+        if any(iter_sparse(model)):
+            densify(model)
+        title = f"dense {model.embed_dim} wide, torch fp32"
+        forwards[title] = run / "model.safetensors", _torch_forward(model)
+    times: dict[tuple[str, int], list[float]] = {}
+    for batch in (1, 8):
+        images = np.random.default_rng(0).standard_normal((batch, 3, shape.image_height, shape.image_width), np.float32)
+        for _ in range(31):
+            for title, (_, forward) in forwards.items():
+                begin = time.perf_counter()
+                forward(images)
+                times.setdefault((title, batch), []).append(1e6 * (time.perf_counter() - begin))
+    table = Table("model", title="\nSize, and time per call on one thread")
+    for heading in ("file, kB", "1 image, µs", "8 images, µs"):
+        table.add_column(heading, justify="right")
+    for title, (file, _) in forwards.items():
+        medians = (f"{statistics.median(times[title, batch]):,.0f}" for batch in (1, 8))
+        table.add_row(title, f"{file.stat().st_size / 1000:,.0f}", *medians)
+    return table
+
+
+def _torch_forward(model: nn.Module) -> Callable[[np.ndarray], Any]:
+    @torch.inference_mode()
+    def forward(images: np.ndarray) -> Any:
+        return model(torch.from_numpy(images))
+
+    return forward
 
 
 def _verdicts(results: dict[str, dict[str, Any]]) -> list[str]:
