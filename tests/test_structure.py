@@ -24,9 +24,12 @@ ALLOWED = {
     "models": set(),
     "config": set(),
     "training": {"sparsity", "data", "models"},
-    "tasks": {"sparsity", "data", "models", "training"},
+    "packing": set(),
+    "runtime": {"packing"},
+    "tasks": {"sparsity", "data", "models", "training", "packing", "runtime"},
     "report": {"sparsity", "data", "models"},
-    "demo": {"sparsity", "data", "models", "training", "tasks", "report", "config"},
+    "demo": {"sparsity", "data", "models", "training", "tasks", "report", "config", "runtime"},
+    "benchmark": {"packing", "runtime"},
     "cli": {"config", "__version__"},
     "__init__": set(),
 }
@@ -49,6 +52,13 @@ def imported(file: Path) -> set[str]:
 def test_imports_go_one_way(file: Path) -> None:
     part = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
     assert imported(file) - {part} <= ALLOWED[part]
+
+
+def test_runtime_sees_the_torch_free_half_of_packing_only() -> None:
+    sources = "".join(file.read_text() for file in (PACKAGE / "runtime").glob("*.py"))
+    assert set(re.findall(r"sparsemae\.packing\.(\w+)", sources)) <= {"codec", "format"}
+    for file in ("codec", "format"):
+        assert "torch" not in re.findall(r"import (\w+)", (PACKAGE / f"packing/{file}.py").read_text())
 
 
 def test_importing_the_package_and_its_command_line_loads_no_torch() -> None:
