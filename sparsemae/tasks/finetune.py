@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from timm.data.mixup import Mixup
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
 from sparsemae.data.classification import (
@@ -37,9 +41,17 @@ class FinetuneConfig:
     """Weights to start from: a run folder or a file (MAE, timm, HF ViTMAE, our own); None: from scratch."""
     label_smoothing: float = 0.1
     """Label smoothing epsilon."""
+    mixup: float = 0.8
+    """Alpha of mixup; 0 switches it off."""
+    cutmix: float = 1.0
+    """Alpha of cutmix; 0 switches it off. With both, each batch takes one of them, with probability 0.5."""
+    erasing: float = 0.25
+    """Probability of erasing a random rectangle of an image with noise."""
     model: ModelConfig = field(default_factory=ModelConfig)
     sparse: SparseConfig = field(default_factory=SparseConfig)
-    data: DataConfig = field(default_factory=lambda: DataConfig(crop_scale=(0.08, 1.0)))
+    data: DataConfig = field(
+        default_factory=lambda: DataConfig(crop_scale=(0.08, 1.0), auto_augment="rand-m9-mstd0.5-inc1")
+    )
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-3, min_lr=1e-6, layer_decay=0.65))
     trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(epochs=200, global_batch=2048))
 
@@ -67,11 +79,16 @@ def finetune(config: FinetuneConfig) -> Path:
     if run.fabric.is_global_zero:
         run.log.say(str(summarize(model)))
     description = describe("classify", model, config.model, data, train.class_names)
-    criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+    erase, mix = _erasing(config.erasing, run.fabric.device), _mixing(config, len(train.class_names))
+    smooth = nn.CrossEntropyLoss(label_smoothing=0.0 if mix else config.label_smoothing)
 
     def loss_of(forward: nn.Module, batch: dict[str, Any]) -> Tensor:
-        logits = forward(normalize(batch["image"], data.mean, data.std))
-        loss: Tensor = criterion(logits.float(), batch["target"])
+        images, target = erase(normalize(batch["image"], data.mean, data.std)), batch["target"]
+        if mix is not None:
+            if len(images) % 2:
+                raise ValueError(f"trainer.device_batch: mixup and cutmix want an even batch, got {len(images)}")
+            images, target = mix(images, target)
+        loss: Tensor = smooth(forward(images).float(), target)
         return loss
 
     def evaluate() -> dict[str, float]:
@@ -88,3 +105,17 @@ def finetune(config: FinetuneConfig) -> Path:
         save_model(path, model, {**description, "frozen": True, "metrics": metrics})
         run.log.say(f"top-1 {metrics['top1']:.2%} on {len(val):,} images; wrote {path}")
     return path
+
+
+def _erasing(probability: float, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """timm's random erasing, on the normalised batch; draws from the generators that the loop seeds."""
+    if not probability:
+        return lambda images: images
+    return RandomErasing(probability, mode="pixel", device=str(device))  # type: ignore[no-any-return]
+
+
+def _mixing(config: FinetuneConfig, num_classes: int) -> Mixup | None:
+    """timm's mixup and cutmix, on every batch; they make the targets soft and smooth them."""
+    if not config.mixup and not config.cutmix:
+        return None
+    return Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=num_classes)

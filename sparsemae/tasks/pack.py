@@ -1,4 +1,4 @@
-"""From a finetuned run to the packed file that is shipped: written, measured, and held against the model it was made of."""
+"""From a finetuned run to the packed file that is shipped, held against the model it was made of."""
 
 from __future__ import annotations
 

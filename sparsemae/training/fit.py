@@ -34,7 +34,7 @@ from sparsemae.training.checkpoint import (
     step_of,
 )
 from sparsemae.training.logs import RunLog, StepProgress, environment
-from sparsemae.training.optim import OptimConfig, learning_rate, make_optimizer, set_learning_rate
+from sparsemae.training.optim import OptimConfig, learning_rate, make_optimizer, scaled_to_batch, set_learning_rate
 
 PRECISIONS: dict[str, Any] = {"bf16": "bf16-mixed", "fp32": "32-true", "fp64": "64-true"}
 # Settings that may differ when a run is continued: they do not change what is computed.
@@ -55,6 +55,8 @@ class TrainerConfig:
     """Images per optimizer step, over all devices and accumulation: what a recipe fixes."""
     device_batch: int | None = None
     """Images per device and forward; accumulation fills the global batch. None: global_batch / devices."""
+    scale_lr: bool = False
+    """Scale optim.lr by global_batch / optim.lr_batch (the linear rule)."""
     devices: int = 1
     """Processes, one device each."""
     num_nodes: int = 1
@@ -171,6 +173,8 @@ class _Loop:
 
     def __init__(self, run: Run, task: Task, optim: OptimConfig) -> None:
         trainer, fabric = run.trainer, run.fabric
+        if trainer.scale_lr:
+            optim = scaled_to_batch(optim, trainer.global_batch)
         self.run, self.task, self.optim, self.fabric = run, task, optim, fabric
         images = len(task.dataset)  # type: ignore[arg-type]
         self.plan = BatchPlan.make(images, trainer.global_batch, trainer.device_batch, fabric.world_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ class OptimConfig:
 
     lr: float = 2.4e-3
     """Peak learning rate, for the global batch as it is (no hidden scaling)."""
+    lr_batch: int | None = None
+    """The global batch, in images, that lr and min_lr are given for; only trainer.scale_lr uses it."""
     min_lr: float = 1e-5
     """Learning rate at the end of the schedule."""
     warmup_epochs: float = 5.0
@@ -32,6 +34,16 @@ class OptimConfig:
     """Adam's epsilon."""
     clip_grad: float | None = None
     """Largest norm of the gradient; None: no clipping."""
+
+
+def scaled_to_batch(optim: OptimConfig, global_batch: int) -> OptimConfig:
+    """The linear rule: lr and min_lr times ``global_batch / lr_batch``. Raises ValueError if lr_batch is not given."""
+    if optim.lr_batch is None:
+        raise ValueError(
+            "trainer.scale_lr: wanted optim.lr_batch, the global batch that optim.lr is given for, got none"
+        )
+    factor = global_batch / optim.lr_batch
+    return replace(optim, lr=optim.lr * factor, min_lr=optim.min_lr * factor)
 
 
 def learning_rate(optim: OptimConfig, epoch: float, epochs: float) -> float:

@@ -59,7 +59,7 @@ def test_data(refused: Callable[..., str], tmp_path: Path, image_folder: Path, j
     [
         (["--optim.lrr", "1"], "unrecognized arguments: --optim.lrr"),
         (["--optim.lr", "fast"], 'key "optim.lr"'),
-        (["--config", "no_such"], "wanted a YAML file or a recipe (demo_finetune, demo_pretrain), got 'no_such'"),
+        (["--config", "no_such"], "wanted a YAML file or a recipe (demo_finetune, demo_pretrain, finetune_s"),
         (["--sparse.pattern", "2:48"], "attn.qkv: pattern 2:48 wants in_features divisible by 48, got in_features=32"),
         (["--sparse.pattern", "33:32"], "wanted 1 <= n <= m (n kept of every m), got n=33, m=32"),
         (["--sparse.pattern", "half"], 'wanted "n:m"'),
@@ -70,6 +70,7 @@ def test_data(refused: Callable[..., str], tmp_path: Path, image_folder: Path, j
         (["--model.args", "{embed_dimm: 3}"], "model.args: vit_base_patch16_224 does not take"),
         (["--trainer.global_batch", "64"], "global_batch: wanted at most the 32 training images, got 64"),
         (["--trainer.device_batch", "3"], "1 x 3 does not divide it"),
+        (["--trainer.scale_lr", "true"], "trainer.scale_lr: wanted optim.lr_batch"),
         (["--init", "/no/such/file"], "/no/such/file: no such file or run folder"),
     ],
 )  # fmt: skip
@@ -107,6 +108,11 @@ def test_wrong_number_of_classes(refused: Callable[..., str], tmp_path: Path, im
     for file in (single / "dog").iterdir():
         file.unlink()
     assert "wanted at least two class folders, got ['cat']" in refused(*on(single, "finetune", tmp_path / "one"))
+
+
+def test_mixup_wants_even_batches(refused: Callable[..., str], tmp_path: Path) -> None:
+    words = tiny("finetune", tmp_path / "run", "--mixup", "0.8", "--trainer.device_batch", "1")
+    assert "device_batch: mixup and cutmix want an even batch, got 1" in refused(*words)
 
 
 def test_predict(refused: Callable[..., str], tmp_path: Path, image_folder: Path) -> None:

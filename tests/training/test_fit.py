@@ -13,6 +13,7 @@ from conftest import metrics, tiny
 from sparsemae.cli import main
 from sparsemae.models.weights import read_weights
 from sparsemae.sparsity import NMPattern, nm_mask
+from sparsemae.training.optim import OptimConfig, learning_rate
 
 GRADIENTS = Path(__file__).parent / "gradients.py"
 
@@ -50,7 +51,10 @@ def test_another_seed_gives_other_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize("job", ["pretrain", pytest.param("finetune", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stop", [1, 2, 5])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, job: str, stop: int) -> None:
-    options = ("--model.drop_path", "0.3")
+    options = ["--model.drop_path", "0.3"]
+    if job == "finetune":
+        options += ["--mixup", "0.8", "--cutmix", "1.0", "--erasing", "0.25", "--data.crop", "resized"]
+        options += ["--data.auto_augment", "rand-m9-mstd0.5-inc1"]
     main(tiny(job, tmp_path / "whole", *options))
     main(tiny(job, tmp_path / "parts", *options, "--trainer.max_steps", str(stop)))
     main(tiny(job, tmp_path / "parts", *options))
@@ -88,6 +92,15 @@ def test_a_changed_configuration_is_refused_with_the_difference(
     assert "optim.lr was 0.004, is 0.5" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*words, "--trainer.resume", "never"])
+
+
+def test_the_linear_rule_scales_both_rates(tmp_path: Path) -> None:
+    options = ["--optim.lr", "1e-3", "--optim.min_lr", "1e-4", "--optim.lr_batch", "64", "--optim.warmup_epochs", "0"]
+    main(tiny("pretrain", tmp_path / "run", *options, "--trainer.scale_lr", "true"))
+    rows = metrics(tmp_path / "run")
+    assert rows[0]["lr"] == 1e-3 / 4
+    lowest = learning_rate(OptimConfig(lr=2.5e-4, min_lr=2.5e-5, warmup_epochs=0), 5 / 2, 3)
+    assert rows[-1]["lr"] == pytest.approx(lowest)
 
 
 def test_the_runs_folder(tmp_path: Path) -> None:

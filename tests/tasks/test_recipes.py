@@ -1,0 +1,112 @@
+"""Each recipe against the paper's tables, row by row, typed here from its appendix."""
+
+from importlib import import_module
+
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from sparsemae.cli import JOBS
+from sparsemae.config import read_config
+from sparsemae.models.mae import random_masking
+from sparsemae.sparsity import summarize
+from sparsemae.tasks.build import build_autoencoder, build_classifier, make_sparse
+from sparsemae.training.optim import learning_rate
+
+IMAGENET = 1_281_167
+
+
+def recipe(name: str):
+    job = JOBS[name.split("_", maxsplit=1)[0]]
+    return read_config(getattr(import_module(job.module), job.config), ["--config", name])
+
+
+@pytest.mark.parametrize(("size", "pattern", "warmup"), [("t", "2:32", 5), ("s", "4:32", 15)])
+def test_table_1(size: str, pattern: str, warmup: int) -> None:
+    config = recipe(f"pretrain_{size}")
+    encoder = timm.create_model(config.model.name, num_classes=0, **config.model.args)
+    rows = {
+        "Layers": (len(encoder.blocks), 12),
+        "Mask ratio": (config.mask_ratio, 0.25),
+        "Sparse pattern": (config.sparse.pattern, pattern),
+        "Patch size": (encoder.patch_embed.patch_size, (16, 16)),
+        "Pre-training epochs": (config.trainer.epochs, 400),
+        "Batch size": (config.trainer.global_batch, 4096),
+        "Adam eps": (config.optim.eps, 1e-8),
+        "Adam beta": (config.optim.betas, (0.9, 0.999)),
+        "Peak learning rate": (config.optim.lr, 2.4e-3),
+        "Minimal learning rate": (config.optim.min_lr, 1e-5),
+        "Warmup epochs": (config.optim.warmup_epochs, warmup),
+        "Stochastic depth": (config.model.drop_path, 0.1),
+        "Dropout": (sum(m.p for m in encoder.modules() if isinstance(m, torch.nn.Dropout)), 0.0),
+        "Weight decay": (config.optim.weight_decay, 0.05),
+        "Data augment": (config.data.crop, "resized"),
+        "Input resolution": (config.data.img_size, 224),
+    }
+    assert not {row: pair for row, pair in rows.items() if pair[0] != pair[1]}
+    assert config.data.auto_augment is None
+
+
+@pytest.mark.parametrize(("size", "pattern"), [("t", "2:32"), ("s", "4:32")])
+def test_table_2(size: str, pattern: str) -> None:
+    config = recipe(f"finetune_{size}")
+    rows = {
+        "Peak learning rate": (config.optim.lr, 5e-3),
+        "Fine-tuning epochs": (config.trainer.epochs, 200),
+        "Warmup epochs": (config.optim.warmup_epochs, 5),
+        "Layer-wise learning rate decay": (config.optim.layer_decay, 0.65),
+        "Batch size": (config.trainer.global_batch, 2048),
+        "Adam eps": (config.optim.eps, 1e-8),
+        "Adam beta": (config.optim.betas, (0.9, 0.999)),
+        "Minimal learning rate": (config.optim.min_lr, 1e-6),
+        "Stochastic depth": (config.model.drop_path, 0.1),
+        "Weight decay": (config.optim.weight_decay, 0.05),
+        "Label smoothing": (config.label_smoothing, 0.1),
+        "Gradient clipping": (config.optim.clip_grad, None),
+        "Erasing": (config.erasing, 0.25),
+        "Input resolution": (config.data.img_size, 224),
+        "Rand augment": (config.data.auto_augment, "rand-m9-mstd0.5-inc1"),
+        "Mixup": (config.mixup, 0.8),
+        "Cutmix": (config.cutmix, 1.0),
+        "Sparse pattern": (config.sparse.pattern, pattern),
+    }
+    assert not {row: pair for row, pair in rows.items() if pair[0] != pair[1]}
+    assert config.init == f"runs/pretrain_{size}"
+    assert config.sparse.mask == "dynamic"
+
+
+@pytest.mark.parametrize(("size", "kept"), [("t", 5_308_416), ("s", 10_616_832)])
+def test_the_papers_arithmetic(size: str, kept: int) -> None:
+    pretrain, finetune = recipe(f"pretrain_{size}"), recipe(f"finetune_{size}")
+    with torch.device("meta"):
+        model = build_autoencoder(pretrain.model, pretrain.decoder, 224, 0)
+        classifier = build_classifier(finetune.model, 224, 1000, 0)
+    for task, part, config in ((model, model.encoder, pretrain), (classifier, classifier, finetune)):
+        assert isinstance(part, VisionTransformer)
+        assert len(make_sparse(task, config.sparse)) == 48
+        assert (summarize(part).kept, summarize(part).sparse_total) == (kept, 84_934_656)
+    kept_patches, *_ = random_masking(torch.zeros(1, 196, 1), pretrain.mask_ratio, torch.rand(1, 196))
+    assert kept_patches.shape[1] == 147
+
+
+@pytest.mark.parametrize("name", ["pretrain_t", "pretrain_s", "finetune_t", "finetune_s"])
+def test_the_schedule_over_imagenet(name: str) -> None:
+    config = recipe(name)
+    steps = IMAGENET // config.trainer.global_batch
+    optim, epochs = config.optim, config.trainer.epochs
+    rates = [learning_rate(optim, step / steps, epochs) for step in range(steps * int(epochs))]
+    assert rates[0] == 0
+    assert max(rates) == optim.lr == rates[int(optim.warmup_epochs) * steps]
+    assert rates[2] == pytest.approx(2 * optim.lr / (optim.warmup_epochs * steps))
+    assert rates[-1] == pytest.approx(optim.min_lr, rel=1e-3)
+
+
+def test_what_the_small_recipes_change() -> None:
+    for job in ("pretrain", "finetune"):
+        t, s = recipe(f"{job}_t"), recipe(f"{job}_s")
+        s.sparse.pattern, s.out = t.sparse.pattern, t.out
+        s.optim.warmup_epochs = t.optim.warmup_epochs
+        if job == "finetune":
+            s.init = t.init
+        assert s == t
