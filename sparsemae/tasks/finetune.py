@@ -20,7 +20,8 @@ from sparsemae.data.classification import (
     open_source,
     training_transform,
 )
-from sparsemae.models import ModelConfig, load_weights
+from sparsemae.models import ModelConfig
+from sparsemae.models.start import start_from
 from sparsemae.models.weights import save_model
 from sparsemae.sparsity import freeze, summarize
 from sparsemae.tasks.build import SparseConfig, build_classifier, describe, make_sparse
@@ -38,7 +39,7 @@ class FinetuneConfig:
     seed: int = 0
     """Seed of everything random."""
     init: str | None = None
-    """Weights to start from: a run folder or a file (MAE, timm, HF ViTMAE, our own); None: from scratch."""
+    """Weights to start from: a run folder, a file (MAE, timm, HF ViTMAE, our own), or timm:NAME; None: from scratch."""
     label_smoothing: float = 0.1
     """Label smoothing epsilon."""
     mixup: float = 0.8
@@ -70,9 +71,8 @@ def finetune(config: FinetuneConfig) -> Path:
     )
 
     run = start(asdict(config), config.trainer, config.out, config.seed)
-    if config.init is not None:  # a new head and fc_norm, as in MAE; a frozen source becomes a moving one
-        loaded = load_weights(model, config.init, ignore=["head.*", "fc_norm.*", "norm.*", "*.weight_mask"])
-        run.log.say(f"{config.init}: {loaded}")
+    if config.init is not None:
+        run.log.say(f"{config.init}: {start_from(model, config.init)}")
     make_sparse(model, sparse)
     if sparse.mask == "fixed" and sparse.pattern != "dense":
         freeze(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -70,13 +70,14 @@ def pack(config: PackConfig) -> PackReport:
     return report
 
 
-def _images(data: SourceConfig | None, description: dict[str, object]) -> torch.Tensor:
-    prepared: dict[str, object] = description["input"]  # type: ignore[assignment]
+def _images(data: SourceConfig | None, description: dict[str, Any]) -> torch.Tensor:
+    prepared = description["input"]
     size = prepared["img_size"]
     if data is None:
-        return torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0))  # type: ignore[call-overload]
+        return torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0))
     source = open_source(data, "val", CHECKED_IMAGES)
-    transform = evaluation_transform(size, prepared["interpolation"], prepared["eval_crop"])  # type: ignore[arg-type]
+    transform = evaluation_transform(size, prepared["interpolation"], prepared["eval_crop"])
     sampler = EvaluationSampler(len(source), CHECKED_IMAGES)
     batch = next(batches(ImageDataset(source, transform), sampler, workers=0))
-    return normalize(batch["image"], prepared["mean"], prepared["std"])  # type: ignore[arg-type]
+    images: torch.Tensor = batch["image"]
+    return normalize(images, prepared["mean"], prepared["std"])

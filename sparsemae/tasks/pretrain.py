@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsemae.data.classification import DataConfig, ImageDataset, normalize, open_source, training_transform
-from sparsemae.models import ModelConfig, load_weights
+from sparsemae.models import ModelConfig
+from sparsemae.models.start import start_from
 from sparsemae.models.weights import save_model
 from sparsemae.sparsity import summarize
 from sparsemae.tasks.build import DecoderConfig, SparseConfig, build_autoencoder, describe, make_sparse
@@ -26,7 +27,7 @@ class PretrainConfig:
     seed: int = 0
     """Seed of everything random."""
     init: str | None = None
-    """Weights to start from: a run folder or a file (MAE, timm, HF ViTMAE, our own); None: from scratch."""
+    """Weights to start from: a run folder, a file (MAE, timm, HF ViTMAE, our own), or timm:NAME; None: from scratch."""
     mask_ratio: float = 0.25
     """Share of the patches that is removed."""
     norm_pix_loss: bool = True
@@ -53,9 +54,7 @@ def pretrain(config: PretrainConfig) -> Path:
 
     run = start(asdict(config), config.trainer, config.out, config.seed)
     if config.init is not None:
-        run.log.say(
-            f"{config.init}: {load_weights(model, config.init, ignore=['head.*', 'fc_norm.*', '*.weight_mask'])}"
-        )
+        run.log.say(f"{config.init}: {start_from(model, config.init)}")
     make_sparse(model, sparse)
     if run.fabric.is_global_zero:
         run.log.say(str(summarize(model.encoder)))

@@ -90,7 +90,8 @@ def test_checkpoint_of_another_architecture(refused: Callable[..., str], tmp_pat
     words[words.index("--model.args") + 1] = "{patch_size: 7, embed_dim: 64, depth: 2, num_heads: 2}"
     line = refused(*words)
     assert "checkpoint of another architecture" in line
-    assert "blocks.0.attn.proj.weight [32, 32] for [64, 64]" in line
+    assert "wanted at least 90% of the encoder's parameters, matched 0.0%" in line
+    assert "cls_token is [1, 1, 32] for [1, 1, 64]" in line
     assert "wanted a model for classify, got one for pretrain" in refused("evaluate", str(tmp_path / "run"))
     torch.save({"weight": torch.ones(2)}, tmp_path / "foreign.pth")
     assert "without our description" in refused("evaluate", str(tmp_path / "foreign.pth"))

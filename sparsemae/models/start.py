@@ -1,0 +1,100 @@
+"""Starting from somebody's weights: which of them fit, what was resampled, when it is another network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import timm
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from sparsemae.models.weights import Loaded, load_weights, read_weights, to_public_names
+
+NEW = ("head.*", "fc_norm.*", "*.weight_mask")
+"""Never taken over: the head and its norm are new in each stage, and a frozen mask moves again."""
+WANTED_SHARE = 0.9
+
+
+@dataclass
+class Start:
+    """What `start_from` did."""
+
+    loaded: Loaded
+    share: float
+    """Parameters of the encoder that the source filled, as a share of all of them."""
+    resized: list[str] = field(default_factory=list)
+    """Position embeddings that were resampled to another grid."""
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        resized = f"; resampled: {', '.join(self.resized)}" if self.resized else ""
+        return "; ".join([f"{self.share:.1%} of the encoder's parameters; {self.loaded}{resized}", *self.notes])
+
+
+def start_from(model: nn.Module, source: str) -> Start:
+    """Load a starting point into a classifier or an autoencoder, its head left new.
+
+    Args:
+        model: a timm ViT, or a module with one as ``encoder``.
+        source: a run folder, a file (MAE encoder-only or full, timm, HF ViTMAE, our own), or ``timm:NAME`` for
+            timm's pretrained weights, which are downloaded.
+
+    Raises:
+        ValueError: fewer than 90 % of the encoder's parameters match by name and shape (says how many).
+    """
+    encoder = model if isinstance(model, VisionTransformer) else model.encoder
+    assert isinstance(encoder, VisionTransformer)
+    state, foreign = _state(source)
+    resized = _resample_positions(state, encoder)
+    wanted = {
+        name: parameter.shape
+        for name, parameter in encoder.named_parameters()
+        if not any(fnmatchcase(name, glob) for glob in NEW)
+    }
+    fits = {name for name, shape in wanted.items() if name in state and state[name].shape == shape}
+    share = sum(wanted[name].numel() for name in fits) / sum(shape.numel() for shape in wanted.values())
+    if share < WANTED_SHARE:
+        raise ValueError(
+            f"{source}: checkpoint of another architecture: wanted at least {WANTED_SHARE:.0%} of the encoder's "
+            f"parameters, matched {share:.1%}; {_difference(state, wanted, fits)}"
+        )
+    unfit = [name for name in wanted if name in state and name not in fits]
+    loaded = load_weights(model, state, ignore=[*NEW, *unfit])
+    notes = []
+    if foreign and "mask_token" in state:
+        notes.append("weights published by MAE's authors are under CC BY-NC 4.0: not for commercial use")
+    return Start(loaded, share, resized, notes)
+
+
+def _state(source: str) -> tuple[dict[str, Tensor], bool]:
+    """Tensors under public names, and whether they come from elsewhere."""
+    name = source.removeprefix("timm:")
+    if name == source:
+        tensors, description = read_weights(source)
+        return to_public_names(tensors), not description
+    if not timm.is_model(name):
+        raise ValueError(f"{source}: wanted a timm model after timm:, got {name!r}")
+    create: Callable[..., nn.Module] = timm.create_model
+    return dict(create(name, pretrained=True).state_dict()), True
+
+
+def _resample_positions(state: dict[str, Tensor], encoder: VisionTransformer) -> list[str]:
+    """Bring a square grid of positions to the encoder's own, as timm does (bicubic, antialiased)."""
+    positions, own = state.get("pos_embed"), encoder.pos_embed
+    if positions is None or own is None or positions.shape == own.shape or positions.shape[-1] != own.shape[-1]:
+        return []
+    prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
+    state["pos_embed"] = resample_abs_pos_embed(
+        positions, new_size=list(encoder.patch_embed.grid_size), num_prefix_tokens=prefix
+    )
+    return ["pos_embed"]
+
+
+def _difference(state: Mapping[str, Tensor], wanted: Mapping[str, object], fits: set[str]) -> str:
+    for name, shape in wanted.items():
+        if name not in fits and name in state:
+            return f"{name} is {list(state[name].shape)} for {list(shape)}"  # type: ignore[call-overload]
+    return f"lacks {', '.join([name for name in wanted if name not in state][:3])}"

@@ -1,0 +1,74 @@
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import nn
+
+from sparsemae.models import MaskedAutoencoder
+from sparsemae.models.start import start_from
+
+
+def vit(img_size: int | tuple[int, int] = 28, **options) -> nn.Module:
+    arguments = {"patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3, **options}
+    return timm.create_model("vit_base_patch16_224", img_size=img_size, **arguments)
+
+
+def save(tmp_path: Path, state: dict) -> str:
+    torch.save(state, tmp_path / "weights.pth")
+    return str(tmp_path / "weights.pth")
+
+
+def test_a_timm_file_fills_the_encoder_and_leaves_the_head(tmp_path: Path) -> None:
+    source, model = vit(), vit(global_pool="avg", num_classes=5)
+    head = model.head.weight.clone()
+    result = start_from(model, save(tmp_path, source.state_dict()))
+    assert result.share == 1.0
+    assert torch.equal(model.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
+    assert torch.equal(model.head.weight, head)
+    assert "norm.weight" in result.loaded.unexpected
+    assert not result.resized
+    assert not result.notes
+
+
+@pytest.mark.parametrize("size", [56, (28, 42)])
+def test_positions_are_resampled_as_timm_does(tmp_path: Path, size: int | tuple[int, int]) -> None:
+    source, model = vit(), vit(size)
+    result = start_from(model, save(tmp_path, {"model": source.state_dict()}))
+    wanted = resample_abs_pos_embed(source.pos_embed, model.patch_embed.grid_size, num_prefix_tokens=1)
+    assert torch.equal(model.pos_embed, wanted)
+    assert result.resized == ["pos_embed"]
+    assert "resampled: pos_embed" in str(result)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_mae_files_full_and_encoder_only(tmp_path: Path, full: bool) -> None:
+    source = MaskedAutoencoder(vit(num_classes=0), 16, 1, 2)
+    state = {key.removeprefix("encoder."): value for key, value in source.state_dict().items()}
+    if not full:
+        state = {key: value for key, value in state.items() if not key.startswith(("decoder", "mask_token"))}
+    result = start_from(vit(global_pool="avg"), save(tmp_path, {"model": state}))
+    assert result.share == 1.0
+    assert ("CC BY-NC" in str(result)) == full
+
+
+def test_another_architecture_is_refused_with_the_share_matched(tmp_path: Path) -> None:
+    file = save(tmp_path, vit(depth=1).state_dict())
+    with pytest.raises(ValueError, match=r"wanted at least 90%.* matched [45]\d\.\d%; lacks blocks.1.norm1.weight"):
+        start_from(vit(), file)
+    model = vit(embed_dim=64)
+    before = model.pos_embed.clone()
+    with pytest.raises(ValueError, match=r"matched 0\.0%; cls_token is \[1, 1, 32\] for \[1, 1, 64\]"):
+        start_from(model, file)
+    assert torch.equal(model.pos_embed, before)
+    with pytest.raises(ValueError, match="wanted a timm model after timm:, got 'vit_giant'"):
+        start_from(vit(), "timm:vit_giant")
+
+
+def test_one_tensor_that_does_not_fit_is_left_out_above_the_share(tmp_path: Path) -> None:
+    state = vit().state_dict()
+    state["patch_embed.proj.bias"] = torch.ones(7)
+    result = start_from(vit(), save(tmp_path, state))
+    assert 0.9 <= result.share < 1
+    assert "patch_embed.proj.bias" in result.loaded.missing
