@@ -63,8 +63,8 @@ class TrainerConfig:
     """Machines."""
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to run."""
-    precision: str = "bf16"
-    """bf16 (autocast), fp32, or fp64 for tests."""
+    precision: str = "auto"
+    """bf16 (autocast), fp32, fp64 (for tests), or auto: bf16 where the device multiplies it, else fp32."""
     log_every_steps: int = 10
     """Optimizer steps between lines of metrics.jsonl."""
     save_every_steps: int = 1000
@@ -86,6 +86,8 @@ class Run:
     folder: Path
     trainer: TrainerConfig
     seed: int
+    precision: str
+    """What trainer.precision came to."""
 
 
 def start(config: Any, trainer: TrainerConfig, out: str, seed: int) -> Run:
@@ -93,16 +95,17 @@ def start(config: Any, trainer: TrainerConfig, out: str, seed: int) -> Run:
 
     Raises ValueError on settings that cannot work, or a folder that holds another run.
     """
-    if trainer.precision not in PRECISIONS:
+    precision = _automatic_precision(trainer) if trainer.precision == "auto" else trainer.precision
+    if precision not in PRECISIONS:
         reason = " (fp16's loss scale would multiply SR-STE's term, and its range loses small gradients)"
         raise ValueError(
-            f"trainer.precision: wanted {', '.join(PRECISIONS)}, got {trainer.precision}"
+            f"trainer.precision: wanted auto, {', '.join(PRECISIONS)}, got {trainer.precision}"
             + (reason if "16" in trainer.precision else "")
         )
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces the precision in every process
     fabric = Fabric(
         accelerator=trainer.accelerator, devices=trainer.devices, num_nodes=trainer.num_nodes,
-        precision=PRECISIONS[trainer.precision],
+        precision=PRECISIONS[precision],
     )  # fmt: skip
     fabric.launch()
     folder = Path(out)
@@ -117,7 +120,14 @@ def start(config: Any, trainer: TrainerConfig, out: str, seed: int) -> Run:
         (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         (folder / "environment.json").write_text(json.dumps(environment(), indent=1))
     fabric.barrier()
-    return Run(fabric, log, folder, trainer, seed)
+    return Run(fabric, log, folder, trainer, seed, precision)
+
+
+def _automatic_precision(trainer: TrainerConfig) -> str:
+    """bf16 on CUDA and on processors with AVX512-BF16; elsewhere a CPU emulates it, several times slower than fp32."""
+    if trainer.accelerator != "cpu" and torch.cuda.is_available():
+        return "bf16"
+    return "bf16" if getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else "fp32"
 
 
 def _refuse_other_config(file: Path, config: dict[str, Any]) -> None:
@@ -180,7 +190,7 @@ class _Loop:
         self.plan = BatchPlan.make(images, trainer.global_batch, trainer.device_batch, fabric.world_size)
         total = round(trainer.epochs * self.plan.steps_per_epoch)
         self.stop = min(total, trainer.max_steps or total)
-        if fabric.device.type == "cpu" and trainer.precision == "bf16":
+        if fabric.device.type == "cpu" and run.precision == "bf16":
             _use_plain_attention(task.model)
         self.topology = Topology(task.model) if any(iter_sparse(task.model)) else None
         # set up before resuming: optimizer state follows its parameters' device
