@@ -4,16 +4,20 @@ from sparsemae.sparsity.convert import (
     add_srste_gradient,
     dense_weights,
     densify,
+    drop_pruned,
     freeze,
     hold_masks,
     iter_sparse,
+    shrink_pruned,
     sparsify,
 )
 from sparsemae.sparsity.linear import NMLinear
 from sparsemae.sparsity.pattern import NMPattern, nm_mask
+from sparsemae.sparsity.schedule import MaskSchedule
 from sparsemae.sparsity.topology import Movement, SparsitySummary, Topology, TopologyReport, summarize
 
 __all__ = [
+    "MaskSchedule",
     "Movement",
     "NMLinear",
     "NMPattern",
@@ -23,10 +27,12 @@ __all__ = [
     "add_srste_gradient",
     "dense_weights",
     "densify",
+    "drop_pruned",
     "freeze",
     "hold_masks",
     "iter_sparse",
     "nm_mask",
+    "shrink_pruned",
     "sparsify",
     "summarize",
 ]

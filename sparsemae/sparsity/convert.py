@@ -162,18 +162,42 @@ def densify(model: nn.Module) -> list[str]:
     return [name for name, _ in layers]
 
 
+def shrink_pruned(optimizer: torch.optim.Optimizer, model: nn.Module, strength: float) -> None:
+    """SR-STE's term decoupled: ``W -= lr * strength * (1 - M) * W``, as AdamW decouples its weight decay.
+
+    Inside the gradient, Adam's second moment rescales the term; here nothing does. Call once per optimizer step, right
+    after it, with the masks of the step still held. ``lr`` is that of each weight's own parameter group.
+    """
+    rates = {id(weight): group["lr"] for group in optimizer.param_groups for weight in group["params"]}
+    for weight, mask in _moving_weights(model):
+        if id(weight) in rates:
+            with torch.no_grad():
+                weight.copy_(torch.where(mask, weight, weight * (1 - rates[id(weight)] * strength)))
+
+
 def add_srste_gradient(model: nn.Module, strength: float = 2e-4) -> None:
     """Add SR-STE's ``strength * (1 - M) * W`` to the gradients (arXiv 2102.04010, eq. 8).
 
     Call once per optimizer step: after unscaling and all-reduce, before clipping and the step. So the term does
     not depend on the number of processes or of accumulation steps. A weight shared by layers gets it once.
     """
+    for weight, mask in _moving_weights(model):
+        if weight.grad is not None:
+            with torch.no_grad():
+                weight.grad.add_(weight.masked_fill(mask, 0.0).to(weight.grad.dtype), alpha=strength)
+
+
+def drop_pruned(model: nn.Module) -> None:
+    """Set the weights outside today's masks to 0: what is left is the sparse network alone. The masks still move."""
+    for weight, mask in _moving_weights(model):
+        with torch.no_grad():
+            weight.copy_(torch.where(mask, weight, 0.0))
+
+
+def _moving_weights(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """(weight, mask) of the layers that are not frozen, a weight shared by layers once."""
     done: set[int] = set()
     for _, layer in iter_sparse(model):
-        weight: Tensor = layer.weight
-        if layer.frozen or weight.grad is None or id(weight) in done:
-            continue
-        done.add(id(weight))
-        with torch.no_grad():
-            pruned = weight.masked_fill(layer.current_mask(), 0.0)
-            weight.grad.add_(pruned.to(weight.grad.dtype), alpha=strength)
+        if not layer.frozen and id(layer.weight) not in done:
+            done.add(id(layer.weight))
+            yield layer.weight, layer.current_mask()

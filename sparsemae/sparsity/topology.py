@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,22 +61,27 @@ class Topology:
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Reference and last masks as bits, so that a resumed run reports what an uninterrupted one would."""
-        return {
-            which: {name: torch.from_numpy(np.packbits(mask.cpu().numpy())) for name, mask in masks.items()}
-            for which, masks in (("reference", self._reference), ("last", self._last))
-        }
+        return {"reference": pack_masks(self._reference), "last": pack_masks(self._last)}
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Inverse of `state_dict`."""
+        layers = dict(self._layers)
+        self._reference = unpack_masks(state["reference"], layers)
+        self._last = unpack_masks(state["last"], layers)
 
-        def unpacked(masks: dict[str, Tensor]) -> dict[str, Tensor]:
-            result = {}
-            for name, layer in self._layers:
-                bits = np.unpackbits(masks[name].numpy(), count=layer.weight.numel()).view(bool)
-                result[name] = torch.from_numpy(bits).view_as(layer.weight).to(layer.weight.device)
-            return result
 
-        self._reference, self._last = unpacked(state["reference"]), unpacked(state["last"])
+def pack_masks(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Bool masks by layer name to uint8 tensors of eight bits each."""
+    return {name: torch.from_numpy(np.packbits(mask.cpu().numpy())) for name, mask in masks.items()}
+
+
+def unpack_masks(bits: Mapping[str, Tensor], layers: Mapping[str, NMLinear]) -> dict[str, Tensor]:
+    """Inverse of `pack_masks`, each mask in its layer's shape and on its device."""
+    masks = {}
+    for name, layer in layers.items():
+        mask = np.unpackbits(bits[name].numpy(), count=layer.weight.numel()).view(bool)
+        masks[name] = torch.from_numpy(mask).view_as(layer.weight).to(layer.weight.device)
+    return masks
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from sparsemae.data.classification import DataConfig
 from sparsemae.data.sampling import INIT, seed_all
 from sparsemae.models import MaskedAutoencoder, ModelConfig, build_vit
 from sparsemae.models.weights import find_weights, load_weights, read_weights
-from sparsemae.sparsity import iter_sparse, sparsify
+from sparsemae.sparsity import MaskSchedule, drop_pruned, freeze, iter_sparse, sparsify
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -27,6 +28,18 @@ class SparseConfig:
     """n kept of every m input features; "dense" trains without sparsity."""
     strength: float = 2e-4
     """SR-STE's lambda: pull of the pruned weights to 0; 0 is plain straight-through."""
+    term: Literal["gradient", "decoupled"] = "gradient"
+    """Where SR-STE's term acts: inside the gradient (as published), or as a shrink after the step (try 0.5)."""
+    init_weights: Literal["full", "sparse"] = "full"
+    """full: start from all latent weights; sparse: from the sparse network alone, the pruned weights set to 0."""
+    schedule: Literal["constant", "gradual"] = "constant"
+    """gradual: keep m of m at first and halve n in stages, for a start from a dense model."""
+    gradual_epochs: float | None = None
+    """Epochs until a gradual schedule reaches the pattern; None: half of the training."""
+    dense_epochs: float = 0.0
+    """Epochs of dense warm-up before sparsity starts."""
+    freeze_epoch: float | None = None
+    """Epoch from which the mask stays as it is; None: it moves to the end."""
     mask: Literal["dynamic", "fixed"] = "dynamic"
     """dynamic: the mask follows the latent weights; fixed: the mask of the starting weights, frozen (a baseline)."""
     exclude: list[str] = field(default_factory=list)
@@ -62,8 +75,23 @@ def make_sparse(model: nn.Module, sparse: SparseConfig) -> list[str]:
     """`sparsify` as configured; does nothing for the pattern "dense"."""
     if sparse.pattern == "dense":
         return []
+    if sparse.term == "gradient" and sparse.strength > 1e-3:
+        warnings.warn(f"sparse.strength {sparse.strength:g} in the gradient: above 1e-3 accuracy was lost", stacklevel=2)
     prefix = "encoder." if isinstance(model, MaskedAutoencoder) else ""
-    return sparsify(model, sparse.pattern, exclude=[prefix + glob for glob in sparse.exclude])
+    names = sparsify(model, sparse.pattern, exclude=[prefix + glob for glob in sparse.exclude])
+    if sparse.init_weights == "sparse":
+        drop_pruned(model)
+    if sparse.mask == "fixed":
+        freeze(model)
+    return names
+
+
+def mask_schedule(model: nn.Module, sparse: SparseConfig, epochs: float) -> MaskSchedule:
+    """The schedule of the masks over a training of ``epochs``."""
+    gradual = sparse.gradual_epochs if sparse.gradual_epochs is not None else epochs / 2
+    return MaskSchedule(
+        model, sparse.dense_epochs, gradual if sparse.schedule == "gradual" else 0.0, sparse.freeze_epoch
+    )
 
 
 def describe(

@@ -24,7 +24,7 @@ from sparsemae.models import ModelConfig
 from sparsemae.models.start import start_from
 from sparsemae.models.weights import save_model
 from sparsemae.sparsity import freeze, summarize
-from sparsemae.tasks.build import SparseConfig, build_classifier, describe, make_sparse
+from sparsemae.tasks.build import SparseConfig, build_classifier, describe, make_sparse, mask_schedule
 from sparsemae.tasks.evaluate import accuracy
 from sparsemae.training.fit import Task, TrainerConfig, fit, start
 from sparsemae.training.optim import OptimConfig
@@ -74,8 +74,6 @@ def finetune(config: FinetuneConfig) -> Path:
     if config.init is not None:
         run.log.say(f"{config.init}: {start_from(model, config.init)}")
     make_sparse(model, sparse)
-    if sparse.mask == "fixed" and sparse.pattern != "dense":
-        freeze(model)
     if run.fabric.is_global_zero:
         run.log.say(str(summarize(model)))
     description = describe("classify", model, config.model, data, train.class_names)
@@ -95,7 +93,9 @@ def finetune(config: FinetuneConfig) -> Path:
         return accuracy(run.fabric, model, validation, data.mean, data.std, data.workers)
 
     task = Task(
-        model, dataset, loss_of, description, "finetuning", sparse.strength, data.workers, evaluate
+        model, dataset, loss_of, description, "finetuning", workers=data.workers, evaluate=evaluate,
+        srste_strength=sparse.strength, srste_decoupled=sparse.term == "decoupled",
+        masks=mask_schedule(model, sparse, config.trainer.epochs),
     )  # fmt: skip
     metrics = fit(run, task, config.optim)
     if sparse.pattern != "dense":

@@ -13,7 +13,7 @@ from sparsemae.models import ModelConfig
 from sparsemae.models.start import start_from
 from sparsemae.models.weights import save_model
 from sparsemae.sparsity import summarize
-from sparsemae.tasks.build import DecoderConfig, SparseConfig, build_autoencoder, describe, make_sparse
+from sparsemae.tasks.build import DecoderConfig, SparseConfig, build_autoencoder, describe, make_sparse, mask_schedule
 from sparsemae.training.fit import Task, TrainerConfig, fit, start
 from sparsemae.training.optim import OptimConfig
 
@@ -74,7 +74,9 @@ def pretrain(config: PretrainConfig) -> Path:
         return loss
 
     task = Task(
-        model, dataset, loss_of, description, "pretraining", sparse.strength, data.workers
+        model, dataset, loss_of, description, "pretraining", workers=data.workers,
+        srste_strength=sparse.strength, srste_decoupled=sparse.term == "decoupled",
+        masks=mask_schedule(model, sparse, config.trainer.epochs),
     )  # fmt: skip
     fit(run, task, config.optim)
     path = run.folder / "model.safetensors"

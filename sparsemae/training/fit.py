@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 
 from sparsemae.data.classification import batches
 from sparsemae.data.sampling import STEP, BatchPlan, TrainingSampler, seed_all
-from sparsemae.sparsity import Topology, add_srste_gradient, hold_masks, iter_sparse
+from sparsemae.sparsity import MaskSchedule, Topology, add_srste_gradient, hold_masks, iter_sparse, shrink_pruned
 from sparsemae.training.checkpoint import (
     checkpoint_path,
     list_checkpoints,
@@ -167,6 +167,10 @@ class Task:
     title: str = "training"
     srste_strength: float = 0.0
     """lambda of SR-STE's term; 0 is plain straight-through."""
+    srste_decoupled: bool = False
+    """The term as a shrink after the step instead of inside the gradient."""
+    masks: MaskSchedule | None = None
+    """How the masks change over the training; None: they move from the first step to the last."""
     workers: int = 0
     """Loader processes per device."""
     evaluate: Callable[[], dict[str, float]] | None = None
@@ -192,6 +196,7 @@ class _Loop:
         self.stop = min(total, trainer.max_steps or total)
         if fabric.device.type == "cpu" and run.precision == "bf16":
             _use_plain_attention(task.model)
+        self.masks = task.masks or MaskSchedule(task.model)
         self.topology = Topology(task.model) if any(iter_sparse(task.model)) else None
         # set up before resuming: optimizer state follows its parameters' device
         self.wrapped, self.optimizer = fabric.setup(task.model, make_optimizer(task.model, optim))
@@ -211,6 +216,7 @@ class _Loop:
             while self.done < self.stop:
                 self._step(feed)
                 self._keep_books(progress)
+        self.masks.finish()
         if not self.metrics:
             self._evaluate()
         return self.metrics
@@ -220,13 +226,16 @@ class _Loop:
         epoch = self.done / self.plan.steps_per_epoch
         self.lr = learning_rate(self.optim, epoch, self.run.trainer.epochs)
         set_learning_rate(self.optimizer, self.lr)
-        with hold_masks(self.task.model):
+        model, strength = self.task.model, self.task.srste_strength
+        with self.masks.step(epoch) as sparse:
             self.losses.append(self._accumulate(feed))
-            if self.task.srste_strength:
-                add_srste_gradient(self.task.model, self.task.srste_strength)
-        if self.optim.clip_grad is not None:
-            self.fabric.clip_gradients(self.wrapped, self.optimizer, max_norm=self.optim.clip_grad)
-        self.optimizer.step()
+            if sparse and strength and not self.task.srste_decoupled:
+                add_srste_gradient(model, strength)
+            if self.optim.clip_grad is not None:
+                self.fabric.clip_gradients(self.wrapped, self.optimizer, max_norm=self.optim.clip_grad)
+            self.optimizer.step()
+            if sparse and strength and self.task.srste_decoupled:
+                shrink_pruned(self.optimizer, model, strength)
         self.optimizer.zero_grad()
         self.done += 1
 
@@ -283,6 +292,7 @@ class _Loop:
             state = {
                 "optimizer": self.optimizer.state_dict(),
                 "topology": self.topology.state_dict() if self.topology else {},
+                "masks": self.masks.state_dict(),
             }
             description = {**self.task.description, "step": self.done}
             path = checkpoint_path(self.checkpoints, self.done)
@@ -299,6 +309,7 @@ class _Loop:
                 self.run.log.say(f"{error}; trying the one before it")
                 continue
             self.optimizer.load_state_dict(state["optimizer"])
+            self.masks.load_state_dict(state["masks"])
             if self.topology is not None:
                 self.topology.load_state_dict(state["topology"])
             step = step_of(path)
