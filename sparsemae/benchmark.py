@@ -1,8 +1,9 @@
 """Packed models against dense ViTs in the engines people use: latency, throughput, memory and cold start, in one table.
 
-Every engine runs in a process of its own, so that no thread pool disturbs another one's, and the processes take turns: one timed run each,
-round after round, with a pause in between in which the spinning threads of the last one go to sleep. Medians are reported. Models have random
-weights: speed does not depend on them. An engine that is not installed, or fails, is named with the reason and left out.
+Every engine runs in a process of its own, so that no thread pool disturbs another one's, and the processes take turns:
+one timed run each, round after round, with a pause in between in which the spinning threads of the last one go to
+sleep. Medians are reported. Models have random weights: speed does not depend on them. An engine that is not installed,
+or fails, is named with the reason and left out.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ ENGINES = (
     "openvino bf16",
     "openvino int8",
 )
+_WARM_SECONDS = 0.2
 _PAUSE_SECONDS = 0.3  # longer than the 0.2 s that OpenMP threads spin after their work
 
 Runner = Callable[[NDArray[np.float32]], Any]
@@ -55,6 +57,8 @@ class BenchmarkConfig:
     """Threads of every engine."""
     runs: int = 5
     """Timed runs per engine and batch, of which the median counts."""
+    artifacts: str = ""
+    """Folder that keeps exported models for the next time; none: a temporary one."""
     json: str = ""
     """File to write all figures to."""
 
@@ -77,7 +81,9 @@ class Measurement:
 
 def benchmark(config: BenchmarkConfig) -> list[Measurement]:
     """Run everything, print the table, and return the figures."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = config.artifacts or temporary
+        Path(folder).mkdir(parents=True, exist_ok=True)
         files = config.files or _random_files(Path(folder))
         jobs = [("packed", file) for file in files]
         jobs += [(engine, DENSE[size]) for size in config.dense for engine in config.engines]
@@ -136,7 +142,7 @@ class _Worker:
     def __init__(self, engine: str, model: str, folder: str, threads: int) -> None:
         command = [sys.executable, "-m", "sparsemae.benchmark", "run", engine, model, folder, str(threads)]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 lives as long as the process
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment
         )
@@ -181,6 +187,8 @@ def _prepare(engine: str, model: str, folder: str) -> None:
     """Export and quantise beforehand, in a process of its own: it is no part of a cold start."""
     if not engine.startswith(("onnxruntime", "openvino")):
         return
+    if any(Path(folder).glob(f"{model} {engine}.*")):
+        return
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", "sparsemae.benchmark", "export", engine, model, folder],
@@ -201,7 +209,7 @@ def _random_files(folder: Path) -> list[str]:
     files = []
     preprocess = Preprocess((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bicubic", 0.875, False)
     for name, pattern, kept in (("SparseMAE-T", "2:32", 2), ("SparseMAE-S", "4:32", 4)):
-        model = create_model(DENSE["B"], global_pool="avg").eval()
+        model: Any = create_model(DENSE["B"], global_pool="avg").eval()
         patterns = {f"blocks.{i}.{layer}": pattern for i in range(len(model.blocks)) for layer in LINEARS}
         with torch.no_grad():
             for layer in patterns:
@@ -210,7 +218,7 @@ def _random_files(folder: Path) -> list[str]:
                 groups.scatter_(1, torch.rand_like(groups).topk(32 - kept, dim=1).indices, 0.0)
         for dtype in ("bf16", "int8"):
             files.append(str(folder / f"{name} {dtype}.safetensors"))
-            pack(model, files[-1], preprocess, dtype, patterns)  # type: ignore[arg-type]
+            pack(model, files[-1], preprocess, dtype, patterns)
     return files
 
 
@@ -300,14 +308,19 @@ def _serve(engine: str, model: str, folder: str, threads: int) -> None:
         if len(images) != batch:
             images = np.random.default_rng(0).standard_normal((batch, 3, 224, 224), np.float32)
             run(images)
-        run(images)  # wakes the threads and refills the caches after the others' turns
+        warm = time.perf_counter() + _WARM_SECONDS  # wakes the threads and refills the caches after the others' turns
+        while True:
+            run(images)
+            if time.perf_counter() > warm:
+                break
         start = time.perf_counter()
         run(images)
         print("=", time.perf_counter() - start, flush=True)
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "run":
-        _serve(*sys.argv[2:5], int(sys.argv[5]))
+    _, job, engine, model, folder, *rest = sys.argv
+    if job == "run":
+        _serve(engine, model, folder, int(rest[0]))
     else:
-        _export(*sys.argv[2:5])
+        _export(engine, model, folder)

@@ -24,7 +24,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.fresh
+@pytest.mark.holds_only
 @pytest.mark.holds("foundation.1")
 def test_make_demo_in_a_fresh_clone(clone: Path, figure: Any) -> None:
     printed, seconds = run_target(clone, "demo", 1500)
@@ -33,7 +33,7 @@ def test_make_demo_in_a_fresh_clone(clone: Path, figure: Any) -> None:
     figure(f"{seconds:.0f} s with the installation; {printed.splitlines()[-1]}")
 
 
-@pytest.mark.fresh
+@pytest.mark.holds_only
 @pytest.mark.holds("foundation.8")
 def test_make_check_is_clean_and_fits_its_time(clone: Path, figure: Any) -> None:
     run_target(clone, ".venv/installed", 900)
@@ -41,7 +41,7 @@ def test_make_check_is_clean_and_fits_its_time(clone: Path, figure: Any) -> None
     figure(f"{seconds:.0f} s of 120")
 
 
-@pytest.mark.fresh
+@pytest.mark.holds_only
 @pytest.mark.holds("foundation.1", "foundation.8")
 def test_make_test_alone_passes_and_fits_its_time(clone: Path, figure: Any) -> None:
     subprocess.run(["rm", "-rf", str(clone / ".venv")], check=True)

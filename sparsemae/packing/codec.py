@@ -1,9 +1,10 @@
 """Group codes: which n of every m weights are kept, in as few bits as a fixed-length code allows.
 
-The kept positions p_1 < ... < p_n of one group are one number, their rank among the C(m, n) combinations in the combinatorial
-number system: ``rank = C(p_1, 1) + C(p_2, 2) + ... + C(p_n, n)``. It takes ``ceil(log2 C(m, n))`` bits: 9 for 2:32, 16 for 4:32.
-Where that would be more than 64 bits, the code is an m-bit bitmap instead (bit j = position j is kept). The codes of all groups,
-in row-major order, form one bit stream, least significant bit first; the bits that fill the last byte are zero.
+The kept positions p_1 < ... < p_n of one group are one number, their rank among the C(m, n) combinations in the
+combinatorial number system: ``rank = C(p_1, 1) + C(p_2, 2) + ... + C(p_n, n)``. It takes ``ceil(log2 C(m, n))`` bits: 9
+for 2:32, 16 for 4:32. Where that would be more than 64 bits, the code is an m-bit bitmap instead (bit j = position j is
+kept). The codes of all groups, in row-major order, form one bit stream, least significant bit first; the bits that fill
+the last byte are zero.
 
 Only numpy is imported: the runtime reads files with this module. The native library has its own, faster decoder;
 this one is its reference.

@@ -1,7 +1,7 @@
-"""From a frozen torch model to a packed file: what it is (or why it cannot be packed), its weights as codes and values, and a check.
+"""From a frozen torch model to a packed file: what it is, or why it cannot be packed, and its weights as codes.
 
-Every property of timm's VisionTransformer that changes the forward is either recorded in `VitShape` or refused here by name, so
-that the runtime never computes something else than the model that was trained.
+Every property of timm's VisionTransformer that changes the forward is either recorded in `VitShape` or refused here by
+name, so that the runtime never computes something else than the model that was trained.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class PackReport:
 
     def __str__(self) -> str:
         lines = [f"{part:<22}{size / 1e6:9.3f} MB" for part, size in self.parts.items()]
-        ratio = f"packed file{self.packed / 1e6:20.3f} MB, dense fp32 {self.dense / 1e6:.3f} MB: {self.dense / self.packed:.1f}x smaller"
-        return "\n".join([*lines, ratio])
+        ratio = f"{self.dense / self.packed:.1f}x smaller than {self.dense / 1e6:.3f} MB of dense fp32"
+        return "\n".join([*lines, f"{'packed file':<22}{self.packed / 1e6:9.3f} MB, {ratio}"])
 
 
 def pack(
@@ -68,7 +68,7 @@ def pack(
     """Write a frozen N:M sparse timm VisionTransformer as one packed file.
 
     Args:
-        dtype: of the sparse values; int8 has one scale per output row. Everything dense becomes bf16 (fp32 with dtype fp32).
+        dtype: of the sparse values; int8 has one scale per output row. Everything dense becomes bf16 (fp32 with fp32).
         patterns: layer name -> "n:m". Default: that of every frozen `NMLinear`.
         architecture: timm's model name, with `overrides` of its arguments; recorded, not used.
 
@@ -124,30 +124,31 @@ def vit_shape(model: nn.Module) -> VitShape:
     """What the runtime must know of a timm VisionTransformer. Raises ValueError naming what it does not support."""
     if type(model) is not VisionTransformer:
         raise ValueError(f"pack: {type(model).__name__} is not supported, only timm's plain VisionTransformer")
-    block, embed = model.blocks[0], model.patch_embed
     _refuse_unsupported(model)
+    vit: Any = model
+    block, embed = vit.blocks[0], vit.patch_embed
     return VitShape(
-        embed_dim=model.embed_dim,
-        depth=len(model.blocks),
+        embed_dim=vit.embed_dim,
+        depth=len(vit.blocks),
         num_heads=block.attn.num_heads,
         mlp_hidden=block.mlp.fc1.out_features,
         patch_size=embed.patch_size[0],
         image_height=embed.img_size[0],
         image_width=embed.img_size[1],
         in_chans=embed.proj.in_channels,
-        num_classes=model.head.out_features if isinstance(model.head, nn.Linear) else 0,
-        reg_tokens=model.num_reg_tokens,
-        class_token=model.cls_token is not None,
-        no_embed_class=model.no_embed_class,
-        pre_norm=not isinstance(model.norm_pre, nn.Identity),
-        final_norm=not isinstance(model.norm, nn.Identity),
-        fc_norm=not isinstance(model.fc_norm, nn.Identity),
+        num_classes=vit.head.out_features if isinstance(vit.head, nn.Linear) else 0,
+        reg_tokens=vit.num_reg_tokens,
+        class_token=vit.cls_token is not None,
+        no_embed_class=vit.no_embed_class,
+        pre_norm=not isinstance(vit.norm_pre, nn.Identity),
+        final_norm=not isinstance(vit.norm, nn.Identity),
+        fc_norm=not isinstance(vit.fc_norm, nn.Identity),
         layer_scale=isinstance(block.ls1, LayerScale),
         qkv_bias=block.attn.qkv.bias is not None,
         proj_bias=block.attn.proj.bias is not None,
         patch_bias=embed.proj.bias is not None,
-        pool_include_prefix=model.pool_include_prefix,
-        global_pool=model.global_pool,
+        pool_include_prefix=vit.pool_include_prefix,
+        global_pool=vit.global_pool,
         norm_eps=float(block.norm1.eps),
     )
 
@@ -210,7 +211,7 @@ def _mask_of(weight: Array, n: int, m: int, layer: str) -> NDArray[np.bool_]:
             f"pack: {layer} is not {n}:{m}: row {row}, group {group} has {counts[bad]} weights that are not zero"
         )
     order = np.argsort(~kept, axis=1, kind="stable")[:, :n]
-    mask = np.zeros_like(kept)
+    mask: NDArray[np.bool_] = np.zeros_like(kept)
     np.put_along_axis(mask, order, True, axis=1)
     return mask.reshape(weight.shape)
 
@@ -232,11 +233,13 @@ def _refuse_unsupported(model: VisionTransformer) -> None:
     require(model.attn_pool is None and model.global_pool in ("token", "avg", ""), f"global_pool {model.global_pool!r}")
     require(isinstance(model.head, nn.Linear | nn.Identity), f"head {type(model.head).__name__}")
     require(model.global_pool != "" or isinstance(model.head, nn.Identity), "a head without pooling")
-    eps = model.blocks[0].norm1.eps
+    first: Any = model.blocks[0]
+    eps = first.norm1.eps
     for name, module in model.named_modules():
         if "norm" in name.rsplit(".", 1)[-1] and not isinstance(module, nn.Identity):
             require(isinstance(module, nn.LayerNorm), f"{name}: {type(module).__name__}")
             require(module.eps == eps and module.weight is not None, f"{name}: another eps or no weight")
+    block: Any
     for i, block in enumerate(model.blocks):
         attn, mlp = block.attn, block.mlp
         require(type(block) is Block, f"blocks.{i}: {type(block).__name__}")

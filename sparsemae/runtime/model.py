@@ -1,8 +1,8 @@
 """A packed model ready to run: reads the file, hands its tensors to the native library, and names what comes out.
 
-Which instruction set is used is chosen when a model is loaded: the fastest that the processor has, or the one that `SPARSEMAE_ISA`
-names (amx, avx512bf16, avx512, avx2, portable). A file with fp32 weights is computed in fp32 everywhere; bf16 and int8 weights are
-multiplied as bf16 where the processor can, else as fp32.
+Which instruction set is used is chosen when a model is loaded: the fastest that the processor has, or the one that
+`SPARSEMAE_ISA` names (amx, avx512bf16, avx512, avx2, portable). A file with fp32 weights is computed in fp32
+everywhere; bf16 and int8 weights are multiplied as bf16 where the processor can, else as fp32.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ class Prediction:
 
 
 class Model:
-    """A packed vision transformer. Safe to call from several threads: calls of one model take turns, models do not wait for each other."""
+    """A packed vision transformer. Safe to call from several threads: calls of one model take turns, models do not."""
 
     def __init__(self, config: PackedConfig, native: Vit) -> None:
         self.config = config
@@ -104,8 +105,8 @@ def load(path: str | Path, threads: int | None = None, quantise: bool = True) ->
 
     Args:
         threads: how many to compute with; default: the processors this process may use.
-        quantise: of int8 files, on processors that multiply int8 (amx): round the inputs of every sparse layer to int8 with a scale
-            per token, for about 1.5 times the speed; off, the int8 weights are multiplied as bf16.
+        quantise: of int8 files, on processors that multiply int8 (amx): round the inputs of every sparse layer to int8
+            with a scale per token, for about 1.5 times the speed; off, the int8 weights are multiplied as bf16.
 
     Raises:
         ValueError: the file is no usable packed model (one line, naming it), or `SPARSEMAE_ISA` cannot be had here.
@@ -114,14 +115,22 @@ def load(path: str | Path, threads: int | None = None, quantise: bool = True) ->
     packed = read(path)
     isa = os.environ.get("SPARSEMAE_ISA", "")
     try:
-        native = _build(packed, len(os.sched_getaffinity(0)) if threads is None else threads, isa, quantise)
+        native = _build(packed, _processors() if threads is None else threads, isa, quantise)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if native.isa == "portable" and isa != "portable":
-        warnings.warn(
-            "no vector instructions that sparsemae knows on this processor: the portable path is slow", stacklevel=2
-        )
+    if native.isa == "portable":
+        _warn_that_portable_is_slow()
     return Model(packed.config, native)
+
+
+@cache
+def _warn_that_portable_is_slow() -> None:
+    warnings.warn("the portable kernels are slow: no vector instructions are used by name", stacklevel=3)
+
+
+def _processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _build(packed: PackedModel, threads: int, isa: str, quantise: bool = True) -> Vit:

@@ -1,7 +1,8 @@
-"""timm's evaluation transform in pillow and numpy, agreeing to the pixel: resize the shorter side, crop the centre, normalise.
+"""timm's evaluation transform in pillow and numpy, to the pixel: resize the shorter side, crop the centre, normalise.
 
-torchvision resizes PIL images with pillow itself, so that only its rounding of sizes and offsets has to be met: the longer side is
-``int(size * long / short)``, truncated; a crop starts at ``round((side - crop) / 2)``, half to even; an image smaller than the crop is padded with black.
+torchvision resizes PIL images with pillow itself, so that only its rounding of sizes and offsets has to be met: the
+longer side is ``int(size * long / short)``, truncated; a crop starts at ``round((side - crop) / 2)``, half to even; an
+image smaller than the crop is padded with black.
 """
 
 from __future__ import annotations

@@ -13,8 +13,11 @@ import reference
 from sparsemae.packing.format import write
 from sparsemae.runtime import Model, load
 
+pytestmark = pytest.mark.filterwarnings("ignore:the portable kernels are slow")
+
 SHAPE = {
-    "embed_dim": 384, "num_heads": 6, "mlp_hidden": 1536, "depth": 12, "patch_size": 16, "image_height": 224, "image_width": 224,
+    "embed_dim": 384, "num_heads": 6, "mlp_hidden": 1536, "depth": 12,
+    "patch_size": 16, "image_height": 224, "image_width": 224,
 }  # fmt: skip
 
 
@@ -28,6 +31,7 @@ def latency(model: Model, images: np.ndarray, runs: int) -> float:
     return float(np.median(times))
 
 
+@pytest.mark.holds_only
 @pytest.mark.holds("packed.6")
 @pytest.mark.skipif(
     not hasattr(os, "sched_setaffinity") or (os.cpu_count() or 1) < 2, reason="needs two cores of Linux"
@@ -48,7 +52,8 @@ def test_latency_beside_a_busy_process(tmp_path: Path) -> None:
         code = f"import os; os.sched_setaffinity(0, [{cores[0]}])\nwhile True: pass"
         busy = subprocess.Popen([sys.executable, "-c", code])
         time.sleep(0.5)
-        assert latency(model, images, 80) < 3 * quiet
+        beside = latency(model, images, 80)
+        assert beside < 3 * quiet, f"{1e3 * quiet:.2f} ms quiet, {1e3 * beside:.2f} ms beside a busy process"
     finally:
         os.sched_setaffinity(0, allowed)
         if busy:

@@ -15,7 +15,7 @@ from sparsemae.runtime.model import _build
 
 ISAS = _native.usable_isas()
 LIMIT = {"fp32": 2e-5, "bf16": 4e-2}
-"""Largest error over the standard deviation of the outputs. Narrow random models average out little of bf16's rounding."""
+"""Largest error over the standard deviation of the outputs. Narrow models average out little of bf16's rounding."""
 
 SHAPES: dict[str, tuple[str | None, dict[str, Any]]] = {
     "plain": ("2:32", {}),
@@ -86,7 +86,7 @@ def test_fp32_files_are_computed_in_fp32() -> None:
 
 
 def test_unknown_instruction_set_is_named() -> None:
-    with pytest.raises(ValueError, match="instruction set must be one of .*portable.* got 'sse9'"):
+    with pytest.raises(ValueError, match=r"instruction set must be one of .*portable.* got 'sse9'"):
         _build(reference.random_model(reference.TINY), 1, "sse9")
     with pytest.raises(ValueError, match=r"threads must be in \[1, 1024\], got 0"):
         _build(reference.random_model(reference.TINY), 0, "")

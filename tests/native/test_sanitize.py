@@ -1,4 +1,4 @@
-"""The native tests again, under the address and undefined-behaviour sanitizers. `make sanitize` runs this; it takes minutes."""
+"""The native tests again, under the address and undefined-behaviour sanitizers: `make sanitize`, some minutes."""
 
 import os
 import shutil
@@ -42,6 +42,6 @@ def test_native_code_under_sanitizers(tmp_path: Path) -> None:
     tests = [tmp_path / "tests/native/test_kernels.py", tmp_path / "tests/packing/test_format.py"]
     done = subprocess.run(
         [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
-        cwd=tmp_path, env=environment, capture_output=True, text=True,
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

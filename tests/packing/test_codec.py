@@ -36,7 +36,7 @@ def slow_rank(positions: list[int]) -> int:
 
 
 def test_bits_of_the_paper_patterns() -> None:
-    assert code_bits(2, 32) == 9 and code_bits(4, 32) == 16
+    assert (code_bits(2, 32), code_bits(4, 32)) == (9, 16)
     assert code_bits(32, 64) == ceil(log2(comb(64, 32)))
     assert code_bits(40, 80) == 80  # a bitmap
 

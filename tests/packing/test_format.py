@@ -14,6 +14,8 @@ from safetensors.numpy import load_file, save_file
 from sparsemae.packing.format import PackedModel, from_bf16, parse_pattern, read, to_bf16, unpack, write
 from sparsemae.runtime import load
 
+pytestmark = pytest.mark.filterwarnings("ignore:the portable kernels are slow")
+
 
 @pytest.fixture
 def packed(tmp_path: Path) -> Path:
@@ -126,7 +128,8 @@ def test_hostile_file_is_refused_with_one_line(kind: str, packed: Path) -> None:
     change(packed, edit)
     with pytest.raises(ValueError, match=message) as refusal:
         load(packed, threads=1)
-    assert str(packed) in str(refusal.value) and "\n" not in str(refusal.value)
+    assert str(packed) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.holds("packed.8")
@@ -140,12 +143,12 @@ def test_int8_scale_must_be_positive(tmp_path: Path) -> None:
 
 @pytest.mark.holds("packed.8")
 def test_mutated_files_are_refused_or_harmless(packed: Path) -> None:
-    """2,000 files with bytes flipped, cut out, doubled, or cut off: each loads and runs, or is refused with one line."""
+    """2,000 files with bytes flipped, cut out, doubled, or cut off: each runs, or is refused with one line."""
     rng = np.random.default_rng(0)
     original = packed.read_bytes()
     header = 8 + struct.unpack("<Q", original[:8])[0]
     images = np.zeros((1, 3, 16, 16), np.float32)
-    refused = 0
+    refused = []
     for _ in range(2000):
         data = bytearray(original)
         end = header if rng.random() < 0.6 else len(data)  # most of what can go wrong is in the header
@@ -165,11 +168,11 @@ def test_mutated_files_are_refused_or_harmless(packed: Path) -> None:
         try:
             model = load(packed, threads=1)
         except ValueError as error:
-            refused += 1
-            assert "\n" not in str(error) and str(packed) in str(error)
+            refused.append(str(error))
         else:
             model(images)
-    assert refused > 1000
+    assert len(refused) > 1000
+    assert all(str(packed) in message and "\n" not in message for message in refused)
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:

@@ -11,7 +11,22 @@ torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
 
 from sparsemae.packing.format import Preprocess, read, unpack  # noqa: E402
-from sparsemae.packing.pack import check_packed, pack, size_report  # noqa: E402
+from sparsemae.packing.pack import pack, size_report  # noqa: E402
+from sparsemae.runtime import load  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:the portable kernels are slow")
+
+
+def errors(path: Path, model: Any, count: int = 8) -> float:
+    """Largest difference between the packed and the dense outputs, over the standard deviation of the dense ones."""
+    packed = load(path)
+    vit = packed.config.vit
+    shape = (count, vit.in_chans, vit.image_height, vit.image_width)
+    images = np.random.default_rng(0).standard_normal(shape, np.float32)
+    with torch.inference_mode():
+        wanted = model(torch.from_numpy(images)).numpy()
+    return float(np.abs(packed(images) - wanted).max() / wanted.std())
+
 
 PREPROCESS = Preprocess((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bicubic", 0.875, False)
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4, "num_classes": 10}
@@ -67,8 +82,7 @@ def test_packed_agrees_with_timm(kind: str, dtype: Any, tmp_path: Path) -> None:
     # 64 random features average less rounding out than a ViT-Base does: torch's own bf16 is off by 2 to 3 % here
     model, patterns = masked(**MODELS[kind])
     pack(model, tmp_path / "m.safetensors", PREPROCESS, dtype, patterns)
-    agreement = check_packed(tmp_path / "m.safetensors", model)
-    assert agreement.error <= {"fp32": 1e-4, "bf16": 4e-2, "int8": 8e-2}[dtype]
+    assert errors(tmp_path / "m.safetensors", model) <= {"fp32": 1e-4, "bf16": 4e-2, "int8": 8e-2}[dtype]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -102,20 +116,20 @@ def test_weight_that_is_not_sparse_is_named(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def _post_norm() -> Any:
+    from timm.models.vision_transformer import ResPostBlock
+
+    return masked(block_fn=ResPostBlock)[0]
+
+
 UNSUPPORTED: list[tuple[str, Callable[[], Any]]] = [
     ("ResNet is not supported", lambda: timm.create_model("resnet18")),
     ("qk_norm", lambda: masked(qk_norm=True)[0]),
     ("global_pool 'max'", lambda: masked(global_pool="max")[0]),
     ("GELUTanh|act", lambda: masked(act_layer="gelu_tanh")[0]),
-    ("blocks.0: ResPostBlock", lambda: _post_norm()),
+    ("blocks.0: ResPostBlock", _post_norm),
     ("position embedding", lambda: masked(pos_embed="none")[0]),
 ]
-
-
-def _post_norm() -> Any:
-    from timm.models.vision_transformer import ResPostBlock
-
-    return masked(block_fn=ResPostBlock)[0]
 
 
 @pytest.mark.parametrize(("message", "build"), UNSUPPORTED)
@@ -148,7 +162,7 @@ def test_size_and_error_at_vit_base(pattern: str, dtype: Any, limit: float, tmp_
     assert report.packed / 1e6 <= limit
     assert report.dense / 1e6 == pytest.approx(346.3, abs=0.1)
     if dtype == "bf16":
-        assert check_packed(tmp_path / "m.safetensors", model, count=2).error <= 2e-2
+        assert errors(tmp_path / "m.safetensors", model, count=2) <= 2e-2
 
 
 def test_frozen_layers_carry_their_pattern(tmp_path: Path) -> None:
@@ -159,7 +173,7 @@ def test_frozen_layers_carry_their_pattern(tmp_path: Path) -> None:
         pack(model, tmp_path / "m.safetensors", PREPROCESS)
     sparsity.freeze(model)
     pack(model, tmp_path / "m.safetensors", PREPROCESS, "fp32")
-    assert check_packed(tmp_path / "m.safetensors", model).error <= 1e-4
+    assert errors(tmp_path / "m.safetensors", model) <= 1e-4
     mask = read(tmp_path / "m.safetensors").config.patterns
-    assert len(mask) == 8 and set(mask.values()) == {"2:32"}
+    assert list(mask.values()) == ["2:32"] * 8
     assert np.isfinite(model.blocks[0].attn.qkv.weight.detach().numpy()).all()

@@ -48,7 +48,9 @@ def test_every_mode_becomes_rgb(mode: str, suffix: str, tmp_path: Path) -> None:
     image = load_image(
         photo(tmp_path / f"x.{suffix}", 60, 40, mode), vit_shape(), Preprocess(MEAN, STD, "bicubic", 1.0, False)
     )
-    assert image.shape == (3, 16, 16) and image.dtype == np.float32 and np.isfinite(image).all()
+    assert image.shape == (3, 16, 16)
+    assert image.dtype == np.float32
+    assert np.isfinite(image).all()
 
 
 def test_exif_orientation_is_a_setting(tmp_path: Path) -> None:
