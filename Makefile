@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test check holds format results
+.PHONY: demo test check holds bench sanitize format results
 
 demo: $(STAMP)
 	$(BIN)/sparsemae demo
@@ -27,6 +27,15 @@ holds: $(STAMP)
 results: demo
 	cp runs/demo/reconstructions.png docs/
 	$(BIN)/python docs/update.py
+
+# packed models against dense ViTs in torch, ONNX Runtime and OpenVINO; the rivals are the extra `bench`
+bench: $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	$(BIN)/sparsemae benchmark --json docs/benchmark.json
+
+# the native tests again, under the address and undefined-behaviour sanitizers
+sanitize: $(STAMP)
+	SPARSEMAE_TEST_SANITIZE=1 $(TESTS) tests/native/test_sanitize.py
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -38,7 +38,7 @@ JOBS = {
     "evaluate": Job("sparsemae.tasks.evaluate", "evaluate", "EvaluateConfig", "accuracy of a finetuned model"),
     "pack": Job("sparsemae.tasks.pack", "pack", "PackConfig", "a finetuned model to one small file for any CPU"),
     "predict": Job("sparsemae.tasks.predict", "predict", "PredictConfig", "classes of image files"),
-    "benchmark": Job("sparsemae.benchmark", "benchmark", "BenchmarkConfig", "packed models against dense ones in other engines"),
+    "benchmark": Job("sparsemae.benchmark", "benchmark", "BenchmarkConfig", "packed models against dense ones"),
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import shlex
 import shutil
+import signal
 import statistics
 import time
 from collections.abc import Callable
@@ -155,7 +156,7 @@ def _run_stages(config: DemoConfig, console: Console, begin: float) -> dict[str,
     running: dict[Future[float], Stage] = {}
     done: dict[str, float] = {}
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(slots, mp_context=context) as pool, console.status("") as status:
+    with ProcessPoolExecutor(slots, context, _leave_interrupts) as pool, console.status("") as status:
         while waiting or running:
             elapsed = time.monotonic() - begin
             for stage in [stage for stage in waiting if stage.init is None or stage.init in done]:
@@ -172,11 +173,22 @@ def _run_stages(config: DemoConfig, console: Console, begin: float) -> dict[str,
                 f"{stage.title} {_progress(Path(config.out) / stage.name)}" for stage in running.values()
             )
             status.update(f"{elapsed:.0f} s: {titles}")
-            for future in wait(running, timeout=1.0, return_when=FIRST_COMPLETED).done:
+            try:
+                finished = wait(running, timeout=1.0, return_when=FIRST_COMPLETED).done
+            except KeyboardInterrupt:
+                for worker in multiprocessing.active_children():
+                    worker.terminate()
+                raise
+            for future in finished:
                 stage = running.pop(future)
                 done[stage.name] = future.result()
                 console.print(f"[{time.monotonic() - begin:3.0f} s] {stage.title}: done in {done[stage.name]:.0f} s")
     return done
+
+
+def _leave_interrupts() -> None:
+    """In a worker: Ctrl-C is the parent's, which ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _estimate(stage: Stage, done: dict[str, float]) -> float:
@@ -290,16 +302,15 @@ def _torch_forward(model: nn.Module) -> Callable[[np.ndarray], Any]:
 
 def _verdicts(results: dict[str, dict[str, Any]]) -> list[str]:
     """SparseMAE against each baseline, within the error or not."""
-    ours = results.pop("finetune-sparse")
+    ours = results["finetune-sparse"]
     lines = []
-    for row in results.values():
+    for row in (row for row in results.values() if row is not ours):
         difference = ours["top1"] - row["top1"]
         error = math.hypot(ours["standard_error"], row["standard_error"])
         verdict = (
             "within two standard errors" if abs(difference) < 2 * error else "better" if difference > 0 else "worse"
         )
         lines.append(f"  {100 * difference:+5.1f} ± {100 * error:.1f} points, {verdict:<26} against {row['title']}")
-    results["finetune-sparse"] = ours
     return [
         "SparseMAE's difference (standard errors are of the test set; one training seed, whose spread they lack):",
         *lines,

@@ -137,3 +137,15 @@ def test_help_describes_every_option(job: str, capsys: pytest.CaptureFixture[str
     text = capsys.readouterr().out
     undocumented = re.findall(r"^  (--\S+ \S+)\s+\((?:type|required)", text, re.MULTILINE)
     assert not undocumented
+
+
+def test_what_the_readme_shows_is_there() -> None:
+    text = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / target).exists(), target
+    tables = [
+        re.search(r"<!-- table of make results -->\n(.*?)<!-- end -->", (ROOT / file).read_text(), re.DOTALL)
+        for file in ("README.md", "docs/results.md")
+    ]
+    assert all(table is not None and "SparseMAE" in table[1] for table in tables)
+    assert tables[0][1] == tables[1][1]

@@ -47,7 +47,7 @@ class DataConfig(SourceConfig):
     """Images, their preparation and their augmentation."""
 
     train_images: int | None = None
-    """Use at most this many training images, from the first; None: all."""
+    """Use at most this many training images: of a folder a fixed random choice, else the first; None: all."""
     img_size: int = 224
     """Side of the model's input, px."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -89,17 +89,24 @@ class Source:
 
 
 def open_source(data: SourceConfig, split: Literal["train", "val"], limit: int | None = None) -> Source:
-    """Open one split, or at most its first ``limit`` images of it.
+    """Open one split, or at most ``limit`` images of it of it.
 
     Raises ValueError, naming the folder, if it is missing or empty, or its classes are not those of the training split.
     """
     if data.source == "embedded":
+        if data.root is not None:
+            raise ValueError(f"data.root: the embedded images take none, got {data.root} (wanted --data.source folder)")
         reader: Any = EmbeddedReader(split)
         source = Source(reader, CLASS_NAMES, _all(reader))
     elif data.root is None:
         raise ValueError(f"data.root: wanted a folder for data.source={data.source}, got none")
     elif data.source == "fashion-mnist":
-        dataset = FashionMNIST(data.root, train=split == "train", download=True)
+        try:
+            dataset = FashionMNIST(data.root, train=split == "train", download=True)
+        except RuntimeError as error:  # torchvision's way of saying that no mirror answered
+            raise ValueError(
+                f"data.root: {data.root}: wanted Fashion-MNIST, which could not be fetched: {error}"
+            ) from error
         reader = _IndexedDataset(dataset, f"fashion-mnist/{split}")
         source = Source(reader, dataset.classes, _all(reader))
     else:
@@ -108,6 +115,9 @@ def open_source(data: SourceConfig, split: Literal["train", "val"], limit: int |
         return source
     if limit < 1:
         raise ValueError(f"data.train_images: wanted at least 1, got {limit}")
+    if data.source == "folder":  # sorted by class: the first ones would be of one class
+        order = stream(0, HOLDOUT, 1).permutation(len(source))[:limit]
+        return Source(source.reader, source.class_names, np.sort(source.indices[order]))
     return Source(source.reader, source.class_names, source.indices[:limit])
 
 

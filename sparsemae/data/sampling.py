@@ -32,6 +32,8 @@ def stream(seed: int, *counters: int) -> np.random.Generator:
 
 def seed_all(seed: int, *counters: int) -> None:
     """Set the global generators of python, numpy and torch (all devices) to a function of the arguments."""
+    if seed < 0:
+        raise ValueError(f"seed: wanted 0 or more, got {seed}")
     torch.manual_seed(_seed_cpu(seed, *counters))
 
 

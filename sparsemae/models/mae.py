@@ -166,17 +166,22 @@ def random_masking(x: Tensor, mask_ratio: float, noise: Tensor) -> tuple[Tensor,
     Returns:
         kept ``[B, kept, D]``, mask ``[B, L]`` (1 = removed), ids_restore ``[B, L]``.
     """
-    L = x.shape[1]
-    len_keep = int(L * (1 - mask_ratio))
-    if not 0 < len_keep < L:
-        raise ValueError(
-            f"mask_ratio: wanted a share that keeps and removes at least one of {L} patches, got {mask_ratio}"
-        )
+    len_keep = patches_kept(x.shape[1], mask_ratio)
     ids_shuffle = noise.argsort(dim=1, stable=True)
     ids_restore = ids_shuffle.argsort(dim=1)
     ids_keep = ids_shuffle[:, :len_keep]
     kept = x.gather(1, ids_keep[..., None].expand(-1, -1, x.shape[-1]))
     return kept, (ids_restore >= len_keep).to(noise.dtype), ids_restore
+
+
+def patches_kept(patches: int, mask_ratio: float) -> int:
+    """``int(L * (1 - mask_ratio))``. Raises ValueError if that keeps no patch, or removes none."""
+    kept = int(patches * (1 - mask_ratio))
+    if not 0 < kept < patches:
+        raise ValueError(
+            f"mask_ratio: wanted a share that keeps and removes at least one of {patches} patches, got {mask_ratio}"
+        )
+    return kept
 
 
 def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:

@@ -37,6 +37,8 @@ def build_vit(model: ModelConfig, img_size: int, num_classes: int = 0) -> Vision
     patch = args.get("patch_size") or _patch_size(model.name)
     if patch is not None and img_size < patch:
         raise ValueError(f"data.img_size: wanted at least one patch of {patch} px, got {img_size} px")
+    if patch is not None and img_size % patch:
+        raise ValueError(f"data.img_size: wanted a multiple of the patch, {patch} px, got {img_size} px")
     if num_classes:
         args.setdefault("global_pool", "avg")
     try:

@@ -8,6 +8,7 @@ says what is needed to build the model again.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -98,6 +99,8 @@ def save_model(path: Path, model: nn.Module, description: Mapping[str, Any]) -> 
     state = {key: value.cpu().contiguous() for key, value in public_state(model).items()}
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(save(_unshared(state), {"sparsemae": json.dumps(description)}))
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 

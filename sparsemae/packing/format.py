@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from sparsemae.packing.codec import code_bytes, decode_mask
 from sparsemae.packing.metadata import (
@@ -156,7 +156,8 @@ def write(path: str | Path, model: PackedModel) -> None:
     metadata = {"format": FORMAT, "version": str(VERSION), "config": json.dumps(asdict(model.config))}
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file({name: np.ascontiguousarray(t) for name, t in model.tensors.items()}, partial, metadata=metadata)
+        # not save_file, whose files only their owner may read
+        partial.write_bytes(save({name: np.ascontiguousarray(t) for name, t in model.tensors.items()}, metadata))
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         partial.replace(path)

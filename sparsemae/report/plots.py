@@ -5,17 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from sparsemae.data.classification import Source, SourceConfig, evaluation_transform, load_image, normalize, open_source
 from sparsemae.data.sampling import PICTURE, stream
 from sparsemae.models import MaskedAutoencoder
 from sparsemae.sparsity import dense_weights
-
-matplotlib.use("agg")
 
 
 def reconstruction_picture(
@@ -31,8 +29,6 @@ def reconstruction_picture(
     Predicted patches stand where patches were removed, with the target's own mean and spread given back when the
     model predicts normalised patches; kept patches are shown as they are.
     """
-    from matplotlib import pyplot
-
     source = source or open_source(SourceConfig(), "val")
     prepared = description["input"]
     transform = evaluation_transform(prepared["img_size"], prepared["interpolation"], prepared["eval_crop"])
@@ -51,7 +47,8 @@ def reconstruction_picture(
             "sparse weights": torch.where(removed.bool(), model.reconstruct(x, sparse), x),
             "full weights": torch.where(removed.bool(), model.reconstruct(x, full), x),
         }
-    figure, axes = pyplot.subplots(len(rows), images, figsize=(images * 1.1, len(rows) * 1.2), squeeze=False)
+    figure = Figure(figsize=(images * 1.1, len(rows) * 1.2))
+    axes = figure.subplots(len(rows), images, squeeze=False)
     for axis_row, (title, row) in zip(axes, rows.items(), strict=True):
         for axis, image in zip(axis_row, _pixels(row, prepared), strict=True):
             axis.imshow(image)
@@ -61,7 +58,6 @@ def reconstruction_picture(
     figure.suptitle(f"{description['mask_ratio']:.0%} of the patches removed; {losses}", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 def _pixels(images: Tensor, prepared: dict[str, Any]) -> np.ndarray:

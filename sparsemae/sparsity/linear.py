@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sparsemae.sparsity.pattern import NMPattern, check_holds, select_mask
+from sparsemae.sparsity.pattern import NMPattern, check_finite, check_holds, select_mask
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -99,6 +99,10 @@ class NMLinear(nn.Linear):
         """A state dict with a mask makes the layer frozen; one that breaks N:M is refused, naming the layer."""
         mask = state_dict.get(prefix + "weight_mask")
         weight = state_dict.get(prefix + "weight")
+        if weight is not None:
+            check_finite(weight, prefix.rstrip("."))
+        if mask is None and self.frozen:
+            mask = self.weight_mask
         if mask is not None and weight is not None:
             check_holds(weight, mask.bool(), self.pattern, prefix.rstrip("."))
             if not self.frozen:

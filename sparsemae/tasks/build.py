@@ -76,9 +76,7 @@ def make_sparse(model: nn.Module, sparse: SparseConfig) -> list[str]:
     if sparse.pattern == "dense":
         return []
     if sparse.term == "gradient" and sparse.strength > 1e-3:
-        warnings.warn(
-            f"sparse.strength {sparse.strength:g} in the gradient: above 1e-3 accuracy was lost", stacklevel=2
-        )
+        warnings.warn(f"sparse.strength {sparse.strength:g} in the gradient: above 1e-3 accuracy is lost", stacklevel=2)
     prefix = "encoder." if isinstance(model, MaskedAutoencoder) else ""
     names = sparsify(model, sparse.pattern, exclude=[prefix + glob for glob in sparse.exclude])
     if sparse.init_weights == "sparse":
@@ -151,4 +149,7 @@ def _filled(model: Model, path: Path, state: dict[str, Tensor], description: dic
         load_weights(model, state, strict=True)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    moving = [name for name, layer in iter_sparse(model) if not layer.frozen]
+    if description.get("frozen") and moving:
+        raise ValueError(f"{path}: wanted a frozen model, as its description says, got no mask for {moving[0]}")
     return model.eval()

@@ -23,7 +23,7 @@ from sparsemae.data.classification import (
 from sparsemae.data.sampling import EvaluationSampler
 from sparsemae.packing.format import is_packed
 from sparsemae.runtime import load
-from sparsemae.sparsity import densify
+from sparsemae.sparsity import densify, freeze, iter_sparse
 from sparsemae.tasks.build import load_classifier
 
 EVALUATION_BATCH = 256
@@ -55,7 +55,10 @@ class _Subject:
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
     """Print and return top-1, top-5 and the standard error of top-1, as shares."""
     packed = is_packed(config.model)
-    fabric = Fabric(accelerator="cpu" if packed else config.accelerator, devices=1)
+    try:
+        fabric = Fabric(accelerator="cpu" if packed else config.accelerator, devices=1)
+    except RuntimeError as error:
+        raise ValueError(f"accelerator: {config.accelerator} cannot be had here: {error}") from error
     subject = _packed(config.model) if packed else _trained(config.model, fabric)
     prepared = subject.input
     source = open_source(config.data, "val")
@@ -78,7 +81,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
 
 def _trained(model: str, fabric: Fabric) -> _Subject:
     classifier, description = load_classifier(model)
-    densify(classifier)  # a frozen model is a plain one with zeros
+    if any(iter_sparse(classifier)):  # computed as a plain model with zeros; a checkpoint's mask is that of now
+        freeze(classifier)
+        densify(classifier)
     classifier.to(fabric.device)
     patch = max(classifier.patch_embed.patch_size)
     return _Subject(classifier, description["input"], description["class_names"], patch)

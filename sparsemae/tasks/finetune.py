@@ -60,6 +60,8 @@ class FinetuneConfig:
 def finetune(config: FinetuneConfig) -> Path:
     """Run (or continue) sparse finetuning; returns the file of the frozen sparse model."""
     data, sparse = config.data, config.sparse
+    if not 0 <= config.label_smoothing < 1:
+        raise ValueError(f"label_smoothing: wanted 0 to 1, got {config.label_smoothing}")
     train, val = open_source(data, "train", data.train_images), open_source(data, "val")
     if len(train.class_names) < 2:
         raise ValueError(f"{data.root}: wanted at least two class folders, got {train.class_names}")
@@ -74,8 +76,7 @@ def finetune(config: FinetuneConfig) -> Path:
     if config.init is not None:
         run.log.say(f"{config.init}: {start_from(model, config.init)}")
     make_sparse(model, sparse)
-    if run.fabric.is_global_zero:
-        run.log.say(str(summarize(model)))
+    run.log.say(str(summarize(model)))
     description = describe("classify", model, config.model, data, train.class_names)
     erase, mix = _erasing(config.erasing, run.fabric.device), _mixing(config, len(train.class_names))
     smooth = nn.CrossEntropyLoss(label_smoothing=0.0 if mix else config.label_smoothing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ from sparsemae.data.classification import (
     open_source,
 )
 from sparsemae.data.sampling import EvaluationSampler
+from sparsemae.models.weights import find_weights
 from sparsemae.packing.format import Preprocess
 from sparsemae.packing.pack import PackReport
 from sparsemae.packing.pack import pack as pack_model
@@ -44,6 +46,8 @@ class PackConfig:
 
 def pack(config: PackConfig) -> PackReport:
     """Write the packed file, print its size by part, and compare its output with the masked dense model's."""
+    if Path(config.out).resolve() == find_weights(config.checkpoint).resolve():
+        raise ValueError(f"out: wanted another file than the model's own, got {config.out}")
     model, description = load_classifier(config.checkpoint)
     prepared, names = description["input"], description["class_names"]
     preprocess = Preprocess(

@@ -28,6 +28,8 @@ class PredictConfig:
 
 def predict(config: PredictConfig) -> dict[str, Ranking]:
     """Print and return, per file, the ``top_k`` classes with their probabilities."""
+    if config.top_k < 1:
+        raise ValueError(f"top_k: wanted at least 1, got {config.top_k}")
     files = [file for path in config.images for file in _image_files(Path(path))]
     rank = _by_packed if is_packed(config.model) else _by_torch
     results = dict(zip(map(str, files), rank(config.model, files, config.top_k), strict=True))

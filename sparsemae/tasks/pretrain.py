@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparsemae.data.classification import DataConfig, ImageDataset, normalize, open_source, training_transform
 from sparsemae.models import ModelConfig
+from sparsemae.models.mae import patches_kept
 from sparsemae.models.start import start_from
 from sparsemae.models.weights import save_model
 from sparsemae.sparsity import summarize
@@ -47,6 +48,7 @@ def pretrain(config: PretrainConfig) -> Path:
     model = build_autoencoder(config.model, config.decoder, data.img_size, config.seed)
     model.norm_pix_loss = config.norm_pix_loss
     patch_embed = model.encoder.patch_embed
+    patches_kept(patch_embed.num_patches, config.mask_ratio)
     dataset = ImageDataset(
         source, training_transform(data), config.seed, patches=patch_embed.num_patches,
         smallest=max(patch_embed.patch_size),
@@ -56,8 +58,7 @@ def pretrain(config: PretrainConfig) -> Path:
     if config.init is not None:
         run.log.say(f"{config.init}: {start_from(model, config.init)}")
     make_sparse(model, sparse)
-    if run.fabric.is_global_zero:
-        run.log.say(str(summarize(model.encoder)))
+    run.log.say(str(summarize(model.encoder)))
     description = describe(
         "pretrain",
         model,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch.utils.data import Dataset
 from sparsemae.data.classification import batches
 from sparsemae.data.sampling import STEP, BatchPlan, TrainingSampler, seed_all
 from sparsemae.sparsity import MaskSchedule, Topology, add_srste_gradient, hold_masks, iter_sparse, shrink_pruned
+from sparsemae.sparsity.pattern import check_finite
 from sparsemae.training.checkpoint import (
     checkpoint_path,
     list_checkpoints,
@@ -76,10 +78,22 @@ class TrainerConfig:
     resume: Literal["auto", "never"] = "auto"
     """auto: a run folder that holds a checkpoint continues from the last one; never: refuse such a folder."""
 
+    def __post_init__(self) -> None:
+        at_least_one = (
+            "max_steps", "global_batch", "device_batch", "devices", "num_nodes", "log_every_steps", "save_every_steps",
+            "keep_checkpoints", "evaluate_every_epochs",
+        )  # fmt: skip
+        for name in at_least_one:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"trainer.{name}: wanted at least 1, got {value}")
+        if self.epochs <= 0:
+            raise ValueError(f"trainer.epochs: wanted more than 0, got {self.epochs:g}")
+
 
 @dataclass
 class Run:
-    """What `start` prepared."""
+    """The devices, and the folder that holds what comes out."""
 
     fabric: Fabric
     log: RunLog
@@ -88,12 +102,32 @@ class Run:
     seed: int
     precision: str
     """What trainer.precision came to."""
+    config: dict[str, Any]
+
+    def open(self) -> None:
+        """Write the folder's first files, once everything else is known to fit.
+
+        Raises ValueError if the folder holds a run of another configuration, or somebody's files.
+        """
+        folder, kept = self.folder, self.folder / "environment.json"
+        if list_checkpoints(folder / "checkpoints"):
+            if self.trainer.resume == "never":
+                raise ValueError(f"{folder}: holds a run already; wanted a new folder with trainer.resume=never")
+            _refuse_other_config(folder / "config.yaml", self.config)
+        elif folder.exists() and any(folder.iterdir()) and not kept.is_file():
+            raise ValueError(f"--out: {folder}: wanted a new folder or that of a run, got one with other files")
+        self.fabric.barrier()  # nobody writes before everybody has looked
+        if self.fabric.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False))
+            kept.write_text(json.dumps(environment(), indent=1))
+        self.fabric.barrier()
 
 
 def start(config: Any, trainer: TrainerConfig, out: str, seed: int) -> Run:
-    """Launch the devices and open the run's folder. ``config`` is the command's dataclass, as `as_dict` takes it.
+    """Launch the devices. ``config`` is the command's dataclass as a dict. Nothing is written before `Run.open`.
 
-    Raises ValueError on settings that cannot work, or a folder that holds another run.
+    Raises ValueError on settings that cannot work.
     """
     precision = _automatic_precision(trainer) if trainer.precision == "auto" else trainer.precision
     if precision not in PRECISIONS:
@@ -103,24 +137,16 @@ def start(config: Any, trainer: TrainerConfig, out: str, seed: int) -> Run:
             + (reason if "16" in trainer.precision else "")
         )
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces the precision in every process
-    fabric = Fabric(
-        accelerator=trainer.accelerator, devices=trainer.devices, num_nodes=trainer.num_nodes,
-        precision=PRECISIONS[precision],
-    )  # fmt: skip
+    try:
+        fabric = Fabric(
+            accelerator=trainer.accelerator, devices=trainer.devices, num_nodes=trainer.num_nodes,
+            precision=PRECISIONS[precision],
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise ValueError(f"trainer.accelerator: {trainer.accelerator} cannot be had here: {error}") from error
     fabric.launch()
     folder = Path(out)
-    log = RunLog(folder, active=fabric.is_global_zero)
-    if list_checkpoints(folder / "checkpoints"):
-        if trainer.resume == "never":
-            raise ValueError(f"{folder}: holds a run already; wanted a new folder with trainer.resume=never")
-        _refuse_other_config(folder / "config.yaml", config)
-    fabric.barrier()  # nobody writes before everybody has looked
-    if fabric.is_global_zero:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-        (folder / "environment.json").write_text(json.dumps(environment(), indent=1))
-    fabric.barrier()
-    return Run(fabric, log, folder, trainer, seed, precision)
+    return Run(fabric, RunLog(folder, fabric.is_global_zero), folder, trainer, seed, precision, config)
 
 
 def _automatic_precision(trainer: TrainerConfig) -> str:
@@ -187,19 +213,25 @@ class _Loop:
 
     def __init__(self, run: Run, task: Task, optim: OptimConfig) -> None:
         trainer, fabric = run.trainer, run.fabric
+        if optim.warmup_epochs >= trainer.epochs:
+            raise ValueError(
+                f"optim.warmup_epochs: wanted fewer than trainer.epochs={trainer.epochs:g}, got {optim.warmup_epochs:g}"
+            )
         if trainer.scale_lr:
             optim = scaled_to_batch(optim, trainer.global_batch)
         self.run, self.task, self.optim, self.fabric = run, task, optim, fabric
         images = len(task.dataset)  # type: ignore[arg-type]
         self.plan = BatchPlan.make(images, trainer.global_batch, trainer.device_batch, fabric.world_size)
-        total = round(trainer.epochs * self.plan.steps_per_epoch)
-        self.stop = min(total, trainer.max_steps or total)
+        self.total = round(trainer.epochs * self.plan.steps_per_epoch)
+        self.stop = self.total if trainer.max_steps is None else min(self.total, trainer.max_steps)
         if fabric.device.type == "cpu" and run.precision == "bf16":
             _use_plain_attention(task.model)
-        self.masks = task.masks or MaskSchedule(task.model)
-        self.topology = Topology(task.model) if any(iter_sparse(task.model)) else None
         # set up before resuming: optimizer state follows its parameters' device
         self.wrapped, self.optimizer = fabric.setup(task.model, make_optimizer(task.model, optim))
+        # after it: masks live on the weights' device
+        self.masks = task.masks or MaskSchedule(task.model)
+        self.topology = Topology(task.model) if any(iter_sparse(task.model)) else None
+        run.open()
         self.checkpoints = run.folder / "checkpoints"
         self.metrics: dict[str, float] = {}
         self.losses: list[Tensor] = []
@@ -207,6 +239,8 @@ class _Loop:
         """Optimizer steps taken so far."""
 
     def run_all(self) -> dict[str, float]:
+        if self.done < self.stop and self.fabric.is_global_zero:  # older than what comes now
+            (self.run.folder / "model.safetensors").unlink(missing_ok=True)
         if self.done >= self.stop:
             self.run.log.say(f"{self.run.folder}: complete at step {self.done}; choose another --out for a new run")
         sampler = TrainingSampler(self.plan, self.run.seed, self.fabric.global_rank, self.done, self.stop)
@@ -255,19 +289,20 @@ class _Loop:
         trainer, done, last = self.run.trainer, self.done, self.done == self.stop
         epoch, within = divmod(done, self.plan.steps_per_epoch)
         where = {"step": done, "epoch": done / self.plan.steps_per_epoch}
-        if done % trainer.log_every_steps == 0 or last:
+        save = done % trainer.save_every_steps == 0 or last
+        if done % trainer.log_every_steps == 0 or save:  # at each checkpoint too: its loss is known to be finite
             loss = self._mean_loss()
             rate = progress.images_per_second(done)
             self.run.log.write("metrics.jsonl", {**where, "loss": loss, "lr": self.lr, "images_per_second": rate})
             progress.advance(done, f"loss {loss:.4f}")
-        if self.topology is not None and (within == 0 or last):
+        if self.topology is not None and (within == 0 or done == self.total):
             moved = self.topology.update()
             layers = {name: vars(movement) for name, movement in moved.layers.items()}
             self.run.log.write("topology.jsonl", {**where, "total": vars(moved.total), "layers": layers})
         if self.task.evaluate is not None and (last or (within == 0 and epoch % trainer.evaluate_every_epochs == 0)):
             self._evaluate()
             self.run.log.write("metrics.jsonl", {**where, **self.metrics})
-        if done % trainer.save_every_steps == 0 or last:
+        if save:
             self._save()
 
     def _mean_loss(self) -> float:
@@ -275,7 +310,9 @@ class _Loop:
         loss = float(self.fabric.all_reduce(torch.stack(self.losses).mean(), reduce_op="mean"))  # type: ignore[arg-type]
         self.losses.clear()
         if not math.isfinite(loss):
-            raise ValueError(f"loss is {loss} at step {self.done}: lower optim.lr, or continue from {self.checkpoints}")
+            raise ValueError(
+                f"loss is {loss} at step {self.done}: start again with a lower --optim.lr and another --out"
+            )
         return loss
 
     def _evaluate(self) -> None:
@@ -288,6 +325,8 @@ class _Loop:
         model.train()
 
     def _save(self) -> None:
+        for name, layer in iter_sparse(self.task.model):
+            check_finite(layer.weight, name)
         if self.fabric.is_global_zero:
             state = {
                 "optimizer": self.optimizer.state_dict(),
@@ -301,21 +340,32 @@ class _Loop:
         self.fabric.barrier()
 
     def _resume(self) -> int:
-        """Load the last unharmed checkpoint; returns its step, 0 if there is none."""
-        for path in reversed(list_checkpoints(self.checkpoints)):
+        """Load the last unharmed checkpoint; returns its step, 0 if the run has none yet.
+
+        Damaged ones that are newer are removed, or they would outlive what is saved from here on.
+        """
+        found, harmed = list_checkpoints(self.checkpoints), []
+        for path in reversed(found):
             try:
                 state = load_checkpoint(path, self.task.model)
             except ValueError as error:
-                self.run.log.say(f"{error}; trying the one before it")
+                harmed.append(path)
+                self.run.log.say(str(error))
                 continue
             self.optimizer.load_state_dict(state["optimizer"])
             self.masks.load_state_dict(state["masks"])
             if self.topology is not None:
                 self.topology.load_state_dict(state["topology"])
-            step = step_of(path)
-            self.run.log.forget_after(step)
-            self.run.log.say(f"continuing {self.run.folder} at step {step}")
-            return step
+            self.fabric.barrier()
+            if self.fabric.is_global_zero:
+                for damaged in harmed:
+                    shutil.rmtree(damaged)
+            self.run.log.forget_after(step_of(path))
+            self.run.log.say(f"continuing {self.run.folder} at step {step_of(path)}")
+            return step_of(path)
+        if harmed:
+            raise ValueError(f"{self.checkpoints}: no unharmed checkpoint to continue from; choose another --out")
+        self.run.log.forget_after(0)
         return 0
 
 

@@ -35,7 +35,6 @@ class RunLog:
         self.folder, self.active = folder if active else None, active
         self.console = Console(stderr=True, quiet=not active, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
-        self._last_line = 0.0
 
     def say(self, text: str) -> None:
         """Print one message, above the progress bar where there is one."""
@@ -54,7 +53,9 @@ class RunLog:
         for file in (self.folder / "metrics.jsonl", self.folder / "topology.jsonl"):
             if file.is_file():
                 lines = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
-                file.write_text("".join(line + "\n" for line in lines))
+                temporary = file.with_suffix(".tmp")
+                temporary.write_text("".join(line + "\n" for line in lines))
+                temporary.replace(file)
 
     @contextmanager
     def progress(self, title: str, start: int, total: int, images_per_step: int) -> Iterator[StepProgress]:

@@ -46,6 +46,31 @@ def test_the_file_says_what_evaluation_found(runs: Path, capsys: pytest.CaptureF
     assert found["standard_error"] == pytest.approx(expected)
 
 
+def test_dense_models_and_unfinished_runs_are_evaluated(tmp_path: Path) -> None:
+    main(tiny("finetune", tmp_path / "dense", "--trainer.max_steps", "1", "--sparse.pattern", "dense"))
+    assert 0 <= evaluate(EvaluateConfig(str(tmp_path / "dense")))["top1"] <= 1
+    main(tiny("finetune", tmp_path / "run", "--trainer.max_steps", "1"))
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000001"
+    assert evaluate(EvaluateConfig(str(checkpoint))) == evaluate(EvaluateConfig(str(tmp_path / "run")))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+def test_a_packed_model_predicts_and_evaluates_like_its_source(
+    runs: Path, tmp_path: Path, image_folder: Path, dtype: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed = tmp_path / "packed.safetensors"
+    main(["pack", str(runs / "finetune"), str(packed), "--dtype", dtype, "--data.source", "embedded"])
+    assert "same class for" in capsys.readouterr().out
+    images = [str(image_folder / "val")]
+    ours, theirs = (predict(PredictConfig(str(model), images, 10)) for model in (packed, runs / "finetune"))
+    assert ours.keys() == theirs.keys()
+    tolerance = {"fp32": 1e-5, "bf16": 2e-2, "int8": 5e-2}[dtype]
+    for file, ranking in ours.items():
+        assert dict(ranking) == pytest.approx(dict(theirs[file]), abs=tolerance)
+    one, other = (evaluate(EvaluateConfig(str(model)))["top1"] for model in (packed, runs / "finetune"))
+    assert one == pytest.approx(other, abs={"fp32": 1e-3, "bf16": 0.02, "int8": 0.05}[dtype])
+
+
 def test_predictions_of_files_and_folders(runs: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = predict(PredictConfig(str(runs / "finetune"), [str(image_folder / "val")], top_k=4))
     assert len(result) == 6

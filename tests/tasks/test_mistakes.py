@@ -67,20 +67,25 @@ def test_data(refused: Callable[..., str], tmp_path: Path, image_folder: Path, j
         (["--trainer.precision", "fp16"], "wanted auto, bf16, fp32, fp64, got fp16 (fp16's loss scale"),
         (["--model.name", "resnet18"], "model.name: wanted a timm VisionTransformer, got resnet18"),
         (["--model.name", "vit_huge_patch1"], "model.name: wanted a timm model, got 'vit_huge_patch1'"),
-        (["--model.args", "{embed_dimm: 3}"], "model.args: vit_base_patch16_224 does not take"),
+        (["--model.args", "{embed_dimm: 3, patch_size: 7}"], "model.args: vit_base_patch16_224 does not take"),
         (["--trainer.global_batch", "64"], "global_batch: wanted at most the 32 training images, got 64"),
         (["--trainer.device_batch", "3"], "1 x 3 does not divide it"),
+        (["--mask_ratio", "1.0"], "mask_ratio: wanted a share"),
+        (["--data.img_size", "30"], "data.img_size: wanted a multiple of the patch, 7 px, got 30 px"),
+        (["--data.root", "images"], "data.root: the embedded images take none, got images"),
+        (["--trainer.max_steps", "0"], "trainer.max_steps: wanted at least 1, got 0"),
+        (["--trainer.log_every_steps", "0"], "trainer.log_every_steps: wanted at least 1, got 0"),
+        (["--trainer.epochs", "0"], "trainer.epochs: wanted more than 0, got 0"),
+        (["--trainer.epochs", "1"], "optim.warmup_epochs: wanted fewer than trainer.epochs=1, got 1"),
+        (["--trainer.accelerator", "mps"], "trainer.accelerator: mps cannot be had here"),
+        (["--seed", "-1"], "seed: wanted 0 or more, got -1"),
         (["--trainer.scale_lr", "true"], "trainer.scale_lr: wanted optim.lr_batch"),
         (["--init", "/no/such/file"], "/no/such/file: no such file or run folder"),
     ],
 )  # fmt: skip
 def test_options(refused: Callable[..., str], tmp_path: Path, options: list[str], message: str) -> None:
     assert message in refused(*tiny("pretrain", tmp_path / "run", *options))
-
-
-@pytest.mark.holds("foundation.7")
-def test_mask_ratio(refused: Callable[..., str], tmp_path: Path) -> None:
-    assert "mask_ratio: wanted a share" in refused(*tiny("pretrain", tmp_path / "run", "--mask_ratio", "1.0"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.holds("foundation.7")
@@ -121,6 +126,18 @@ def test_predict(refused: Callable[..., str], tmp_path: Path, image_folder: Path
     assert "images" in refused("predict", str(tmp_path))
     main(tiny("finetune", tmp_path / "run", "--trainer.max_steps", "1"))
     assert "x.jpg: no such file" in refused("predict", str(tmp_path / "run"), "x.jpg")
+    assert "top_k: wanted at least 1" in refused("predict", str(tmp_path / "run"), str(image_folder), "--top_k", "0")
+
+
+def test_pack(refused: Callable[..., str], tmp_path: Path) -> None:
+    main(tiny("finetune", tmp_path / "run", "--trainer.max_steps", "1"))
+    model = tmp_path / "run" / "model.safetensors"
+    before = model.read_bytes()
+    assert "wanted another file than the model's own" in refused("pack", str(tmp_path / "run"), str(model))
+    assert model.read_bytes() == before
+    assert "nowhere" in refused("pack", str(tmp_path / "run"), str(tmp_path / "nowhere" / "x.safetensors"))
+    main(tiny("finetune", tmp_path / "dense", "--trainer.max_steps", "1", "--sparse.pattern", "dense"))
+    assert "no layer of the model is N:M sparse" in refused("pack", str(tmp_path / "dense"), str(tmp_path / "x"))
 
 
 def test_commands(refused: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,6 +145,9 @@ def test_commands(refused: Callable[..., str], tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "thesis.txt").write_text("mine")
     assert "got one with other files" in refused("demo", "--out", str(tmp_path))
     assert (tmp_path / "thesis.txt").exists()
+    (tmp_path / "config.yaml").write_text("mine")
+    assert "got one with other files" in refused(*tiny("pretrain", tmp_path))
+    assert (tmp_path / "config.yaml").read_text() == "mine"
     with pytest.raises(ValueError, match="nowhere"):
         main(["evaluate", "nowhere", "--debug"])
     main(["--version"])
