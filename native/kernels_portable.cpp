@@ -1,4 +1,5 @@
-// fp32 in plain C++ for any compiler and processor: eight lanes in an array, left to the compiler to vectorise.
+// fp32 in plain C++ for any compiler and processor, four tokens in the lanes: compilers with vector types (GCC, Clang) get one per value,
+// which they turn into SSE, NEON or what there is; the others loops over an array.
 #include <cmath>
 #include <cstring>
 
@@ -7,54 +8,76 @@
 namespace {
 
 struct V {
-  static constexpr std::size_t kLanes = 8;
-  float x[kLanes];
+  static constexpr std::size_t kLanes = 4;
+#if defined(__GNUC__)
+  using Floats = float __attribute__((vector_size(16)));
+  using Bits = std::uint32_t __attribute__((vector_size(16)));
+#else
+  struct Floats {
+    float lane[kLanes];
+    float& operator[](std::size_t i) { return lane[i]; }
+    float operator[](std::size_t i) const { return lane[i]; }
+  };
+#endif
+  Floats x;
 
-  template <class F>
-  static V make(F f) {
+  // f of the lanes, all at once where the compiler has vectors
+  template <class F, class... Vs>
+  static V map(const F& f, const Vs&... v) {
+#if defined(__GNUC__)
+    return {f(v.x...)};
+#else
     V r;
-    for (std::size_t i = 0; i < kLanes; ++i) r.x[i] = f(i);
+    for (std::size_t i = 0; i < kLanes; ++i) r.x[i] = f(v.x[i]...);
     return r;
+#endif
   }
   static V load(const float* p) {
     V r;
-    std::memcpy(r.x, p, sizeof r.x);
+    std::memcpy(&r.x, p, sizeof r.x);
     return r;
   }
-  static void store(float* p, V v) { std::memcpy(p, v.x, sizeof v.x); }
+  static void store(float* p, V v) { std::memcpy(p, &v.x, sizeof v.x); }
   static V set(float s) {
-    return make([=](std::size_t) { return s; });
+    V r;
+    for (std::size_t i = 0; i < kLanes; ++i) r.x[i] = s;
+    return r;
   }
   static V fma(V a, V b, V c) {
-    return make([&](std::size_t i) { return a.x[i] * b.x[i] + c.x[i]; });
+    return map([](auto p, auto q, auto r) { return p * q + r; }, a, b, c);
   }
   static V max(V a, V b) {
-    return make([&](std::size_t i) { return a.x[i] > b.x[i] ? a.x[i] : b.x[i]; });
+    return map([](auto p, auto q) { return p > q ? p : q; }, a, b);
   }
   static V div(V a, V b) {
-    return make([&](std::size_t i) { return a.x[i] / b.x[i]; });
+    return map([](auto p, auto q) { return p / q; }, a, b);
   }
   static V rsqrt(V a) {
-    return make([&](std::size_t i) { return 1.0f / sqrtf(a.x[i]); });
+    for (std::size_t i = 0; i < kLanes; ++i) a.x[i] = 1.0f / sqrtf(a.x[i]);
+    return a;
   }
   // a * 2^n, with n in the low bits of `shifted`
   static V shift_add(V a, V shifted) {
+#if defined(__GNUC__)
+    return {reinterpret_cast<Floats>(reinterpret_cast<Bits>(a.x) + (reinterpret_cast<Bits>(shifted.x) << 23))};
+#else
     std::uint32_t bits[kLanes], n[kLanes];
-    std::memcpy(bits, a.x, sizeof bits);
-    std::memcpy(n, shifted.x, sizeof n);
+    std::memcpy(bits, &a.x, sizeof bits);
+    std::memcpy(n, &shifted.x, sizeof n);
     for (std::size_t i = 0; i < kLanes; ++i) bits[i] += n[i] << 23;
-    std::memcpy(a.x, bits, sizeof bits);
+    std::memcpy(&a.x, bits, sizeof bits);
     return a;
+#endif
   }
 };
 inline V operator+(V a, V b) {
-  return V::make([&](std::size_t i) { return a.x[i] + b.x[i]; });
+  return V::map([](auto p, auto q) { return p + q; }, a, b);
 }
 inline V operator-(V a, V b) {
-  return V::make([&](std::size_t i) { return a.x[i] - b.x[i]; });
+  return V::map([](auto p, auto q) { return p - q; }, a, b);
 }
 inline V operator*(V a, V b) {
-  return V::make([&](std::size_t i) { return a.x[i] * b.x[i]; });
+  return V::map([](auto p, auto q) { return p * q; }, a, b);
 }
 
 #include "lane_kernels.h"

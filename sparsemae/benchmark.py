@@ -96,20 +96,13 @@ def benchmark(config: BenchmarkConfig) -> list[Measurement]:
             measurements.append(measurement)
             try:
                 _prepare(engine, model, folder)
-                worker = _Worker(engine, model, folder, config.threads)
-                measurement.cold_start_seconds, measurement.resident_mb = worker.start()
-                workers.append((measurement, worker))
+                workers.append((measurement, _Worker(engine, model, folder, config.threads)))
+                measurement.cold_start_seconds, measurement.resident_mb = workers[-1][1].start()
             except RuntimeError as error:
                 measurement.error = str(error)
         try:
             for batch in config.batches:
-                times: dict[int, list[float]] = {i: [] for i in range(len(workers))}
-                for _ in range(config.runs):
-                    for i, (_, worker) in enumerate(workers):
-                        times[i].append(worker.time(batch))
-                        time.sleep(_PAUSE_SECONDS)
-                for i, (measurement, _) in enumerate(workers):
-                    measurement.milliseconds[batch] = 1e3 * median(times[i])
+                _measure(batch, config.runs, [(m, worker) for m, worker in workers if not m.error])
         finally:
             for _, worker in workers:
                 worker.stop()
@@ -119,6 +112,23 @@ def benchmark(config: BenchmarkConfig) -> list[Measurement]:
             json.dumps({"config": asdict(config), "results": [asdict(m) for m in measurements]}, indent=1)
         )
     return measurements
+
+
+def _measure(batch: int, runs: int, workers: list[tuple[Measurement, _Worker]]) -> None:
+    """Let all take turns, `runs` times, and note the medians."""
+    times: dict[int, list[float]] = {i: [] for i in range(len(workers))}
+    for _ in range(runs):
+        for i, (measurement, worker) in enumerate(workers):
+            if measurement.error:
+                continue
+            try:
+                times[i].append(worker.time(batch))
+            except RuntimeError as error:
+                measurement.error = str(error)
+            time.sleep(_PAUSE_SECONDS)
+    for i, (measurement, _) in enumerate(workers):
+        if not measurement.error:
+            measurement.milliseconds[batch] = 1e3 * median(times[i])
 
 
 def table(measurements: list[Measurement], batches: list[int]) -> str:
@@ -160,6 +170,9 @@ class _Worker:
     def stop(self) -> None:
         self._process.kill()
         self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
+            if stream is not None:
+                stream.close()
 
     def _answer(self) -> str:
         assert self._process.stdout is not None
