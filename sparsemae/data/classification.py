@@ -8,6 +8,7 @@ in a loader worker would arrive as a page of traceback.
 from __future__ import annotations
 
 import random
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import create_transform
 from timm.data.readers import create_reader
 from torch import Tensor
@@ -50,6 +51,8 @@ class DataConfig(SourceConfig):
     """Use at most this many training images, from the first; None: all."""
     img_size: int = 224
     """Side of the model's input, px."""
+    exif: bool = False
+    """Turn images as their EXIF orientation says; the field does not. Goes with the model's file."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Channel means, for pixels in 0 to 1."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -226,11 +229,20 @@ class ImageDataset(Dataset[Any]):
     Args:
         patches: number L of patches to draw masking noise for; 0 for none.
         smallest: images with a shorter side (px) are refused.
+        exif: turn images as their EXIF orientation says.
     """
 
-    def __init__(self, source: Source, transform: Any, seed: int = 0, patches: int = 0, smallest: int = 1) -> None:
+    def __init__(
+        self,
+        source: Source,
+        transform: Any,
+        seed: int = 0,
+        patches: int = 0,
+        smallest: int = 1,
+        exif: bool = False,
+    ) -> None:
         self.source, self.transform, self.seed = source, transform, seed
-        self.patches, self.smallest = patches, smallest
+        self.patches, self.smallest, self.exif = patches, smallest, exif
 
     def __len__(self) -> int:
         return len(self.source)
@@ -246,26 +258,29 @@ class ImageDataset(Dataset[Any]):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         seed_generators(self.seed, SAMPLE, epoch, index)
         try:
-            image, target = load_image(self.source, index, self.smallest)
+            image, target = load_image(self.source, index, self.smallest, self.exif)
         except ValueError as error:
             return Unreadable(str(error))
         noise = {"noise": torch.rand(self.patches)} if self.patches else {}  # before the transform's own draws
         return {"image": torch.as_tensor(self.transform(image)), "target": target, "index": index, **noise}
 
 
-def load_image(source: Source, index: int, smallest: int = 1) -> tuple[Image.Image, int]:
+def load_image(source: Source, index: int, smallest: int = 1, exif: bool = False) -> tuple[Image.Image, int]:
     """Decode one image to RGB. Raises ValueError naming the file if it is unreadable or too small."""
     file, target = source.reader[int(source.indices[index])]
     with file:
-        return decode_rgb(file, source.filename(index), smallest), target
+        return decode_rgb(file, source.filename(index), smallest, exif), target
 
 
-def decode_rgb(file: Any, name: str, smallest: int = 1) -> Image.Image:
-    """PIL image (or a file of one) to RGB. Raises ValueError naming it if it is unreadable or too small."""
+def decode_rgb(file: Any, name: str, smallest: int = 1, exif: bool = False) -> Image.Image:
+    """PIL image (or a file of one) to RGB, turned as its EXIF orientation says if ``exif``.
+
+    Raises ValueError naming it if it is unreadable or too small.
+    """
     try:
         with file if isinstance(file, Image.Image) else Image.open(file) as opened:
-            image = opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            image = (ImageOps.exif_transpose(opened) if exif else opened).convert("RGB")
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         reason = "not an image in a known format" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(f"{name}: unreadable image: {reason}") from error
     if min(image.size) < smallest:

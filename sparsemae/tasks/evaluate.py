@@ -51,7 +51,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
             f"({', '.join(source.class_names[:3])}, ...)"
         )
     transform = evaluation_transform(prepared["img_size"], prepared["interpolation"], prepared["eval_crop"])
-    dataset = ImageDataset(source, transform, smallest=max(model.patch_embed.patch_size))
+    dataset = ImageDataset(source, transform, smallest=max(model.patch_embed.patch_size), exif=prepared["exif"])
     fabric = Fabric(accelerator=config.accelerator, devices=1)
     model.to(fabric.device)
     with torch.inference_mode(), hold_masks(model):

@@ -35,7 +35,7 @@ def predict(config: PredictConfig) -> dict[str, list[tuple[str, float]]]:
     results = {}
     with torch.inference_mode(), hold_masks(model):
         for file in files:
-            image = torch.as_tensor(transform(decode_rgb(file, str(file))))[None]
+            image = torch.as_tensor(transform(decode_rgb(file, str(file), exif=prepared["exif"])))[None]
             probabilities = model(normalize(image, prepared["mean"], prepared["std"])).softmax(dim=-1)[0]
             best = probabilities.topk(top_k)
             results[str(file)] = [(names[i], float(p)) for p, i in zip(best.values, best.indices, strict=True)]

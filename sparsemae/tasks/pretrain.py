@@ -48,7 +48,7 @@ def pretrain(config: PretrainConfig) -> Path:
     patch_embed = model.encoder.patch_embed
     dataset = ImageDataset(
         source, training_transform(data), config.seed, patches=patch_embed.num_patches,
-        smallest=max(patch_embed.patch_size),
+        smallest=max(patch_embed.patch_size), exif=data.exif,
     )  # fmt: skip
 
     run = start(asdict(config), config.trainer, config.out, config.seed)
