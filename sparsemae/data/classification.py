@@ -7,6 +7,7 @@ in a loader worker would arrive as a page of traceback.
 
 from __future__ import annotations
 
+import os
 import random
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -19,12 +20,14 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import create_transform
 from timm.data.readers import create_reader
+from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import transforms
 from torchvision.datasets import FashionMNIST
 
 from sparsemae.data.embedded import CLASS_NAMES, EmbeddedReader
+from sparsemae.data.exclude import read_exclude
 from sparsemae.data.sampling import HOLDOUT, SAMPLE, Key, seeding, stream
 
 SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "validation", "test")}
@@ -41,6 +44,8 @@ class SourceConfig:
     """Folder of the images; not used by the embedded source."""
     workers: int = 2
     """Loader processes per device; 0 loads in the training process."""
+    exclude: str | None = None
+    """File of images to leave out, one path a line, relative to root (`sparsemae check --write-exclude` writes one)."""
 
 
 @dataclass
@@ -94,7 +99,8 @@ class Source:
 def open_source(data: SourceConfig, split: Literal["train", "val"], limit: int | None = None) -> Source:
     """Open one split, or at most its first ``limit`` images of it.
 
-    Raises ValueError, naming the folder, if it is missing or empty, or its classes are not those of the training split.
+    Raises ValueError, naming the folder, if it is missing or empty, or its classes are not those of the training split;
+    or naming ``data.exclude``, if that cannot be read, names what the set does not hold, or leaves nothing.
     """
     if data.source == "embedded":
         reader: Any = EmbeddedReader(split)
@@ -107,6 +113,10 @@ def open_source(data: SourceConfig, split: Literal["train", "val"], limit: int |
         source = Source(reader, dataset.classes, _all(reader))
     else:
         source = _open_folder(Path(data.root), split)
+    if data.exclude is not None:
+        if data.source != "folder":
+            raise ValueError(f"data.exclude: wanted data.source=folder, got {data.source}")
+        source = _without(source, Path(data.root or "."), data.exclude)
     if limit is None:
         return source
     if limit < 1:
@@ -114,13 +124,18 @@ def open_source(data: SourceConfig, split: Literal["train", "val"], limit: int |
     return Source(source.reader, source.class_names, source.indices[:limit])
 
 
-def _open_folder(root: Path, split: str) -> Source:
-    if not root.is_dir():
-        raise ValueError(f"data.root: {root}: no such folder")
-    folders = {
+def split_folders(root: Path) -> dict[str, Path | None]:
+    """The folders ``train`` and ``val`` of a data set under the names the field has for them; None: there is none."""
+    return {
         name: next((root / folder for folder in names if (root / folder).is_dir()), None)
         for name, names in SPLIT_FOLDERS.items()
     }
+
+
+def _open_folder(root: Path, split: str) -> Source:
+    if not root.is_dir():
+        raise ValueError(f"data.root: {root}: no such folder")
+    folders = split_folders(root)
     train = folders["train"] or root
     class_names = _read_folder(train).class_names
     if folders["val"] is None:  # one folder for both: hold out a tenth, the same tenth every time
@@ -143,6 +158,27 @@ def _read_folder(folder: Path, class_names: list[str] | None = None) -> Source:
     except RuntimeError as error:
         raise ValueError(f"{folder}: wanted images in it or in its subfolders, found none") from error
     return Source(reader, list(reader.class_to_idx), _all(reader))
+
+
+def _without(source: Source, root: Path, file: str) -> Source:
+    """A folder source without the images that a list names; the labels of the classes stay."""
+    listed = read_exclude(file, root)
+    paths = [os.path.normpath(source.reader.filename(i, absolute=True)) for i in range(len(source.reader))]
+    others = [os.path.normpath(folder) + os.sep for folder in split_folders(root).values() if folder is not None]
+    unknown = [path for path in listed.keys() - set(paths) if not (path.startswith(tuple(others)) and _is_image(path))]
+    if unknown:
+        raise ValueError(
+            f"data.exclude: {file}: wanted images of {root}, one path a line relative to it, got {len(unknown)} that "
+            f"it does not hold: {', '.join(sorted(listed[path] for path in unknown)[:3])}"
+        )
+    kept = np.array([i for i in source.indices if paths[i] not in listed], np.int64)
+    if not len(kept):
+        raise ValueError(f"data.exclude: {file}: wanted some images left of {len(source)}, got none")
+    return Source(source.reader, source.class_names, kept)
+
+
+def _is_image(path: str) -> bool:
+    return Path(path).suffix.lower() in get_img_extensions(as_set=True) and os.path.lexists(path)
 
 
 def _all(reader: Any) -> np.ndarray:
