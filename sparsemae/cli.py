@@ -36,6 +36,7 @@ JOBS = {
         "demo_finetune",
     ),
     "evaluate": Job("sparsemae.tasks.evaluate", "evaluate", "EvaluateConfig", "accuracy of a finetuned model"),
+    "check": Job("sparsemae.tasks.check", "check", "CheckConfig", "what in a data set would break or spoil a run"),
     "predict": Job("sparsemae.tasks.predict", "predict", "PredictConfig", "classes of image files"),
 }  # fmt: skip
 
