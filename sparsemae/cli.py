@@ -37,6 +37,7 @@ JOBS = {
     ),
     "evaluate": Job("sparsemae.tasks.evaluate", "evaluate", "EvaluateConfig", "accuracy of a finetuned model"),
     "check": Job("sparsemae.tasks.check", "check", "CheckConfig", "what in a data set would break or spoil a run"),
+    "plan": Job("sparsemae.plan", "plan", "PlanConfig", "what a recipe costs, before it runs"),
     "predict": Job("sparsemae.tasks.predict", "predict", "PredictConfig", "classes of image files"),
 }  # fmt: skip
 

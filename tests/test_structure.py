@@ -27,6 +27,7 @@ ALLOWED = {
     "tasks": {"sparsity", "data", "models", "training"},
     "report": {"sparsity", "data", "models"},
     "demo": {"sparsity", "data", "models", "training", "tasks", "report", "config"},
+    "plan": {"sparsity", "data", "models", "training", "tasks", "config"},
     "cli": {"config", "__version__"},
     "__init__": set(),
 }

@@ -177,7 +177,7 @@ class _Loop:
         total = round(trainer.epochs * self.plan.steps_per_epoch)
         self.stop = min(total, trainer.max_steps or total)
         if fabric.device.type == "cpu" and trainer.precision == "bf16":
-            _use_plain_attention(task.model)
+            use_plain_attention(task.model)
         self.topology = Topology(task.model) if any(iter_sparse(task.model)) else None
         # set up before resuming: optimizer state follows its parameters' device
         self.wrapped, self.optimizer = fabric.setup(task.model, make_optimizer(task.model, optim))
@@ -294,7 +294,7 @@ class _Loop:
         return 0
 
 
-def _use_plain_attention(model: nn.Module) -> None:
+def use_plain_attention(model: nn.Module) -> None:
     """torch's fused attention takes 3 to 15 times as long as its own matrix products in bf16 on a CPU."""
     for module in model.modules():
         if hasattr(module, "fused_attn"):
