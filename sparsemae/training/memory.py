@@ -68,6 +68,8 @@ def step_memory(
     autocast: AbstractContextManager[Any] = (
         torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
     )
+    if precision == "fp64":  # Fabric turns a batch's floats into doubles, too
+        model.register_forward_pre_hook(lambda _, batch: tuple(x.double() if torch.is_tensor(x) else x for x in batch))
     with FakeTensorMode():
         _make_fake(model, torch.float64 if precision == "fp64" else torch.float32)
         model.train()
