@@ -2,7 +2,9 @@
 
 A fake tensor has a shape, a dtype and a lifetime but no data, so that autograd saves, frees and accumulates as it
 would, for any batch, in seconds and in no memory. What an operator takes inside itself, and what an allocator wastes,
-is not seen; nor is a GPU's context. Formulas per layer would be shorter, and wrong at the next change of a layer.
+is not seen; nor is a GPU's context. On a CPU the real peak of a ViT-B's step is 8 to 9 % higher, and that of bf16 at
+384 wide and 8 images 26 %, most of it holes in glibc's heap: with MALLOC_MMAP_THRESHOLD_=65536 it is 0 and 9 %.
+Formulas per layer would be shorter, and wrong at the next change of a layer.
 """
 
 from __future__ import annotations

@@ -1,10 +1,13 @@
 """Run a job and print, in bytes, what its optimizer steps took at their highest.
 
 The figure is VmHWM after the last optimizer step less VmRSS before the job: what the process really took. Before that
-the same job runs with a tiny model, so that libraries that load at their first use are not in the figure. Words: a
-folder for the runs, the job, its options.
+the same job runs with a tiny model, so that libraries that load at their first use are not in the figure; what that
+left in the allocator goes back to the system first, or the job would use it unseen. Words: a folder for the runs, the
+job, its options.
 """
 
+import ctypes
+import gc
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -51,5 +54,7 @@ if __name__ == "__main__":
     module = import_module(JOBS[name].module)
     job, kind = getattr(module, JOBS[name].function), getattr(module, JOBS[name].config)
     run([*words, *TINY, "--out", f"{folder}/tiny"])
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     before = kibibytes("VmRSS")
     print((run([*words, "--out", f"{folder}/run"]) - before) * 1024)
