@@ -50,12 +50,15 @@ def read_config(kind: type[Config], words: Sequence[str], program: str = "sparse
 
 
 def _recipe_files(words: Sequence[str]) -> list[str]:
-    """Replace a bare recipe name after ``--config`` by its file."""
+    """Replace a bare recipe name after ``--config`` by its file; take ``--write-exclude`` for ``--write_exclude``."""
     result: list[str] = []
     rest = iter(words)
     for word in rest:
         if word == "--config" or word.startswith("--config="):
             result += ["--config", str(_recipe(word.partition("=")[2] or next(rest, "")))]
+        elif word.startswith("--"):
+            name, equals, value = word.partition("=")
+            result.append("--" + name[2:].replace("-", "_") + equals + value)
         else:
             result.append(word)
     return result

@@ -30,6 +30,7 @@ ALLOWED = {
     "report": {"sparsity", "data", "models"},
     "demo": {"sparsity", "data", "models", "training", "tasks", "report", "config", "runtime"},
     "benchmark": {"packing", "runtime"},
+    "plan": {"sparsity", "data", "models", "training", "tasks", "config"},
     "cli": {"config", "__version__"},
     "__init__": set(),
 }

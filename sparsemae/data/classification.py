@@ -7,7 +7,9 @@ in a loader worker would arrive as a page of traceback.
 
 from __future__ import annotations
 
+import os
 import random
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +17,17 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import create_transform
 from timm.data.readers import create_reader
+from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import transforms
 from torchvision.datasets import FashionMNIST
 
 from sparsemae.data.embedded import CLASS_NAMES, EmbeddedReader
+from sparsemae.data.exclude import read_exclude
 from sparsemae.data.sampling import HOLDOUT, SAMPLE, Key, seeding, stream
 
 SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "validation", "test")}
@@ -40,6 +44,8 @@ class SourceConfig:
     """Folder of the images; not used by the embedded source."""
     workers: int = 2
     """Loader processes per device; 0 loads in the training process."""
+    exclude: str | None = None
+    """File of images to leave out, one path a line, relative to root (`sparsemae check --write-exclude` writes one)."""
 
 
 @dataclass
@@ -50,6 +56,8 @@ class DataConfig(SourceConfig):
     """Use at most this many training images: of a folder a fixed random choice, else the first; None: all."""
     img_size: int = 224
     """Side of the model's input, px."""
+    exif: bool = False
+    """Turn images as their EXIF orientation says; the field does not. Goes with the model's file."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Channel means, for pixels in 0 to 1."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -91,7 +99,8 @@ class Source:
 def open_source(data: SourceConfig, split: Literal["train", "val"], limit: int | None = None) -> Source:
     """Open one split, or at most ``limit`` images of it of it.
 
-    Raises ValueError, naming the folder, if it is missing or empty, or its classes are not those of the training split.
+    Raises ValueError, naming the folder, if it is missing or empty, or its classes are not those of the training split;
+    or naming ``data.exclude``, if that cannot be read, names what the set does not hold, or leaves nothing.
     """
     if data.source == "embedded":
         if data.root is not None:
@@ -111,6 +120,10 @@ def open_source(data: SourceConfig, split: Literal["train", "val"], limit: int |
         source = Source(reader, dataset.classes, _all(reader))
     else:
         source = _open_folder(Path(data.root), split)
+    if data.exclude is not None:
+        if data.source != "folder":
+            raise ValueError(f"data.exclude: wanted data.source=folder, got {data.source}")
+        source = _without(source, Path(data.root or "."), data.exclude)
     if limit is None:
         return source
     if limit < 1:
@@ -121,13 +134,18 @@ def open_source(data: SourceConfig, split: Literal["train", "val"], limit: int |
     return Source(source.reader, source.class_names, source.indices[:limit])
 
 
-def _open_folder(root: Path, split: str) -> Source:
-    if not root.is_dir():
-        raise ValueError(f"data.root: {root}: no such folder")
-    folders = {
+def split_folders(root: Path) -> dict[str, Path | None]:
+    """The folders ``train`` and ``val`` of a data set under the names the field has for them; None: there is none."""
+    return {
         name: next((root / folder for folder in names if (root / folder).is_dir()), None)
         for name, names in SPLIT_FOLDERS.items()
     }
+
+
+def _open_folder(root: Path, split: str) -> Source:
+    if not root.is_dir():
+        raise ValueError(f"data.root: {root}: no such folder")
+    folders = split_folders(root)
     train = folders["train"] or root
     class_names = _read_folder(train).class_names
     if folders["val"] is None:  # one folder for both: hold out a tenth, the same tenth every time
@@ -150,6 +168,27 @@ def _read_folder(folder: Path, class_names: list[str] | None = None) -> Source:
     except RuntimeError as error:
         raise ValueError(f"{folder}: wanted images in it or in its subfolders, found none") from error
     return Source(reader, list(reader.class_to_idx), _all(reader))
+
+
+def _without(source: Source, root: Path, file: str) -> Source:
+    """A folder source without the images that a list names; the labels of the classes stay."""
+    listed = read_exclude(file, root)
+    paths = [os.path.normpath(source.reader.filename(i, absolute=True)) for i in range(len(source.reader))]
+    others = [os.path.normpath(folder) + os.sep for folder in split_folders(root).values() if folder is not None]
+    unknown = [path for path in listed.keys() - set(paths) if not (path.startswith(tuple(others)) and _is_image(path))]
+    if unknown:
+        raise ValueError(
+            f"data.exclude: {file}: wanted images of {root}, one path a line relative to it, got {len(unknown)} that "
+            f"it does not hold: {', '.join(sorted(listed[path] for path in unknown)[:3])}"
+        )
+    kept = np.array([i for i in source.indices if paths[i] not in listed], np.int64)
+    if not len(kept):
+        raise ValueError(f"data.exclude: {file}: wanted some images left of {len(source)}, got none")
+    return Source(source.reader, source.class_names, kept)
+
+
+def _is_image(path: str) -> bool:
+    return Path(path).suffix.lower() in get_img_extensions(as_set=True) and os.path.lexists(path)
 
 
 def _all(reader: Any) -> np.ndarray:
@@ -236,11 +275,20 @@ class ImageDataset(Dataset[Any]):
     Args:
         patches: number L of patches to draw masking noise for; 0 for none.
         smallest: images with a shorter side (px) are refused.
+        exif: turn images as their EXIF orientation says.
     """
 
-    def __init__(self, source: Source, transform: Any, seed: int = 0, patches: int = 0, smallest: int = 1) -> None:
+    def __init__(
+        self,
+        source: Source,
+        transform: Any,
+        seed: int = 0,
+        patches: int = 0,
+        smallest: int = 1,
+        exif: bool = False,
+    ) -> None:
         self.source, self.transform, self.seed = source, transform, seed
-        self.patches, self.smallest = patches, smallest
+        self.patches, self.smallest, self.exif = patches, smallest, exif
 
     def __len__(self) -> int:
         return len(self.source)
@@ -256,26 +304,29 @@ class ImageDataset(Dataset[Any]):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         seed_generators(self.seed, SAMPLE, epoch, index)
         try:
-            image, target = load_image(self.source, index, self.smallest)
+            image, target = load_image(self.source, index, self.smallest, self.exif)
         except ValueError as error:
             return Unreadable(str(error))
         noise = {"noise": torch.rand(self.patches)} if self.patches else {}  # before the transform's own draws
         return {"image": torch.as_tensor(self.transform(image)), "target": target, "index": index, **noise}
 
 
-def load_image(source: Source, index: int, smallest: int = 1) -> tuple[Image.Image, int]:
+def load_image(source: Source, index: int, smallest: int = 1, exif: bool = False) -> tuple[Image.Image, int]:
     """Decode one image to RGB. Raises ValueError naming the file if it is unreadable or too small."""
     file, target = source.reader[int(source.indices[index])]
     with file:
-        return decode_rgb(file, source.filename(index), smallest), target
+        return decode_rgb(file, source.filename(index), smallest, exif), target
 
 
-def decode_rgb(file: Any, name: str, smallest: int = 1) -> Image.Image:
-    """PIL image (or a file of one) to RGB. Raises ValueError naming it if it is unreadable or too small."""
+def decode_rgb(file: Any, name: str, smallest: int = 1, exif: bool = False) -> Image.Image:
+    """PIL image (or a file of one) to RGB, turned as its EXIF orientation says if ``exif``.
+
+    Raises ValueError naming it if it is unreadable or too small.
+    """
     try:
         with file if isinstance(file, Image.Image) else Image.open(file) as opened:
-            image = opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            image = (ImageOps.exif_transpose(opened) if exif else opened).convert("RGB")
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         reason = "not an image in a known format" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(f"{name}: unreadable image: {reason}") from error
     if min(image.size) < smallest:

@@ -32,7 +32,9 @@ def reconstruction_picture(
     source = source or open_source(SourceConfig(), "val")
     prepared = description["input"]
     transform = evaluation_transform(prepared["img_size"], prepared["interpolation"], prepared["eval_crop"])
-    pixels = torch.stack([torch.as_tensor(transform(load_image(source, index)[0])) for index in range(images)])
+    pixels = torch.stack(
+        [torch.as_tensor(transform(load_image(source, index, exif=prepared["exif"])[0])) for index in range(images)]
+    )
     x = normalize(pixels, prepared["mean"], prepared["std"])
     patches = model.encoder.patch_embed.num_patches
     noise = torch.from_numpy(stream(seed, PICTURE).random((images, patches), np.float32))

@@ -106,6 +106,7 @@ def describe(
         "input": {
             "img_size": data.img_size, "mean": list(data.mean), "std": list(data.std),
             "interpolation": data.interpolation, "eval_crop": data.eval_crop,
+            "exif": data.exif,
         },
         "class_names": list(class_names),
         **extra,
@@ -139,6 +140,7 @@ def _read(source: str | Path, task: str) -> tuple[Path, dict[str, Tensor], dict[
         raise ValueError(f"{path}: wanted a sparsemae weights file of version 1, got one without our description")
     if description["task"] != task:
         raise ValueError(f"{path}: wanted a model for {task}, got one for {description['task']}")
+    description["input"].setdefault("exif", False)  # files written before the option
     return path, state, description
 
 

@@ -69,7 +69,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
             f"({', '.join(source.class_names[:3])}, ...)"
         )
     transform = evaluation_transform(prepared["img_size"], prepared["interpolation"], prepared["eval_crop"])
-    dataset = ImageDataset(source, transform, smallest=subject.patch)
+    dataset = ImageDataset(source, transform, smallest=subject.patch, exif=prepared["exif"])
     with torch.inference_mode():
         metrics = accuracy(fabric, subject.forward, dataset, prepared["mean"], prepared["std"], config.data.workers)
     print(
@@ -95,6 +95,7 @@ def _packed(file: str) -> _Subject:
     prepared = {
         "img_size": shape.image_height, "mean": preprocess.mean, "std": preprocess.std,
         "interpolation": preprocess.interpolation, "eval_crop": preprocess.crop_pct,
+        "exif": preprocess.exif_transpose,
     }  # fmt: skip
     names = list(model.config.class_names)
     return _Subject(lambda images: torch.from_numpy(model(images.numpy())), prepared, names, shape.patch_size)

@@ -67,9 +67,9 @@ def finetune(config: FinetuneConfig) -> Path:
         raise ValueError(f"{data.root}: wanted at least two class folders, got {train.class_names}")
     model = build_classifier(config.model, data.img_size, len(train.class_names), config.seed)
     patch = max(model.patch_embed.patch_size)
-    dataset = ImageDataset(train, training_transform(data), config.seed, smallest=patch)
+    dataset = ImageDataset(train, training_transform(data), config.seed, smallest=patch, exif=data.exif)
     validation = ImageDataset(
-        val, evaluation_transform(data.img_size, data.interpolation, data.eval_crop), smallest=patch
+        val, evaluation_transform(data.img_size, data.interpolation, data.eval_crop), smallest=patch, exif=data.exif
     )
 
     run = start(asdict(config), config.trainer, config.out, config.seed)

@@ -51,7 +51,11 @@ def pack(config: PackConfig) -> PackReport:
     model, description = load_classifier(config.checkpoint)
     prepared, names = description["input"], description["class_names"]
     preprocess = Preprocess(
-        tuple(prepared["mean"]), tuple(prepared["std"]), prepared["interpolation"], prepared["eval_crop"], False
+        tuple(prepared["mean"]),
+        tuple(prepared["std"]),
+        prepared["interpolation"],
+        prepared["eval_crop"],
+        prepared["exif"],
     )
     report = pack_model(
         model, config.out, preprocess, config.dtype, architecture=description["model"]["name"],
@@ -82,6 +86,6 @@ def _images(data: SourceConfig | None, description: dict[str, Any]) -> torch.Ten
     source = open_source(data, "val", CHECKED_IMAGES)
     transform = evaluation_transform(size, prepared["interpolation"], prepared["eval_crop"])
     sampler = EvaluationSampler(len(source), CHECKED_IMAGES)
-    batch = next(batches(ImageDataset(source, transform), sampler, workers=0))
+    batch = next(batches(ImageDataset(source, transform, exif=prepared["exif"]), sampler, workers=0))
     images: torch.Tensor = batch["image"]
     return normalize(images, prepared["mean"], prepared["std"])

@@ -58,7 +58,7 @@ def _by_torch(model: str, files: Sequence[Path], top_k: int) -> list[Ranking]:
     rankings = []
     with torch.inference_mode(), hold_masks(classifier):
         for file in files:
-            image = torch.as_tensor(transform(decode_rgb(file, str(file))))[None]
+            image = torch.as_tensor(transform(decode_rgb(file, str(file), exif=prepared["exif"])))[None]
             probabilities = classifier(normalize(image, prepared["mean"], prepared["std"])).softmax(dim=-1)[0]
             best = probabilities.topk(min(top_k, len(names)))
             rankings.append([(names[i], float(p)) for p, i in zip(best.values, best.indices, strict=True)])

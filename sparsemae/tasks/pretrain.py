@@ -51,7 +51,7 @@ def pretrain(config: PretrainConfig) -> Path:
     patches_kept(patch_embed.num_patches, config.mask_ratio)
     dataset = ImageDataset(
         source, training_transform(data), config.seed, patches=patch_embed.num_patches,
-        smallest=max(patch_embed.patch_size),
+        smallest=max(patch_embed.patch_size), exif=data.exif,
     )  # fmt: skip
 
     run = start(asdict(config), config.trainer, config.out, config.seed)

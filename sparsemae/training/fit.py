@@ -225,7 +225,7 @@ class _Loop:
         self.total = round(trainer.epochs * self.plan.steps_per_epoch)
         self.stop = self.total if trainer.max_steps is None else min(self.total, trainer.max_steps)
         if fabric.device.type == "cpu" and run.precision == "bf16":
-            _use_plain_attention(task.model)
+            use_plain_attention(task.model)
         # set up before resuming: optimizer state follows its parameters' device
         self.wrapped, self.optimizer = fabric.setup(task.model, make_optimizer(task.model, optim))
         # after it: masks live on the weights' device
@@ -369,7 +369,7 @@ class _Loop:
         return 0
 
 
-def _use_plain_attention(model: nn.Module) -> None:
+def use_plain_attention(model: nn.Module) -> None:
     """torch's fused attention takes 3 to 15 times as long as its own matrix products in bf16 on a CPU."""
     for module in model.modules():
         if hasattr(module, "fused_attn"):

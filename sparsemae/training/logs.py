@@ -58,8 +58,10 @@ class RunLog:
                 temporary.replace(file)
 
     @contextmanager
-    def progress(self, title: str, start: int, total: int, images_per_step: int) -> Iterator[StepProgress]:
-        """A progress display over optimizer steps; `StepProgress.advance` moves it."""
+    def progress(
+        self, title: str, start: int, total: int, images_per_step: int, unit: str = "step"
+    ) -> Iterator[StepProgress]:
+        """A progress display over optimizer steps, or other units; `StepProgress.advance` moves it."""
         if self.active and self.console.is_terminal:
             columns = (
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
@@ -69,19 +71,21 @@ class RunLog:
                 self._bar = bar
                 task = bar.add_task(title, total=total, completed=start, status="")
                 try:
-                    yield StepProgress(self, title, start, total, images_per_step, task)
+                    yield StepProgress(self, title, start, total, images_per_step, task, unit)
                 finally:
                     self._bar = None
         else:
-            yield StepProgress(self, title, start, total, images_per_step, None)
+            yield StepProgress(self, title, start, total, images_per_step, None, unit)
 
 
 class StepProgress:
     """One running display: measures the rate and shows it."""
 
-    def __init__(self, log: RunLog, title: str, start: int, total: int, images_per_step: int, task: Any) -> None:
+    def __init__(
+        self, log: RunLog, title: str, start: int, total: int, images_per_step: int, task: Any, unit: str
+    ) -> None:
         self._log, self._title, self._start, self._total = log, title, start, total
-        self._images_per_step, self._task = images_per_step, task
+        self._images_per_step, self._task, self._unit = images_per_step, task, unit
         self._begin = self._last_line = time.monotonic()
 
     def images_per_second(self, step: int) -> float:
@@ -99,7 +103,7 @@ class StepProgress:
             self._last_line = now
             left = (self._total - step) * self._images_per_step / max(rate, 1e-9)
             self._log.say(
-                f"{self._title}: step {step}/{self._total}, {rate:,.0f} images/s, {left:,.0f} s left, {status}"
+                f"{self._title}: {self._unit} {step}/{self._total}, {rate:,.0f} images/s, {left:,.0f} s left, {status}"
             )
 
 

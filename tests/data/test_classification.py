@@ -79,6 +79,18 @@ def test_an_image_smaller_than_a_patch_is_named(image_folder: Path) -> None:
         list(batches(dataset, EvaluationSampler(len(dataset), 4), 0))
 
 
+@pytest.mark.parametrize("exif", [False, True])
+def test_exif_orientation_is_applied_only_when_asked_for(image_folder: Path, exif: bool) -> None:
+    upright = np.zeros((20, 30, 3), np.uint8)
+    upright[0] = 255  # a white line on top
+    turned, tag = Image.fromarray(upright).transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    tag[0x0112] = 6  # to be shown turned clockwise by 90 degrees
+    turned.save(image_folder / "train" / "cat" / "0.png", exif=tag)
+    dataset = ImageDataset(open_source(folder(image_folder), "train"), np.array, exif=exif)
+    got = dataset[0]["image"].numpy()
+    np.testing.assert_array_equal(got, upright if exif else np.asarray(turned))
+
+
 def all_batches(data: DataConfig, workers: int, start: int = 0) -> list[dict]:
     source = open_source(data, "train")
     dataset = ImageDataset(source, training_transform(data), seed=7, patches=4)

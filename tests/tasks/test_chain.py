@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import metrics, tiny
+from PIL import Image
 
+import sparsemae.tasks.evaluate
 from sparsemae.cli import main
 from sparsemae.models.weights import load_weights, read_weights, save_model
 from sparsemae.sparsity import NMPattern, iter_sparse, nm_mask, sparsify
@@ -81,6 +83,35 @@ def test_predictions_of_files_and_folders(runs: Path, image_folder: Path, capsys
         shares = [share for _, share in classes]
         assert shares == sorted(shares, reverse=True)
         assert sum(shares) <= 1 + 1e-6
+
+
+def test_exif_orientation_goes_with_the_model(
+    tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tag = Image.Exif()
+    tag[0x0112] = 3  # upside down
+    for file in (image_folder / "val").glob("*/*.png"):
+        image = Image.open(file)
+        image.transpose(Image.Transpose.ROTATE_180).save(file, exif=tag)
+        image.save(file.with_suffix(".upright"), "png")
+    main(tiny("finetune", tmp_path / "run", "--data.exif", "true"))
+    described = load_classifier(tmp_path / "run")[1]
+    assert described["input"]["exif"] is True
+    for file in (image_folder / "val").glob("*/*.png"):
+        turned, upright = (
+            predict(PredictConfig(str(tmp_path / "run"), [str(f)], top_k=10))
+            for f in (file, file.with_suffix(".upright"))
+        )
+        assert [*turned.values()] == [*upright.values()]
+    asked = []
+    monkeypatch.setattr(sparsemae.tasks.evaluate, "ImageDataset", lambda *_, exif, **__: asked.append(exif))
+    with pytest.raises(AttributeError):  # no data set
+        evaluate(EvaluateConfig(str(tmp_path / "run")))
+    assert asked == [True]
+    description = read_weights(tmp_path / "run")[1]
+    assert description["input"].pop("exif")  # a file written before the option
+    save_model(tmp_path / "old.safetensors", load_classifier(tmp_path / "run")[0], description)
+    assert load_classifier(tmp_path / "old.safetensors")[1]["input"]["exif"] is False
 
 
 @pytest.mark.parametrize("mask", ["dynamic", "fixed"])

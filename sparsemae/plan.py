@@ -1,0 +1,277 @@
+"""What a recipe costs, before it runs: parameters, multiply-adds, steps, memory, hours, checkpoint size.
+
+Everything is counted on the models that the job would build, on the meta device, not by formulas beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparsemae.config import read_config
+from sparsemae.data.classification import normalize
+from sparsemae.data.sampling import BatchPlan
+from sparsemae.models import MaskedAutoencoder
+from sparsemae.sparsity import NMLinear, SparsitySummary, summarize
+from sparsemae.tasks.build import build_autoencoder, build_classifier, make_sparse
+from sparsemae.tasks.finetune import FinetuneConfig
+from sparsemae.tasks.pretrain import PretrainConfig
+from sparsemae.training.fit import use_plain_attention
+from sparsemae.training.memory import StepMemory, step_memory
+
+IMAGENET_IMAGES = 1_281_167
+KINDS: dict[str, type[PretrainConfig] | type[FinetuneConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
+
+
+@dataclass
+class PlanConfig:
+    """What a pretraining or finetuning recipe costs, before it runs."""
+
+    recipe: str
+    """A recipe's name, a YAML file, or the config.yaml of a run."""
+    job: str | None = None
+    """pretrain or finetune; None: the one whose options the recipe has, or that its name says."""
+    devices: int | None = None
+    """Devices per machine; None: the recipe's."""
+    device_batch: int | None = None
+    """Images per device and forward; None: the recipe's."""
+    images: int = IMAGENET_IMAGES
+    """Training images, of which a recipe's data.train_images may use fewer; ImageNet-1K's by default."""
+    classes: int = 1000
+    """Classes of a finetuned model: a recipe does not say, the data do."""
+    images_per_second: float | None = None
+    """Rate of training, over all devices together; without it no hours are given."""
+
+
+class MultiplyAdds(NamedTuple):
+    """Multiply-adds of one part of a forward."""
+
+    part: str
+    dense: int
+    kept: int
+    """With the kept weights alone, as a packed model computes; in training the masked weights are multiplied whole."""
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One image's way through a model, or through a part of it."""
+
+    title: str
+    tokens: int
+    """Class token included."""
+    parts: list[MultiplyAdds]
+
+    @property
+    def total(self) -> MultiplyAdds:
+        """Sum of the parts."""
+        return MultiplyAdds("total", sum(part.dense for part in self.parts), sum(part.kept for part in self.parts))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` found; ``str()`` gives the page."""
+
+    title: str
+    encoder: SparsitySummary
+    decoder_parameters: int
+    forwards: list[Forward]
+    batches: BatchPlan
+    epochs: float
+    steps: int
+    memory: StepMemory
+    memory_title: str
+    checkpoint_bytes: int
+    images_per_second: float | None
+
+    @property
+    def images(self) -> int:
+        """Images seen in all steps."""
+        return self.steps * self.batches.global_batch
+
+    @property
+    def hours(self) -> float | None:
+        """Training alone, at the rate given; None without one."""
+        return self.images / self.images_per_second / 3600 if self.images_per_second else None
+
+    def __str__(self) -> str:
+        encoder, batches, memory = self.encoder, self.batches, self.memory
+        total, kept = encoder.sparse_total + encoder.dense_total, encoder.kept + encoder.dense_total
+        what, decoder = (
+            ("encoder", f" + {self.decoder_parameters:,} decoder") if self.decoder_parameters else ("model", "")
+        )
+        lines = [
+            self.title,
+            f"parameters       {total:,} {what}{decoder}",
+            f"kept             {kept:,} of the {what}: {encoder.kept:,} of {encoder.sparse_total:,} sparse weights, "
+            f"all {encoder.dense_total:,} others",
+        ]
+        for forward in self.forwards:
+            lines.append(f"multiply-adds    {forward.title}, {forward.tokens} tokens, per image: dense, kept")
+            lines += [
+                f"  {part.part:<16} {part.dense / 1e9:8.3f} G {part.kept / 1e9:8.3f} G"
+                for part in (*forward.parts, forward.total)
+            ]
+        lines += [
+            f"batch            {batches.global_batch:,} = {batches.world} devices x {batches.micro_batch} images x "
+            f"{batches.accumulate} accumulation",
+            f"optimizer steps  {self.steps:,}: {self.epochs:g} epochs of {batches.steps_per_epoch:,} steps "
+            f"({batches.images:,} images)",
+            f"memory           per device, {self.memory_title}",
+            *(f"  {name:<16} {_size(size)}" for name, size in (*vars(memory).items(), ("peak", memory.total))),
+            "  (one moment, a step's highest: no gradients if that lies before the backward)",
+            f"checkpoint       {_size(self.checkpoint_bytes).strip()}",
+        ]
+        if self.hours is None:
+            how = f"{self.images:,} images / (N images per second x 3600): give --images-per-second N"
+        else:
+            how = f"{self.hours:,.1f} at {self.images_per_second:,g} images/s on all devices, evaluations not counted"
+        lines.append(f"hours            {how}")
+        return "\n".join(lines)
+
+
+def plan(config: PlanConfig) -> Plan:
+    """Print and return what a recipe costs. Raises ValueError if the recipe cannot run on that many devices."""
+    if config.images_per_second is not None and config.images_per_second <= 0:
+        raise ValueError(f"images_per_second: wanted a rate above 0, got {config.images_per_second:g}")
+    for name in ("devices", "images", "classes", "device_batch"):
+        if (value := getattr(config, name)) is not None and value < 1:
+            raise ValueError(f"{name}: wanted at least 1, got {value}")
+    job, recipe = _read_recipe(config.recipe, config.job)
+    trainer = recipe.trainer
+    world = (config.devices or trainer.devices) * trainer.num_nodes
+    batches = BatchPlan.make(
+        min(config.images, recipe.data.train_images or config.images),
+        trainer.global_batch,
+        config.device_batch or trainer.device_batch,
+        world,
+    )
+    total = round(trainer.epochs * batches.steps_per_epoch)
+    steps = min(total, trainer.max_steps or total)
+
+    encoder, decoder_parameters, forwards = _count(
+        _build(recipe, config.classes), recipe.mask_ratio if isinstance(recipe, PretrainConfig) else None
+    )
+    model = _build(recipe, config.classes)
+    plain = trainer.accelerator == "cpu" and trainer.precision == "bf16"  # as in the loop
+    if plain:
+        use_plain_attention(model)
+    memory = step_memory(
+        model, _loss_of(recipe, batches.micro_batch, config.classes), recipe.optim, precision=trainer.precision,
+        accumulate=batches.accumulate, world=world, srste_strength=recipe.sparse.strength,
+    )  # fmt: skip
+    topology_bytes = 2 * encoder.sparse_total // 8  # reference and last look, in bits
+    result = Plan(
+        title=f"{config.recipe}: {job}, {recipe.model.name} at {recipe.data.img_size} px, {recipe.sparse.pattern}",
+        encoder=encoder, decoder_parameters=decoder_parameters, forwards=forwards,
+        batches=batches, epochs=trainer.epochs, steps=steps, memory=memory,
+        memory_title=f"{batches.micro_batch} images, {trainer.precision}, {'plain' if plain else 'fused'} attention, "
+        "without torch.compile and the device's own context",
+        checkpoint_bytes=memory.weights + memory.optimizer + topology_bytes,
+        images_per_second=config.images_per_second,
+    )  # fmt: skip
+    print(result)
+    return result
+
+
+def _read_recipe(recipe: str, job: str | None) -> tuple[str, PretrainConfig | FinetuneConfig]:
+    if job is not None and job not in KINDS:
+        raise ValueError(f"job: wanted {' or '.join(KINDS)}, got {job}")
+    named = [name for name in KINDS if name in Path(recipe).stem]
+    found: dict[str, PretrainConfig | FinetuneConfig] = {}
+    errors = []
+    for name in [job] if job else named or KINDS:
+        try:
+            found[name] = read_config(KINDS[name], ["--config", recipe])
+        except ValueError as error:
+            errors.append(error)
+    if not found:
+        raise errors[0]
+    if len(found) > 1:
+        raise ValueError(f"{recipe}: wanted --job {' or '.join(KINDS)}, since its options are both jobs'")
+    return next(iter(found.items()))
+
+
+def _build(recipe: PretrainConfig | FinetuneConfig, classes: int) -> nn.Module:
+    """The model that the job would train, on the meta device."""
+    with torch.device("meta"):
+        model: nn.Module
+        if isinstance(recipe, PretrainConfig):
+            model = build_autoencoder(recipe.model, recipe.decoder, recipe.data.img_size, recipe.seed)
+        else:
+            model = build_classifier(recipe.model, recipe.data.img_size, classes, recipe.seed)
+    make_sparse(model, recipe.sparse)
+    return model
+
+
+def _loss_of(recipe: PretrainConfig | FinetuneConfig, batch: int, classes: int) -> Any:
+    """A function of the model: the loss of one micro-batch of bytes, as the job computes it."""
+    data = recipe.data
+
+    def images() -> Tensor:
+        return normalize(torch.empty(batch, 3, data.img_size, data.img_size, dtype=torch.uint8), data.mean, data.std)
+
+    def pretraining(model: Any) -> Tensor:
+        noise = torch.rand(batch, model.encoder.patch_embed.num_patches)
+        loss: Tensor = model(images(), recipe.mask_ratio, noise).loss  # type: ignore[union-attr]
+        return loss
+
+    def finetuning(model: Any) -> Tensor:
+        return nn.functional.cross_entropy(model(images()).float(), torch.zeros(batch, dtype=torch.long))
+
+    return pretraining if isinstance(recipe, PretrainConfig) else finetuning
+
+
+def _count(model: Any, mask_ratio: float | None) -> tuple[SparsitySummary, int, list[Forward]]:
+    """Encoder's (or classifier's) summary, decoder's parameters, and the forwards of one image."""
+    use_plain_attention(model)  # matrix products, each of which the counter knows
+    model.eval()
+    encoder = model.encoder if isinstance(model, MaskedAutoencoder) else model
+    patches, (height, width) = encoder.patch_embed.num_patches, encoder.patch_embed.img_size
+    image = torch.empty(1, encoder.in_chans, height, width, device="meta")
+    tokens = patches + encoder.num_prefix_tokens
+    if mask_ratio is None:
+        return summarize(model), 0, [Forward("the model", tokens, _parts(model, lambda: model(image)))]
+    noise = torch.empty(1, patches, device="meta")
+    latent, _, ids_restore = model.forward_encoder(image, mask_ratio, noise)
+    forwards = [
+        Forward("the encoder", latent.shape[1], _parts(model, lambda: model.forward_encoder(image, mask_ratio, noise))),
+        Forward("the decoder", tokens, _parts(model, lambda: model.forward_decoder(latent, ids_restore))),
+        Forward("the encoder afterwards", tokens, _parts(encoder, lambda: encoder.forward_features(image))),
+    ]
+    around = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in encoder.parameters())
+    return summarize(encoder), around, forwards
+
+
+def _parts(model: nn.Module, forward: Callable[[], object]) -> list[MultiplyAdds]:
+    """Multiply-adds of a forward. Those of linear layers and convolutions by layer, the rest is the attention's."""
+    found: dict[str, list[int]] = {}
+
+    def note(module: nn.Module, args: object, output: Tensor) -> None:
+        weight: Any = module.weight
+        positions = output.numel() // weight.shape[0]
+        dense = positions * weight.numel()
+        name, kept = "patch embedding" if isinstance(module, nn.Conv2d) else "dense linear", dense
+        if isinstance(module, NMLinear):
+            name, kept = "sparse linear", dense * module.pattern.n // module.pattern.m
+        sums = found.setdefault(name, [0, 0])
+        sums[0], sums[1] = sums[0] + dense, sums[1] + kept
+
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    handles = [layer.register_forward_hook(note) for layer in layers]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        forward()
+    for handle in handles:
+        handle.remove()
+    parts = [MultiplyAdds(name, dense, kept) for name, (dense, kept) in found.items()]
+    products = counter.get_total_flops() // 2 - sum(part.dense for part in parts)
+    return [*parts, MultiplyAdds("attention", products, products)]
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**30:9.3f} GiB" if size >= 2**30 else f"{size / 2**20:9.1f} MiB"

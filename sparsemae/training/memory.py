@@ -1,0 +1,176 @@
+"""Memory of one training step, without taking it: the real step runs on fake tensors, whose storages are followed.
+
+A fake tensor has a shape, a dtype and a lifetime but no data, so that autograd saves, frees and accumulates as it
+would, for any batch, in seconds and in no memory. What an operator takes inside itself, and what an allocator wastes,
+is not seen; nor is a GPU's context. On a CPU the real peak of a ViT-B's step is 8 to 9 % higher, and that of bf16 at
+384 wide and 8 images 26 %, most of it holes in glibc's heap: with MALLOC_MMAP_THRESHOLD_=65536 it is 0 and 9 %.
+Formulas per layer would be shorter, and wrong at the next change of a layer.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sparsemae.sparsity import Topology, add_srste_gradient, hold_masks, iter_sparse
+from sparsemae.training.optim import OptimConfig, make_optimizer
+
+_MASKING = (torch.ops.aten.where, torch.ops.aten.masked_fill)
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes on one device at the peak of an optimizer step, by what they are for."""
+
+    weights: int
+    """Parameters and buffers."""
+    gradients: int
+    """Gradients alive at the peak, and the copies that gather them over several processes."""
+    optimizer: int
+    """Adam's two moments."""
+    masks: int
+    """Masks (held, and those of the topology log) and masked copies of the weights."""
+    activations: int
+    """All else: what the forward saves for the backward, and what is under way at the peak."""
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak."""
+        return self.weights + self.gradients + self.optimizer + self.masks + self.activations
+
+
+def step_memory(
+    model: nn.Module,
+    loss_of: Callable[[nn.Module], Tensor],
+    optim: OptimConfig,
+    *,
+    precision: str = "bf16",
+    accumulate: int = 1,
+    world: int = 1,
+    srste_strength: float = 0.0,
+) -> StepMemory:
+    """The peak of an optimizer step as the loop takes it, once optimizer state and topology log exist.
+
+    Args:
+        model: on the meta device; its parameters become fake ones.
+        loss_of: makes its own batch, which counts as activations, and returns the loss of one micro-batch.
+        precision: bf16 (autocast), fp32 or fp64, as in the trainer.
+        accumulate: micro-batches per optimizer step: from the second on, a forward finds gradients there.
+        world: processes; more than one keep their gradients a second time, in the buckets they are gathered in.
+    """
+    autocast: AbstractContextManager[Any] = (
+        torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
+    )
+    if precision == "fp64":  # Fabric turns a batch's floats into doubles, too
+        model.register_forward_pre_hook(lambda _, batch: tuple(x.double() if torch.is_tensor(x) else x for x in batch))
+    with FakeTensorMode():
+        _make_fake(model, torch.float64 if precision == "fp64" else torch.float32)
+        model.train()
+        with _Live(model) as live:
+            optimizer = make_optimizer(model, optim)
+            live.optimizer = optimizer
+            # reference and last look: one mask until the first epoch ends, then two
+            topology = [Topology(model), Topology(model)] if any(iter_sparse(model)) else []
+            for _ in range(2):  # the first step makes the optimizer's state
+                live.forget_peak()
+                with hold_masks(model):
+                    for _ in range(min(accumulate, 2)):
+                        with autocast:
+                            loss = loss_of(model)
+                        loss.backward()  # type: ignore[no-untyped-call]
+                        del loss
+                    if srste_strength:
+                        add_srste_gradient(model, srste_strength)
+                if optim.clip_grad is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), optim.clip_grad)
+                optimizer.step()
+                optimizer.zero_grad()
+            del topology
+        buckets = sum(_bytes(p) for p in model.parameters() if p.requires_grad) if world > 1 else 0
+        weights = sum(_bytes(tensor) for tensor in (*model.parameters(), *model.buffers()))
+    peak = live.peak
+    rest = peak.total - weights - peak.gradients - peak.optimizer - peak.masks
+    return StepMemory(weights, peak.gradients + buckets, peak.optimizer, peak.masks, rest)
+
+
+def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:
+    """Put fake CPU tensors in the places of meta ones: autocast knows no meta device."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                fake = torch.empty(parameter.shape, dtype=dtype)
+                module._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+@dataclass
+class _Peak:
+    total: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    masks: int = 0
+
+
+class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of the storages alive, and what they were at their highest."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.parameters = list(model.parameters())
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.peak = _Peak()
+        self.total = self.masks = 0
+        self._is_mask: dict[int, bool] = {}  # by the storage's address; each alive
+        for tensor in (*model.parameters(), *model.buffers()):
+            self._follow(tensor, is_mask=False)
+
+    def forget_peak(self) -> None:
+        """Begin to look for a peak from now on."""
+        self.peak = _Peak()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        masking = func.overloadpacket in _MASKING
+        if func.overloadpacket is torch.ops.aten._to_copy:  # autocast's copy of a masked weight
+            masking = self._is_mask.get(args[0].untyped_storage()._cdata, False)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._follow(leaf, masking or leaf.dtype is torch.bool)
+        if self.total > self.peak.total:
+            self._note_peak()
+        return result
+
+    def _follow(self, tensor: Tensor, is_mask: bool) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._is_mask:
+            return
+        self._is_mask[key] = is_mask
+        self.total += size
+        self.masks += size * is_mask
+        weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self.total -= size
+        self.masks -= size * self._is_mask.pop(key)
+
+    def _note_peak(self) -> None:
+        gradients = sum(_bytes(p.grad) for p in self.parameters if p.grad is not None)
+        states = self.optimizer.state.values() if self.optimizer else ()
+        moments = sum(_bytes(value) for state in states for value in state.values() if isinstance(value, Tensor))
+        self.peak = _Peak(self.total, gradients, moments, self.masks)
