@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -315,7 +314,9 @@ def _serve(engine: str, model: str, folder: str, threads: int) -> None:
     with open("/proc/self/stat") as stat:
         started = int(stat.read().rsplit(")", 1)[1].split()[19]) / os.sysconf("SC_CLK_TCK")
     seconds = time.clock_gettime(time.CLOCK_BOOTTIME) - started
-    print("=", seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, flush=True)
+    # not ru_maxrss: after a fork that starts with the size of the parent
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    print("=", seconds, int(peak.split()[1]) * 1024 / 1e6, flush=True)
     for line in sys.stdin:
         batch = int(line)
         if len(images) != batch:

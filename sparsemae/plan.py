@@ -22,7 +22,7 @@ from sparsemae.sparsity import NMLinear, SparsitySummary, summarize
 from sparsemae.tasks.build import build_autoencoder, build_classifier, make_sparse
 from sparsemae.tasks.finetune import FinetuneConfig
 from sparsemae.tasks.pretrain import PretrainConfig
-from sparsemae.training.fit import use_plain_attention
+from sparsemae.training.fit import resolved_precision, use_plain_attention
 from sparsemae.training.memory import StepMemory, step_memory
 
 IMAGENET_IMAGES = 1_281_167
@@ -158,11 +158,12 @@ def plan(config: PlanConfig) -> Plan:
         _build(recipe, config.classes), recipe.mask_ratio if isinstance(recipe, PretrainConfig) else None
     )
     model = _build(recipe, config.classes)
-    plain = trainer.accelerator == "cpu" and trainer.precision == "bf16"  # as in the loop
+    precision = resolved_precision(trainer)
+    plain = trainer.accelerator == "cpu" and precision == "bf16"  # as in the loop
     if plain:
         use_plain_attention(model)
     memory = step_memory(
-        model, _loss_of(recipe, batches.micro_batch, config.classes), recipe.optim, precision=trainer.precision,
+        model, _loss_of(recipe, batches.micro_batch, config.classes), recipe.optim, precision=precision,
         accumulate=batches.accumulate, world=world, srste_strength=recipe.sparse.strength,
     )  # fmt: skip
     topology_bytes = 2 * encoder.sparse_total // 8  # reference and last look, in bits
@@ -170,7 +171,7 @@ def plan(config: PlanConfig) -> Plan:
         title=f"{config.recipe}: {job}, {recipe.model.name} at {recipe.data.img_size} px, {recipe.sparse.pattern}",
         encoder=encoder, decoder_parameters=decoder_parameters, forwards=forwards,
         batches=batches, epochs=trainer.epochs, steps=steps, memory=memory,
-        memory_title=f"{batches.micro_batch} images, {trainer.precision}, {'plain' if plain else 'fused'} attention, "
+        memory_title=f"{batches.micro_batch} images, {precision}, {'plain' if plain else 'fused'} attention, "
         "without torch.compile and the device's own context",
         checkpoint_bytes=memory.weights + memory.optimizer + topology_bytes,
         images_per_second=config.images_per_second,

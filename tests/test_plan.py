@@ -83,7 +83,11 @@ def test_the_loop_takes_the_steps_and_writes_the_checkpoint_that_were_planned(tm
 
 def test_memory_grows_with_the_batch_accumulation_and_processes(tmp_path: Path) -> None:
     def memory(batch: int, **options: object) -> dict[str, int]:
-        return vars(planned(tmp_path, "pretrain", MEDIUM + f"trainer: {{global_batch: {batch}}}", **options).memory)
+        return vars(
+            planned(
+                tmp_path, "pretrain", MEDIUM + f"trainer: {{global_batch: {batch}, precision: bf16}}", **options
+            ).memory
+        )
 
     one, two = memory(8), memory(16)
     assert two["activations"] == pytest.approx(2 * one["activations"], rel=0.02)

@@ -129,7 +129,7 @@ def start(config: Any, trainer: TrainerConfig, out: str, seed: int) -> Run:
 
     Raises ValueError on settings that cannot work.
     """
-    precision = _automatic_precision(trainer) if trainer.precision == "auto" else trainer.precision
+    precision = resolved_precision(trainer)
     if precision not in PRECISIONS:
         reason = " (fp16's loss scale would multiply SR-STE's term, and its range loses small gradients)"
         raise ValueError(
@@ -149,8 +149,13 @@ def start(config: Any, trainer: TrainerConfig, out: str, seed: int) -> Run:
     return Run(fabric, RunLog(folder, fabric.is_global_zero), folder, trainer, seed, precision, config)
 
 
-def _automatic_precision(trainer: TrainerConfig) -> str:
-    """bf16 on CUDA and on processors with AVX512-BF16; elsewhere a CPU emulates it, several times slower than fp32."""
+def resolved_precision(trainer: TrainerConfig) -> str:
+    """What trainer.precision comes to on this machine.
+
+    auto is bf16 on CUDA and on processors with AVX512-BF16; elsewhere a CPU emulates it, several times slower than fp32.
+    """
+    if trainer.precision != "auto":
+        return trainer.precision
     if trainer.accelerator != "cpu" and torch.cuda.is_available():
         return "bf16"
     return "bf16" if getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else "fp32"
