@@ -6,7 +6,7 @@ Everything is counted on the models that the job would build, on the meta device
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,7 +158,8 @@ def plan(config: PlanConfig) -> Plan:
         _build(recipe, config.classes), recipe.mask_ratio if isinstance(recipe, PretrainConfig) else None
     )
     model = _build(recipe, config.classes)
-    precision = resolved_precision(trainer)
+    # auto: the plan may be made on a machine without the devices it is for
+    precision = "bf16" if trainer.precision == "auto" and trainer.accelerator != "cpu" else resolved_precision(trainer)
     plain = trainer.accelerator == "cpu" and precision == "bf16"  # as in the loop
     if plain:
         use_plain_attention(model)
@@ -206,7 +207,8 @@ def _build(recipe: PretrainConfig | FinetuneConfig, classes: int) -> nn.Module:
             model = build_autoencoder(recipe.model, recipe.decoder, recipe.data.img_size, recipe.seed)
         else:
             model = build_classifier(recipe.model, recipe.data.img_size, classes, recipe.seed)
-    make_sparse(model, recipe.sparse)
+    # a fixed mask takes no less memory than a moving one, and meta tensors have none to fix
+    make_sparse(model, replace(recipe.sparse, mask="dynamic", init_weights="full"))
     return model
 
 

@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import reference
 
-from sparsemae.benchmark import BenchmarkConfig, Measurement, benchmark, table
+from sparsemae.benchmark import DENSE, BenchmarkConfig, Measurement, benchmark, table
 from sparsemae.packing.format import write
 
 SHAPE = {"patch_size": 16, "image_height": 224, "image_width": 224, "depth": 1}
@@ -37,3 +38,40 @@ def test_table_names_what_is_missing() -> None:
     assert "5.00" in lines[1]
     assert "200.0" in lines[1]
     assert lines[2].endswith("-- No module named 'openvino'")
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Measurement]:
+    """Everything that the issue's bars compare, in one interleaved run."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    rows = benchmark(BenchmarkConfig(dense=["B", "S"], batches=[1, 8], artifacts=str(folder)))
+    return {(row.engine, row.model): row for row in rows if not row.error}
+
+
+ANY = "any engine"
+BARS = [  # packed model, batch, rival, dense model, at least so many times as fast
+    ("SparseMAE-T bf16", 1, "torch fp32", "B", 28), ("SparseMAE-T bf16", 1, "torch bf16", "B", 8),
+    ("SparseMAE-T bf16", 1, ANY, "B", 4.2), ("SparseMAE-T bf16", 1, "openvino bf16", "S", 2),
+    ("SparseMAE-T bf16", 8, "torch fp32", "B", 24), ("SparseMAE-T bf16", 8, "torch bf16", "B", 8),
+    ("SparseMAE-T bf16", 8, ANY, "B", 3.3), ("SparseMAE-S bf16", 1, "torch fp32", "B", 18),
+    ("SparseMAE-S bf16", 1, "torch bf16", "B", 5), ("SparseMAE-S bf16", 1, ANY, "B", 2.6),
+]  # fmt: skip
+
+
+@pytest.mark.holds_only
+@pytest.mark.holds("packed.4")
+@pytest.mark.parametrize(("model", "batch", "rival", "size", "wanted"), BARS)
+def test_times_as_fast_as_dense(
+    measured: dict[tuple[str, str], Measurement],
+    figure: Any,
+    model: str,
+    batch: int,
+    rival: str,
+    size: str,
+    wanted: float,
+) -> None:
+    dense = {engine: row.milliseconds[batch] for (engine, name), row in measured.items() if name == DENSE[size]}
+    against = min(dense, key=dense.__getitem__) if rival == ANY else rival
+    ratio = dense[against] / measured["packed", model].milliseconds[batch]
+    figure(f"{model} at batch {batch}: {ratio:.1f} times as fast as dense {size} in {against}, wanted {wanted}")
+    assert ratio >= wanted

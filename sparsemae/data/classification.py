@@ -313,7 +313,10 @@ class ImageDataset(Dataset[Any]):
 
 def load_image(source: Source, index: int, smallest: int = 1, exif: bool = False) -> tuple[Image.Image, int]:
     """Decode one image to RGB. Raises ValueError naming the file if it is unreadable or too small."""
-    file, target = source.reader[int(source.indices[index])]
+    try:
+        file, target = source.reader[int(source.indices[index])]
+    except OSError as error:  # a broken link, or a file that is not ours to read
+        raise ValueError(f"{source.filename(index)}: unreadable image: {error.strerror}") from error
     with file:
         return decode_rgb(file, source.filename(index), smallest, exif), target
 

@@ -71,6 +71,15 @@ def test_an_unreadable_image_is_named_in_one_line(image_folder: Path, workers: i
         list(batches(dataset, EvaluationSampler(len(dataset), 4), workers))
 
 
+def test_a_broken_link_is_named(image_folder: Path) -> None:
+    (image_folder / "train" / "dog" / "3.png").unlink()
+    (image_folder / "train" / "dog" / "3.png").symlink_to(image_folder / "nowhere.png")
+    data = folder(image_folder)
+    dataset = ImageDataset(open_source(data, "train"), training_transform(data))
+    with pytest.raises(ValueError, match=r"dog/3.png: unreadable image: No such file"):
+        list(batches(dataset, EvaluationSampler(len(dataset), 4), 0))
+
+
 def test_an_image_smaller_than_a_patch_is_named(image_folder: Path) -> None:
     Image.new("RGB", (40, 3)).save(image_folder / "train" / "dog" / "3.png")
     data = folder(image_folder)
