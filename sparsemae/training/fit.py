@@ -152,7 +152,7 @@ def start(config: Any, trainer: TrainerConfig, out: str, seed: int) -> Run:
 def resolved_precision(trainer: TrainerConfig) -> str:
     """What trainer.precision comes to on this machine.
 
-    auto is bf16 on CUDA and on processors with AVX512-BF16; elsewhere a CPU emulates it, several times slower than fp32.
+    auto is bf16 on CUDA and on processors with AVX512-BF16; elsewhere a CPU emulates it, several times slower.
     """
     if trainer.precision != "auto":
         return trainer.precision
