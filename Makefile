@@ -31,7 +31,8 @@ results: demo
 # packed models against dense ViTs in torch, ONNX Runtime and OpenVINO; the rivals are the extra `bench`
 bench: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[bench]"
-	$(BIN)/sparsemae benchmark --json docs/benchmark.json
+	$(BIN)/sparsemae benchmark --batches "[1,8]" --json docs/benchmark.json
+	$(BIN)/python docs/update.py
 
 # the native tests again, under the address and undefined-behaviour sanitizers
 sanitize: $(STAMP)

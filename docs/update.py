@@ -1,20 +1,56 @@
-"""Put the demo's table into README.md and docs/results.md; `make results` calls it."""
+"""Put measured tables into README.md and docs/: the demo's (`make results`) and the benchmark's (`make bench`)."""
 
 import json
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TABLE = re.compile(r"(<!-- table of make results -->\n).*?(<!-- end -->)", re.DOTALL)
+DOCS = (ROOT / "README.md", ROOT / "docs/results.md")
 
 
 def main() -> None:
-    """Replace what stands between the two marks."""
-    table = (ROOT / "runs/demo/results.md").read_text()
-    seconds = json.loads((ROOT / "runs/demo/results.json").read_text())["seconds"]
-    block = f"\n{table}\n`make results`: {seconds:.0f} s on 2 cores.\n\n"
-    for file in (ROOT / "README.md", ROOT / "docs/results.md"):
-        file.write_text(TABLE.sub(lambda match: match[1] + block + match[2], file.read_text()))
+    """Replace what stands between the marks, for each measurement whose file is there."""
+    demo, bench = ROOT / "runs/demo/results.json", ROOT / "docs/benchmark.json"
+    if demo.is_file():
+        seconds = json.loads(demo.read_text())["seconds"]
+        table = (ROOT / "runs/demo/results.md").read_text()
+        put("results", f"{table}\n`make results`: {seconds:.0f} s on 2 cores.\n")
+    if bench.is_file():
+        put("bench", benchmark_table(json.loads(bench.read_text())))
+
+
+def benchmark_table(measured: dict) -> str:
+    """Milliseconds per call by engine and model, and the first packed model's lead over each at batch 1."""
+    batches = [str(batch) for batch in measured["config"]["batches"]]
+    rows = [row for row in measured["results"] if not row["error"]]
+    ours = rows[0]["milliseconds"]["1"]
+    head = [
+        "engine",
+        "model",
+        *(f"batch {batch}, ms" for batch in batches),
+        "cold start, s",
+        "resident, MB",
+        "batch 1, times the first",
+    ]
+    lines = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
+    for row in rows:
+        times = [f"{row['milliseconds'][batch]:.1f}" for batch in batches]
+        rest = [
+            f"{row['cold_start_seconds']:.2f}",
+            f"{row['resident_mb']:.0f}",
+            f"{row['milliseconds']['1'] / ours:.2f}",
+        ]
+        lines.append([row["engine"], row["model"], *times, *rest])
+    table = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    config = measured["config"]
+    return f"{table}\n`make bench`: {config['threads']} threads, medians of {config['runs']} interleaved runs.\n"
+
+
+def put(name: str, block: str) -> None:
+    """Replace the block of that name wherever it has marks."""
+    marks = re.compile(rf"(<!-- table of make {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+    for file in DOCS:
+        file.write_text(marks.sub(lambda match: f"{match[1]}\n{block}\n{match[2]}", file.read_text()))
 
 
 if __name__ == "__main__":
