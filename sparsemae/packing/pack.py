@@ -28,7 +28,6 @@ from sparsemae.packing.format import (
     VitShape,
     dense_shapes,
     parse_pattern,
-    read,
     to_bf16,
     write,
 )
@@ -151,13 +150,6 @@ def vit_shape(model: nn.Module) -> VitShape:
         global_pool=vit.global_pool,
         norm_eps=float(block.norm1.eps),
     )
-
-
-def size_report(path: str | Path) -> PackReport:
-    """The sizes of a packed file's parts."""
-    model = read(path)
-    dense = 4 * sum(int(np.prod(shape)) for shape in dense_shapes(model.config.vit).values())
-    return _report(model.tensors, Path(path).stat().st_size, dense)
 
 
 def _frozen_patterns(model: nn.Module) -> dict[str, str]:

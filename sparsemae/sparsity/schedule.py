@@ -24,6 +24,9 @@ class MaskSchedule:
         gradual_epochs: halve the kept weights in equal stages, m:m -> ... -> n:m, until then
             (Progressive Gradient Flow, arXiv 2402.04744).
         freeze_epoch: keep the masks of this epoch from there on; None: never.
+
+    Raises:
+        ValueError: if the masks were to freeze before a gradual schedule has reached the pattern.
     """
 
     def __init__(
@@ -33,6 +36,11 @@ class MaskSchedule:
         gradual_epochs: float = 0.0,
         freeze_epoch: float | None = None,
     ) -> None:
+        if freeze_epoch is not None and freeze_epoch < gradual_epochs:
+            raise ValueError(
+                f"freeze_epoch: wanted at least gradual_epochs={gradual_epochs:g}, when the pattern is reached, "
+                f"got {freeze_epoch:g}"
+            )
         self._model = model
         self._final = {name: layer.pattern for name, layer in iter_sparse(model)}
         self._dense_epochs, self._gradual_epochs, self._freeze_epoch = dense_epochs, gradual_epochs, freeze_epoch

@@ -20,6 +20,7 @@ from sparsemae.data.classification import (
     open_source,
     training_transform,
 )
+from sparsemae.data.sampling import BatchPlan
 from sparsemae.models import ModelConfig
 from sparsemae.models.start import start_from
 from sparsemae.models.weights import save_model
@@ -79,13 +80,15 @@ def finetune(config: FinetuneConfig) -> Path:
     run.log.say(str(summarize(model)))
     description = describe("classify", model, config.model, data, train.class_names)
     erase, mix = _erasing(config.erasing, run.fabric.device), _mixing(config, len(train.class_names))
+    trainer = config.trainer
+    plan = BatchPlan.make(len(dataset), trainer.global_batch, trainer.device_batch, run.fabric.world_size)
+    if mix is not None and plan.micro_batch % 2:
+        raise ValueError(f"trainer.device_batch: mixup and cutmix want an even batch, got {plan.micro_batch}")
     smooth = nn.CrossEntropyLoss(label_smoothing=0.0 if mix else config.label_smoothing)
 
     def loss_of(forward: nn.Module, batch: dict[str, Any]) -> Tensor:
         images, target = erase(normalize(batch["image"], data.mean, data.std)), batch["target"]
         if mix is not None:
-            if len(images) % 2:
-                raise ValueError(f"trainer.device_batch: mixup and cutmix want an even batch, got {len(images)}")
             images, target = mix(images, target)
         loss: Tensor = smooth(forward(images).float(), target)
         return loss
@@ -103,7 +106,7 @@ def finetune(config: FinetuneConfig) -> Path:
         freeze(model)
     path = run.folder / "model.safetensors"
     if run.fabric.is_global_zero:
-        save_model(path, model, {**description, "frozen": True, "metrics": metrics})
+        save_model(path, model, {**description, "frozen": sparse.pattern != "dense", "metrics": metrics})
         run.log.say(f"top-1 {metrics['top1']:.2%} on {len(val):,} images; wrote {path}")
     return path
 

@@ -255,7 +255,6 @@ class _Loop:
             while self.done < self.stop:
                 self._step(feed)
                 self._keep_books(progress)
-        self.masks.finish()
         if not self.metrics:
             self._evaluate()
         return self.metrics
@@ -292,6 +291,8 @@ class _Loop:
     def _keep_books(self, progress: StepProgress) -> None:
         """Logs, topology, evaluation and checkpoints, each when due and all at the end."""
         trainer, done, last = self.run.trainer, self.done, self.done == self.stop
+        if last:
+            self.masks.finish()
         epoch, within = divmod(done, self.plan.steps_per_epoch)
         where = {"step": done, "epoch": done / self.plan.steps_per_epoch}
         save = done % trainer.save_every_steps == 0 or last

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
 
 from sparsemae.packing.format import Preprocess, read, unpack  # noqa: E402
-from sparsemae.packing.pack import pack, size_report  # noqa: E402
+from sparsemae.packing.pack import pack  # noqa: E402
 from sparsemae.runtime import load  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:the portable kernels are slow")
@@ -99,7 +99,6 @@ def test_report_adds_up(tmp_path: Path) -> None:
     report = pack(model, tmp_path / "m.safetensors", PREPROCESS, "bf16", patterns)
     assert sum(report.parts.values()) == report.packed == (tmp_path / "m.safetensors").stat().st_size
     assert report.dense == 4 * sum(p.numel() for p in model.parameters())
-    assert size_report(tmp_path / "m.safetensors") == report
     assert "x smaller" in str(report)
 
 

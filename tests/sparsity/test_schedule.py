@@ -36,6 +36,11 @@ def test_a_gradual_schedule_sets_what_the_forward_keeps() -> None:
     assert layer.pattern == NMPattern(2, 32)
 
 
+def test_freezing_before_the_pattern_is_reached_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"freeze_epoch: wanted at least gradual_epochs=2, .* got 1"):
+        MaskSchedule(sparse_model(), gradual_epochs=2.0, freeze_epoch=1.0)
+
+
 def test_dense_epochs_use_the_full_weights() -> None:
     model = sparse_model()
     x = torch.randn(3, 64)

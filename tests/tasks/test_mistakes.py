@@ -119,6 +119,7 @@ def test_wrong_number_of_classes(refused: Callable[..., str], tmp_path: Path, im
 def test_mixup_wants_even_batches(refused: Callable[..., str], tmp_path: Path) -> None:
     words = tiny("finetune", tmp_path / "run", "--mixup", "0.8", "--trainer.device_batch", "1")
     assert "device_batch: mixup and cutmix want an even batch, got 1" in refused(*words)
+    assert not (tmp_path / "run").exists()
 
 
 def test_predict(refused: Callable[..., str], tmp_path: Path, image_folder: Path) -> None:
