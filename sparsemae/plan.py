@@ -21,7 +21,7 @@ from sparsemae.models import MaskedAutoencoder
 from sparsemae.sparsity import NMLinear, SparsitySummary, summarize
 from sparsemae.tasks.build import build_autoencoder, build_classifier, make_sparse
 from sparsemae.tasks.finetune import FinetuneConfig
-from sparsemae.tasks.pretrain import PretrainConfig
+from sparsemae.tasks.pretrain import ConcurrentLoss, PretrainConfig
 from sparsemae.training.fit import resolved_precision, use_plain_attention
 from sparsemae.training.memory import StepMemory, step_memory
 
@@ -221,7 +221,7 @@ def _loss_of(recipe: PretrainConfig | FinetuneConfig, batch: int, classes: int) 
 
     def pretraining(model: Any) -> Tensor:
         noise = torch.rand(batch, model.encoder.patch_embed.num_patches)
-        loss: Tensor = model(images(), recipe.mask_ratio, noise).loss  # type: ignore[union-attr]
+        loss: Tensor = ConcurrentLoss(model, recipe.dense_loss_weight)(images(), recipe.mask_ratio, noise)  # type: ignore[union-attr]
         return loss
 
     def finetuning(model: Any) -> Tensor:

@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsemae.data.classification import DataConfig, ImageDataset, normalize, open_source, training_transform
-from sparsemae.models import ModelConfig
+from sparsemae.models import MaskedAutoencoder, ModelConfig
 from sparsemae.models.mae import patches_kept
 from sparsemae.models.start import start_from
 from sparsemae.models.weights import save_model
-from sparsemae.sparsity import summarize
+from sparsemae.sparsity import dense_weights, summarize
 from sparsemae.tasks.build import DecoderConfig, SparseConfig, build_autoencoder, describe, make_sparse, mask_schedule
 from sparsemae.training.fit import Task, TrainerConfig, fit, start
 from sparsemae.training.optim import OptimConfig
@@ -33,6 +33,9 @@ class PretrainConfig:
     """Share of the patches that is removed."""
     norm_pix_loss: bool = True
     """Normalise each target patch by its own mean and variance."""
+    dense_loss_weight: float = 0.0
+    """Weight w of the full transformer's own loss, trained concurrently: loss(sparse) + w * loss(full), twice the cost;
+    0: the sparse network alone."""
     model: ModelConfig = field(default_factory=ModelConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     sparse: SparseConfig = field(default_factory=SparseConfig)
@@ -41,9 +44,32 @@ class PretrainConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
 
+class ConcurrentLoss(nn.Module):
+    """The loss of the sparse network plus that of the full one, on the same images and the same removed patches.
+
+    Both passes lie inside one forward, so that DDP sees one: ``loss(M * W) + weight * loss(W)``, the weights shared.
+    """
+
+    def __init__(self, model: MaskedAutoencoder, weight: float) -> None:
+        super().__init__()
+        self.model, self.weight = model, weight
+
+    def forward(self, images: Tensor, mask_ratio: float, noise: Tensor) -> Tensor:
+        """``images [B, 3, H, W]``, ``noise [B, L]`` to a scalar."""
+        loss: Tensor = self.model(images, mask_ratio, noise).loss
+        if self.weight:
+            with dense_weights(self.model):
+                loss = loss + self.weight * self.model(images, mask_ratio, noise).loss
+        return loss
+
+
 def pretrain(config: PretrainConfig) -> Path:
     """Run (or continue) sparse pretraining; returns the file of the full latent weights."""
     data, sparse = config.data, config.sparse
+    if config.dense_loss_weight < 0:
+        raise ValueError(f"dense_loss_weight: wanted 0 or more, got {config.dense_loss_weight:g}")
+    if config.dense_loss_weight and sparse.pattern == "dense":
+        raise ValueError(f"dense_loss_weight: wanted 0 with sparse.pattern=dense, got {config.dense_loss_weight:g}")
     source = open_source(data, "train", data.train_images)
     model = build_autoencoder(config.model, config.decoder, data.img_size, config.seed)
     model.norm_pix_loss = config.norm_pix_loss
@@ -70,14 +96,14 @@ def pretrain(config: PretrainConfig) -> Path:
     )
 
     def loss_of(forward: nn.Module, batch: dict[str, Any]) -> Tensor:
-        images = normalize(batch["image"], data.mean, data.std)
-        loss: Tensor = forward(images, config.mask_ratio, batch["noise"]).loss
+        loss: Tensor = forward(normalize(batch["image"], data.mean, data.std), config.mask_ratio, batch["noise"])
         return loss
 
     task = Task(
         model, dataset, loss_of, description, "pretraining", workers=data.workers,
         srste_strength=sparse.strength, srste_decoupled=sparse.term == "decoupled",
         masks=mask_schedule(model, sparse, config.trainer.epochs),
+        forward=ConcurrentLoss(model, config.dense_loss_weight),
     )  # fmt: skip
     fit(run, task, config.optim)
     path = run.folder / "model.safetensors"

@@ -40,7 +40,7 @@ from sparsemae.training.optim import OptimConfig, learning_rate, make_optimizer,
 
 PRECISIONS: dict[str, Any] = {"bf16": "bf16-mixed", "fp32": "32-true", "fp64": "64-true"}
 # Settings that may differ when a run is continued: they do not change what is computed.
-MAY_CHANGE = ("out", "trainer.devices", "trainer.accelerator", "trainer.max_steps", "trainer.resume",
+MAY_CHANGE = ("out", "trainer.devices", "trainer.accelerator", "trainer.compile", "trainer.max_steps", "trainer.resume",
               "trainer.log_every_steps", "trainer.save_every_steps", "trainer.keep_checkpoints",
               "trainer.evaluate_every_epochs", "data.workers", "data.root")  # fmt: skip
 
@@ -67,6 +67,8 @@ class TrainerConfig:
     """Where to run."""
     precision: str = "auto"
     """bf16 (autocast), fp32, fp64 (for tests), or auto: bf16 where the device multiplies it, else fp32."""
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile the training forward; auto: on CUDA only. Evaluation stays eager."""
     log_every_steps: int = 10
     """Optimizer steps between lines of metrics.jsonl."""
     save_every_steps: int = 1000
@@ -192,7 +194,7 @@ class Task:
     dataset: Dataset[Any]
     """Map-style, indexed by (epoch, index)."""
     loss_of: Callable[[nn.Module, dict[str, Any]], Tensor]
-    """(wrapped model, batch on the device) -> scalar loss, a mean over the micro-batch."""
+    """(wrapped module, batch on the device) -> scalar loss, a mean over the micro-batch."""
     description: dict[str, Any]
     """Goes into the weights files."""
     title: str = "training"
@@ -206,6 +208,8 @@ class Task:
     """Loader processes per device."""
     evaluate: Callable[[], dict[str, float]] | None = None
     """Called between steps, model in evaluation mode, masks held; returns metrics."""
+    forward: nn.Module | None = None
+    """What is wrapped for the devices and handed to ``loss_of``, if not the model itself: a module around it."""
 
 
 def fit(run: Run, task: Task, optim: OptimConfig) -> dict[str, float]:
@@ -232,7 +236,7 @@ class _Loop:
         if fabric.device.type == "cpu" and run.precision == "bf16":
             use_plain_attention(task.model)
         # set up before resuming: optimizer state follows its parameters' device
-        self.wrapped, self.optimizer = fabric.setup(task.model, make_optimizer(task.model, optim))
+        self.wrapped, self.optimizer = fabric.setup(self._compiled(), make_optimizer(task.model, optim))
         # after it: masks live on the weights' device
         self.masks = task.masks or MaskSchedule(task.model)
         self.topology = Topology(task.model) if any(iter_sparse(task.model)) else None
@@ -242,6 +246,13 @@ class _Loop:
         self.losses: list[Tensor] = []
         self.done = self._resume()
         """Optimizer steps taken so far."""
+
+    def _compiled(self) -> nn.Module:
+        """What `Fabric.setup` wraps; it compiles again around DDP, so that the all-reduces overlap."""
+        forward, wanted = self.task.forward or self.task.model, self.run.trainer.compile
+        if wanted == "auto":
+            wanted = self.fabric.device.type == "cuda"
+        return torch.compile(forward) if wanted else forward  # type: ignore[return-value]
 
     def run_all(self) -> dict[str, float]:
         if self.done < self.stop and self.fabric.is_global_zero:  # older than what comes now

@@ -144,6 +144,7 @@ def test_a_changed_configuration_is_refused_with_the_difference(
         ["--sparse.dense_epochs", "1"],
         ["--sparse.term", "decoupled", "--sparse.strength", "0.5"],
         ["--sparse.init_weights", "sparse"],
+        ["--dense_loss_weight", "0.5"],
     ],
 )
 def test_the_methods_open_points_change_the_run_and_resume_exactly(tmp_path: Path, options: list[str]) -> None:
