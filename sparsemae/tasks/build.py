@@ -133,6 +133,14 @@ def load_autoencoder(source: str | Path) -> tuple[MaskedAutoencoder, dict[str, A
     return _filled(model, path, state, description), description
 
 
+def load_encoder(source: str | Path) -> tuple[VisionTransformer, dict[str, Any]]:
+    """The ViT of a pretrained or a finetuned model, as `load_classifier`."""
+    if read_weights(find_weights(source))[1].get("task") != "pretrain":
+        return load_classifier(source)
+    model, description = load_autoencoder(source)
+    return model.encoder, description
+
+
 def _read(source: str | Path, task: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
     path = find_weights(source)
     state, description = read_weights(path)

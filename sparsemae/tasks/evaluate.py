@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning_fabric import Fabric
@@ -25,18 +25,21 @@ from sparsemae.packing.format import is_packed
 from sparsemae.runtime import load
 from sparsemae.sparsity import densify, freeze, iter_sparse
 from sparsemae.tasks.build import load_classifier
+from sparsemae.tasks.probe import probe
 
 EVALUATION_BATCH = 256
 
 
 @dataclass
 class EvaluateConfig:
-    """Accuracy of a finetuned model."""
+    """Accuracy of a finetuned model, or of a probe on a pretrained one."""
 
     model: str
     """The model: a packed file, a run folder, or its model.safetensors."""
     data: SourceConfig = field(default_factory=SourceConfig)
     """Where the validation split lies; preparation of the images comes from the model's file."""
+    probe: Literal["knn", "linear"] | None = None
+    """Instead of the model's own head: a k-nearest-neighbour vote, or a linear classifier, on its frozen features."""
     accelerator: str = "auto"
     """Where to run: auto, cpu, cuda, mps."""
 
@@ -59,6 +62,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         fabric = Fabric(accelerator="cpu" if packed else config.accelerator, devices=1)
     except RuntimeError as error:
         raise ValueError(f"accelerator: {config.accelerator} cannot be had here: {error}") from error
+    if config.probe is not None:
+        if packed:
+            raise ValueError(f"{config.model}: wanted a run or its weights with --probe, got a packed file")
+        metrics = probe(config.probe, config.model, config.data, fabric)
+        print(f"{config.model}: {config.probe} probe, {_shares(metrics)}")
+        return metrics
     subject = _packed(config.model) if packed else _trained(config.model, fabric)
     prepared = subject.input
     source = open_source(config.data, "val")
@@ -72,11 +81,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     dataset = ImageDataset(source, transform, smallest=subject.patch, exif=prepared["exif"])
     with torch.inference_mode():
         metrics = accuracy(fabric, subject.forward, dataset, prepared["mean"], prepared["std"], config.data.workers)
-    print(
-        f"{config.model}: top-1 {metrics['top1']:.2%} ± {metrics['standard_error']:.2%}, "
-        f"top-5 {metrics['top5']:.2%} on {len(source):,} images"
-    )
+    print(f"{config.model}: {_shares(metrics)} on {len(source):,} images")
     return metrics
+
+
+def _shares(metrics: dict[str, float]) -> str:
+    return f"top-1 {metrics['top1']:.2%} ± {metrics['standard_error']:.2%}, top-5 {metrics['top5']:.2%}"
 
 
 def _trained(model: str, fabric: Fabric) -> _Subject:

@@ -1,0 +1,130 @@
+"""Quick checks of an encoder without finetuning it: a k-nearest-neighbour vote and a linear classifier.
+
+Both see frozen features of the *sparse* network, from images prepared as in evaluation, no augmentation. Features are
+the mean of the patch tokens after the final norm, as the finetuned classifier pools them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from lightning_fabric import Fabric
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torchmetrics.functional.classification import multiclass_accuracy
+
+from sparsemae.data.classification import (
+    ImageDataset,
+    SourceConfig,
+    batches,
+    evaluation_transform,
+    normalize,
+    open_source,
+)
+from sparsemae.data.sampling import HOLDOUT, EvaluationSampler, stream
+from sparsemae.sparsity import hold_masks
+from sparsemae.tasks.build import load_encoder
+
+BATCH = 256
+NEIGHBOURS, TEMPERATURE = 20, 0.07  # of the vote (Wu et al., arXiv 1805.01978; DINO, arXiv 2104.14294)
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
+"""L2 penalties that the linear probe tries on a tenth of the training features."""
+
+
+def probe(kind: str, model: str, data: SourceConfig, fabric: Fabric) -> dict[str, float]:
+    """Top-1, top-5 and the standard error of top-1, as shares, of a probe trained on the training split's features.
+
+    Args:
+        kind: knn or linear.
+        model: a run folder or its weights, pretrained or finetuned.
+
+    Raises:
+        ValueError: if the file is foreign, or the splits differ in their classes.
+    """
+    encoder, description = load_encoder(model)
+    encoder.to(fabric.device)
+    prepared, patch = description["input"], max(encoder.patch_embed.patch_size)
+    transform = evaluation_transform(prepared["img_size"], prepared["interpolation"], prepared["eval_crop"])
+    features, targets, classes = {}, {}, {}
+    for split in ("train", "val"):
+        source = open_source(data, split)
+        dataset = ImageDataset(source, transform, smallest=patch, exif=prepared["exif"])
+        classes[split] = source.class_names
+
+        def prepare(images: Tensor) -> Tensor:
+            return normalize(images, prepared["mean"], prepared["std"])
+
+        features[split], targets[split] = encode(fabric, encoder, dataset, prepare, data.workers)
+    if classes["train"] != classes["val"]:
+        raise ValueError(f"{data.root}: wanted the same classes in train and val, got {classes}")
+    scores_of = {"knn": knn, "linear": linear}[kind]
+    count = len(classes["val"])
+    scores = scores_of(features["train"], targets["train"], features["val"], count)
+    top1, top5 = (
+        float(multiclass_accuracy(scores, targets["val"], count, average="micro", top_k=k)) for k in (1, min(5, count))
+    )
+    return {"top1": top1, "top5": top5, "standard_error": math.sqrt(top1 * (1 - top1) / len(scores))}
+
+
+@torch.no_grad()
+def encode(
+    fabric: Fabric, encoder: VisionTransformer, dataset: ImageDataset, prepare: Callable[[Tensor], Tensor], workers: int
+) -> tuple[Tensor, Tensor]:
+    """Features ``[N, D]`` float32 and targets ``[N]`` of a whole set, on the device."""
+    features, targets = [], []
+    with hold_masks(encoder):
+        for batch in batches(dataset, EvaluationSampler(len(dataset), BATCH), workers):
+            images, target = fabric.to_device((batch["image"], batch["target"]))
+            with fabric.autocast():
+                tokens = encoder.forward_features(prepare(images)).float()  # B L D
+                pooled = tokens[:, encoder.num_prefix_tokens :].mean(dim=1)
+                features.append(encoder.fc_norm(pooled).float())
+            targets.append(target)
+    return torch.cat(features), torch.cat(targets)
+
+
+def knn(train: Tensor, train_targets: Tensor, val: Tensor, classes: int) -> Tensor:
+    """Votes ``[N, C]`` of the nearest training features by cosine, each weighted by ``exp(cosine / temperature)``."""
+    train, val = (nn.functional.normalize(features, dim=1) for features in (train, val))
+    votes = []
+    for chunk in torch.split(val, BATCH):
+        similarity, nearest = (chunk @ train.T).topk(min(NEIGHBOURS, len(train)), dim=1)
+        vote = torch.zeros(len(chunk), classes, device=val.device)
+        votes.append(vote.scatter_add_(1, train_targets[nearest], (similarity / TEMPERATURE).exp()))
+    return torch.cat(votes)
+
+
+def linear(train: Tensor, train_targets: Tensor, val: Tensor, classes: int) -> Tensor:
+    """Logits ``[N, C]`` of a multinomial logistic regression on standardised features, by L-BFGS.
+
+    The penalty is the best of `PENALTIES` on a held-out tenth of the training features; then all of them are used.
+    """
+    std, mean = torch.std_mean(train, dim=0)
+    train, val = ((features - mean) / (std + 1e-6) for features in (train, val))
+    order = torch.from_numpy(stream(0, HOLDOUT).permutation(len(train))).to(train.device)
+    held, rest = order[: len(order) // 10], order[len(order) // 10 :]
+
+    def accuracy(penalty: float) -> float:
+        logits = _regression(train[rest], train_targets[rest], classes, penalty)(train[held])
+        return float((logits.argmax(dim=1) == train_targets[held]).float().mean())
+
+    logits: Tensor = _regression(train, train_targets, classes, max(PENALTIES, key=accuracy))(val)
+    return logits
+
+
+def _regression(features: Tensor, targets: Tensor, classes: int, penalty: float) -> nn.Linear:
+    layer = nn.Linear(features.shape[1], classes, device=features.device)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(layer(features), targets) + penalty / 2 * layer.weight.square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type, no-untyped-call]
+    return layer.requires_grad_(False)
