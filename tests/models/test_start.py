@@ -32,6 +32,7 @@ def test_a_timm_file_fills_the_encoder_and_leaves_the_head(tmp_path: Path) -> No
     assert not result.notes
 
 
+@pytest.mark.holds("imagenet.4")
 @pytest.mark.parametrize("size", [56, (28, 42)])
 def test_positions_are_resampled_as_timm_does(tmp_path: Path, size: int | tuple[int, int]) -> None:
     source, model = vit(), vit(size)

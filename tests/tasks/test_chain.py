@@ -2,17 +2,21 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from conftest import metrics, tiny
 from PIL import Image
+from safetensors.torch import load_file
 
 import sparsemae.tasks.evaluate
 from sparsemae.cli import main
+from sparsemae.models import MaskedAutoencoder
 from sparsemae.models.weights import load_weights, read_weights, save_model
 from sparsemae.sparsity import NMPattern, iter_sparse, nm_mask, sparsify
 from sparsemae.tasks.build import load_autoencoder, load_classifier
@@ -37,6 +41,49 @@ def test_finetuning_starts_from_the_full_latent_weights(runs: Path, tmp_path: Pa
     mask = nm_mask(before[key], NMPattern(2, 32))
     assert torch.equal(after[key], torch.where(mask, before[key], 0.0))
     assert torch.equal(after["pos_embed"], before["pos_embed"])
+
+
+@pytest.mark.slow
+@pytest.mark.holds("imagenet.4")
+@pytest.mark.parametrize("start", ["our run", "an MAE file", "a timm model"])
+def test_finetuning_starts_from_anybodys_weights(
+    runs: Path, tmp_path: Path, start: str, capsys: pytest.CaptureFixture[str], figure
+) -> None:
+    """The rate is 0, so what comes out is the start; the head and its norm are new."""
+    arguments = {"img_size": 28, "patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    encoder, file = timm.create_model("vit_base_patch16_224", num_classes=7, **arguments), tmp_path / "start.pth"
+    if start == "our run":
+        source, wanted = runs / "pretrain", read_weights(runs / "pretrain")[0]
+    elif start == "an MAE file":  # full, under MAE's names
+        encoder.reset_classifier(0)
+        save_model(tmp_path / "mae.safetensors", MaskedAutoencoder(encoder, 16, 1, 2), {})
+        source, wanted = file, load_file(tmp_path / "mae.safetensors")
+        torch.save({"model": wanted}, file)
+    else:
+        source, wanted = file, encoder.state_dict()
+        torch.save(wanted, file)
+    main(tiny("finetune", tmp_path / "run", "--init", str(source), "--optim.lr", "0", "--optim.min_lr", "0",
+              "--trainer.max_steps", "1", "--sparse.pattern", "dense"))  # fmt: skip
+    matched = re.search(r"(\S+%) of the encoder's parameters", capsys.readouterr().err)
+    assert matched is not None
+    assert matched[1] == "100.0%"
+    after = read_weights(tmp_path / "run")[0]
+    taken = [key for key in after if not key.startswith(("head", "fc_norm"))]
+    assert len(taken) == 4 + 12 * 2
+    assert all(torch.equal(after[key], wanted[key]) for key in taken)
+    figure(f"{start}: {matched[0]}")
+
+
+@pytest.mark.holds("imagenet.4")
+def test_a_start_of_another_architecture_is_refused_with_its_share(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deeper = "{patch_size: 7, embed_dim: 32, depth: 3, num_heads: 2}"
+    with pytest.raises(SystemExit) as exit_:
+        main(tiny("finetune", tmp_path / "run", "--init", str(runs / "pretrain"), "--model.args", deeper))
+    assert exit_.value.code == 2
+    assert re.search(r"wanted at least 90% of the encoder's parameters, matched [67]\d\.\d%", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_file_says_what_evaluation_found(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
