@@ -40,6 +40,7 @@ JOBS = {
     "check": Job("sparsemae.tasks.check", "check", "CheckConfig", "what in a data set would break or spoil a run"),
     "plan": Job("sparsemae.plan", "plan", "PlanConfig", "what a recipe costs, before it runs"),
     "predict": Job("sparsemae.tasks.predict", "predict", "PredictConfig", "classes of image files"),
+    "report": Job("sparsemae.report.page", "report", "ReportConfig", "one page of curves and masks of runs"),
     "benchmark": Job("sparsemae.benchmark", "benchmark", "BenchmarkConfig", "packed models against dense ones"),
 }  # fmt: skip
 

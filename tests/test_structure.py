@@ -27,7 +27,7 @@ ALLOWED = {
     "packing": set(),
     "runtime": {"packing"},
     "tasks": {"sparsity", "data", "models", "training", "packing", "runtime"},
-    "report": {"sparsity", "data", "models"},
+    "report": {"sparsity", "data", "models", "training"},
     "demo": {"sparsity", "data", "models", "training", "tasks", "report", "config", "runtime"},
     "benchmark": {"packing", "runtime"},
     "plan": {"sparsity", "data", "models", "training", "tasks", "config"},
