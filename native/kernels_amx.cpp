@@ -21,8 +21,8 @@ using std::size_t;
 
 #include "amx_products.h"
 
-void linear(const Geometry& g, const Linear& l, const void* input, Output kind, void* output, size_t first, size_t last,
-            void* scratch) {
+void linear(const Geometry& g, const Linear& l, const void* input, Output kind, void* output, size_t, size_t first,
+            size_t last, void* scratch) {
   const Scratch s = carve(g, scratch);
   if (kind == Output::residual) {
     auto* residual = static_cast<float*>(output);
@@ -221,8 +221,10 @@ void norm_residual(const Geometry& g, const float* residual, const float* weight
   }
 }
 
+size_t token_parts(const Geometry&) { return 1; }
+
 constexpr Kernels kTable = {"amx",   "bf16", true,          true,     kRowBlock, activation_bytes, scratch_bytes, pack_block, thread_begin, thread_end,
-                            patches, norm,   norm_residual, quantise, linear, attention,        dense_rows};
+                            patches, norm,   norm_residual, quantise, token_parts, linear, attention,        dense_rows};
 
 }  // namespace
 

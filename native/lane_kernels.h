@@ -96,29 +96,29 @@ inline void norm_residual(const Geometry& g, const float* residual, const float*
   normalise(g, residual, weight, bias, eps, first, [&](size_t d, size_t t, V y) { V::store(out + d * g.padded_tokens + t, y); });
 }
 
-// sink(row, vector, y) for all rows of blocks [first, last).
+// sink(row, vector, y) for all rows of blocks [first, last) and chunks [first, last) of tokens.
 template <class Sink>
-inline void multiply_rows(const Geometry& g, const Linear& l, const void* input, size_t first, size_t last, V* sums,
-                          const Sink& sink) {
-  multiply(g, l, static_cast<const float*>(input), first, last, sums, [&](size_t row, size_t vector, V a, V b) {
+inline void multiply_rows(const Geometry& g, const Linear& l, const void* input, size_t first_chunk, size_t last_chunk, size_t first,
+                          size_t last, V* sums, const Sink& sink) {
+  multiply(g, l, static_cast<const float*>(input), first_chunk, last_chunk, first, last, sums, [&](size_t row, size_t vector, V a, V b) {
     sink(row, vector, V::fma(a, V::set(l.scale[row]), V::set(l.bias[row])));
     sink(row + 1, vector, V::fma(b, V::set(l.scale[row + 1]), V::set(l.bias[row + 1])));
   });
 }
 
-inline void linear(const Geometry& g, const Linear& l, const void* input, Output kind, void* output, size_t first_block,
-                   size_t last_block, void* scratch) {
+inline void linear(const Geometry& g, const Linear& l, const void* input, Output kind, void* output, size_t chunk,
+                   size_t first_block, size_t last_block, void* scratch) {
   auto* sums = static_cast<V*>(scratch);
   auto* out = static_cast<float*>(output);
   if (kind == Output::residual) {
-    multiply_rows(g, l, input, first_block, last_block, sums, [&](size_t row, size_t vector, V y) {
+    multiply_rows(g, l, input, chunk, chunk + 1, first_block, last_block, sums, [&](size_t row, size_t vector, V y) {
       float* to = out + row * g.padded_tokens + vector * V::kLanes;
       if (row < l.used) V::store(to, y + V::load(to));
     });
     return;
   }
   const Chunks chunks(g);
-  multiply_rows(g, l, input, first_block, last_block, sums, [&](size_t row, size_t vector, V y) {
+  multiply_rows(g, l, input, chunk, chunk + 1, first_block, last_block, sums, [&](size_t row, size_t vector, V y) {
     if (row < l.used) V::store(out + chunks.at(vector, l.used) + row * kLine, kind == Output::gelu ? gelu(y) : y);
   });
 }
@@ -158,10 +158,9 @@ inline void attention(const Geometry& g, const Linear& qkv, const void* input, v
   auto* q = reinterpret_cast<float*>(static_cast<char*>(scratch) + sums_bytes());
   float *k = q + plane, *v = k + plane, *scores = v + plane, *mixed = scores + stride * 2 * V::kLanes;
   const size_t blocks = 3 * g.padded_head_dim / kRowBlock, origin = head * 3 * g.padded_head_dim;
-  multiply_rows(g, qkv, input, head * blocks, (head + 1) * blocks, static_cast<V*>(scratch), [&](size_t row, size_t vector, V y) {
-    V::store(q + (row - origin) * stride + vector * V::kLanes, y);
-  });
   const Chunks chunks(g);
+  multiply_rows(g, qkv, input, 0, chunks.count, head * blocks, (head + 1) * blocks, static_cast<V*>(scratch),
+                [&](size_t row, size_t vector, V y) { V::store(q + (row - origin) * stride + vector * V::kLanes, y); });
   constexpr size_t width = 2 * V::kLanes;
   for (size_t i = 0; i < stride; i += width) {
     // padded tokens are a multiple of 16; the last step may reach back over queries that are already done
@@ -209,7 +208,7 @@ inline void no_thread_state() {}
 
 constexpr sparsemae::Kernels table(const char* name) {
   return {name,     "fp32", true,          false,  kRowBlock, activation_bytes, scratch_bytes, pack_block, no_thread_state, no_thread_state,
-          patches,  norm,   norm_residual, nullptr, linear, attention,        dense_rows};
+          patches,  norm,   norm_residual, nullptr, token_parts, linear, attention,        dense_rows};
 }
 
 }  // namespace lanes

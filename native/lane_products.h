@@ -43,6 +43,8 @@ struct Chunks {
   }
 };
 
+inline size_t token_parts(const Geometry& g) { return Chunks(g).count; }
+
 inline size_t activation_bytes(size_t features, const Geometry& g) {
   return Chunks(g).count * features * kLine * sizeof(typename V::Number);
 }
@@ -116,17 +118,17 @@ constexpr Accumulate kAccumulate[kVectors] = {accumulate<1>, accumulate<2>, accu
 
 inline size_t sums_bytes() { return kPassRows * kVectors * sizeof(V); }
 
-// Multiplies blocks [first, last) of a layer with all tokens. sink(row, vector, a, b) gets the sums of rows `row` and `row` + 1 for one
+// Multiplies blocks [first, last) of a layer with chunks [chunk, last chunk) of the tokens. sink(row, vector, a, b) gets the sums of rows `row` and `row` + 1 for one
 // vector of tokens. `sums` has sums_bytes(), aligned.
 template <class Sink>
-inline void multiply(const Geometry& g, const Linear& l, const typename V::Number* x, size_t first, size_t last, V* sums,
-                     const Sink& sink) {
+inline void multiply(const Geometry& g, const Linear& l, const typename V::Number* x, size_t first_chunk, size_t last_chunk,
+                     size_t first, size_t last, V* sums, const Sink& sink) {
   const Chunks chunks(g);
   const size_t slabs = slabs_of(l.columns);
   const Step* next[kPassBlocks];
   for (; first < last; first += kPassBlocks) {
     const size_t blocks = last - first < kPassBlocks ? last - first : kPassBlocks;
-    for (size_t chunk = 0; chunk < chunks.count; ++chunk) {
+    for (size_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
       const size_t vectors = chunks.size(chunk);
       const Accumulate run = kAccumulate[vectors - 1];
       for (size_t s = 0; s < slabs; ++s)
