@@ -36,6 +36,7 @@ struct V {
   }
   static Weight weight(float w) { return w; }
   static V zero() { return set(0.0f); }
+  static void prefetch(const void*) {}
   static V load(const float* p) {
     V r;
     std::memcpy(&r.x, p, sizeof r.x);
@@ -49,6 +50,9 @@ struct V {
   }
   static V fma(V a, V b, V c) {
     return map([](auto p, auto q, auto r) { return p * q + r; }, a, b, c);
+  }
+  static V min(V a, V b) {
+    return map([](auto p, auto q) { return p < q ? p : q; }, a, b);
   }
   static V max(V a, V b) {
     return map([](auto p, auto q) { return p > q ? p : q; }, a, b);

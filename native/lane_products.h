@@ -5,7 +5,7 @@
 // slab is used by up to kPassRows rows before the next: their sums come and go through the second-level cache, which costs less than
 // fetching slabs again. Two rows at a time, because the sums of one row alone wait for their own multiply-adds.
 //
-// V has kLanes, load, store, fma(a, b, c), zero, Number (of a token), Weight (as stored), weight(float) and set(Weight).
+// V has kLanes, load, store, fma(a, b, c), zero, Number (of a token), Weight (as stored), weight(float), set(Weight) and prefetch.
 
 namespace lanes {
 
@@ -21,14 +21,15 @@ constexpr size_t kVectors = 4;
 constexpr size_t kLine = kVectors * V::kLanes;  // numbers of one feature of a chunk
 constexpr size_t kSlab = 32768 / (kLine * sizeof(typename V::Number));
 constexpr size_t kPassBlocks = 12;
+constexpr size_t kAhead = 40;  // steps: weights are fetched about as long beforehand as a line takes to come from the third-level cache
 constexpr size_t kPassRows = kPassBlocks * kRowBlock;
 
 // How the vectors of an image's tokens are shared out among chunks: as evenly as possible.
 struct Chunks {
-  size_t count, vectors, larger;  // the first `larger` chunks have one vector more than the others
+  size_t all, count, vectors, larger;  // the first `larger` chunks have one vector more than the others
 
   explicit Chunks(const Geometry& g) {
-    const size_t all = (g.padded_tokens + V::kLanes - 1) / V::kLanes;
+    all = (g.tokens + V::kLanes - 1) / V::kLanes;
     count = (all + kVectors - 1) / kVectors;
     vectors = all / count;
     larger = all % count;
@@ -100,8 +101,9 @@ inline const Step* accumulate(const Step* step, size_t count, const typename V::
   for (size_t r = 0; r < 2; ++r)
     for (size_t j = 0; j < J; ++j) sum[r][j] = fresh ? V::zero() : sums[r * kVectors + j];
   for (; count; --count, ++step) {
+    V::prefetch(step + kAhead);
     std::uint32_t offsets;
-    __builtin_memcpy(&offsets, step->offset, sizeof offsets);
+    std::memcpy(&offsets, step->offset, sizeof offsets);
     for (size_t r = 0; r < 2; ++r, offsets >>= 16) {
       const V w = V::set(step->weight[r]);
       const auto* from = reinterpret_cast<const typename V::Number*>(bytes + size_t{8} * (offsets & 0xFFFF));
@@ -118,8 +120,8 @@ constexpr Accumulate kAccumulate[kVectors] = {accumulate<1>, accumulate<2>, accu
 
 inline size_t sums_bytes() { return kPassRows * kVectors * sizeof(V); }
 
-// Multiplies blocks [first, last) of a layer with chunks [chunk, last chunk) of the tokens. sink(row, vector, a, b) gets the sums of rows `row` and `row` + 1 for one
-// vector of tokens. `sums` has sums_bytes(), aligned.
+// Multiplies blocks [first, last) of a layer with chunks [chunk, last chunk) of the tokens. sink(row, chunk, j, a, b) gets the sums of rows `row` and `row` + 1
+// for vector j of a chunk. `sums` has sums_bytes(), aligned.
 template <class Sink>
 inline void multiply(const Geometry& g, const Linear& l, const typename V::Number* x, size_t first_chunk, size_t last_chunk,
                      size_t first, size_t last, V* sums, const Sink& sink) {
@@ -141,7 +143,7 @@ inline void multiply(const Geometry& g, const Linear& l, const typename V::Numbe
             next[b] = run(next[b], counts[pair], x + (chunk * l.columns + s * kSlab) * kLine, to, s == 0);
             if (s + 1 < slabs) continue;
             for (size_t j = 0; j < vectors; ++j)
-              sink((first + b) * kRowBlock + pair * 2, chunks.first(chunk) + j, to[j], to[kVectors + j]);
+              sink((first + b) * kRowBlock + pair * 2, chunk, j, to[j], to[kVectors + j]);
           }
         }
     }

@@ -9,7 +9,7 @@
 
 namespace sparsemae {
 
-constexpr std::size_t kPieces = 6;  // of a linear layer, per thread
+constexpr std::size_t kPieces = 8;  // of a linear layer, per thread
 
 // A stage is a number of units, ordered by tokens or by heads. Each thread starts with its own share of them, the same part of the image in
 // stage after stage, so that what it reads is mostly what it wrote, in its own cache. When it is done it helps the others, one of whom
