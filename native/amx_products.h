@@ -1,24 +1,10 @@
 // Products of expanded sparse weights with all tokens of an image on AMX tiles. Included inside the anonymous namespace of kernels_amx.cpp,
 // where the layouts are described.
 
-constexpr size_t kTile = 1024;  // bytes
 constexpr size_t kSlab = 8;     // tiles of 32 inputs expanded at once: two buffers of 16 KB stay in the first-level cache
 constexpr size_t kPanel = kSlab * 2 * kTile;
 
-inline size_t tiles(size_t features) { return (features + 31) / 32; }
-inline size_t token_blocks(const Geometry& g) { return g.padded_tokens / 16; }
 size_t activation_bytes(size_t features, const Geometry& g) { return token_blocks(g) * tiles(features) * kTile; }
-
-// Address of the feature pair `pair` of the 16 tokens of a block.
-inline char* pair_address(void* activation, size_t block_tiles, size_t pair, size_t token_block) {
-  return static_cast<char*>(activation) + (token_block * block_tiles + pair / 16) * kTile + pair % 16 * 64;
-}
-
-inline __m512i interleave(__m512 low, __m512 high) {
-  alignas(64) static constexpr std::uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), (__m512i)_mm512_cvtne2ps_pbh(high, low));
-}
 
 inline size_t scales_bytes(const Geometry& g) { return g.padded_tokens * sizeof(float); }
 
@@ -26,29 +12,20 @@ struct Scratch {
   char* panels;    // 2 x kPanel: expanded weights
   float* partial;  // [token blocks + 1][2 tiles]: sums of the slabs so far
   float* result;   // 2 x 4 tiles
-  char *q, *k, *v, *p;
-  float* scores;  // [padded tokens][32]
+  Head head;
   size_t bytes;
 };
 
 Scratch carve(const Geometry& g, void* base) {
-  size_t offset = 0;
-  const auto take = [&](size_t bytes) {
-    char* here = base ? static_cast<char*>(base) + offset : nullptr;
-    offset += round_up(bytes, 64);
-    return here;
-  };
-  const size_t blocks = token_blocks(g), key_tiles = tiles(g.padded_tokens), head_tiles = g.padded_head_dim / 32;
+  const size_t partial = 2 * kPanel, result = partial + (token_blocks(g) + 1) * 2 * kTile, head = result + 2 * 4 * kTile;
+  auto* from = static_cast<char*>(base);
   Scratch s;
-  s.panels = take(2 * kPanel);
-  s.partial = reinterpret_cast<float*>(take((blocks + 1) * 2 * kTile));
-  s.result = reinterpret_cast<float*>(take(2 * 4 * kTile));
-  s.q = take(blocks * head_tiles * kTile);
-  s.k = take(blocks * head_tiles * kTile);
-  s.v = take(2 * head_tiles * key_tiles * kTile);
-  s.p = take(2 * key_tiles * kTile);
-  s.scores = reinterpret_cast<float*>(take(g.padded_tokens * 32 * sizeof(float)));
-  s.bytes = offset;
+  s.head = carve_head(g, base ? from + head : nullptr);
+  s.bytes = head + s.head.bytes;
+  if (!base) return s;
+  s.panels = from;
+  s.partial = reinterpret_cast<float*>(from + partial);
+  s.result = reinterpret_cast<float*>(from + result);
   return s;
 }
 
@@ -104,17 +81,6 @@ size_t pack_block(const RowSource& source, size_t columns, size_t block, bool in
   return int8 ? pack_rows<Int8>(rows, columns, out) : pack_rows<Bf16>(rows, columns, out);
 }
 
-void thread_begin() {
-  struct {
-    std::uint8_t palette = 1, start = 0, reserved[14] = {};
-    std::uint16_t bytes[16] = {};
-    std::uint8_t rows[16] = {};
-  } config;
-  for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = 16;
-  __asm__ volatile("ldtilecfg %0" ::"m"(config));  // GCC's intrinsic claims to read the first eight bytes only
-}
-void thread_end() { _tile_release(); }
-
 // Expands one tile row after the other; a tile is 16 of them.
 template <class T>
 struct Expander {
@@ -159,30 +125,6 @@ inline void multiply(const char* weights, const char* x0, const char* x1, size_t
     }
     work();
   }
-}
-
-// GCC's tile loads do not tell the compiler that they read memory: nothing stored before may be moved behind them.
-inline void before_tile_loads() { __asm__ volatile("" ::: "memory"); }
-
-inline void load_sums(const float* from, bool fresh) {
-  before_tile_loads();
-  if (fresh) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  } else {
-    _tile_loadd(0, from, 64);
-    _tile_loadd(2, from + 256, 64);
-    _tile_loadd(1, from + 512, 64);
-    _tile_loadd(3, from + 768, 64);
-  }
-}
-inline void store_sums(float* to) {
-  _tile_stored(0, to, 64);
-  _tile_stored(2, to + 256, 64);
-  _tile_stored(1, to + 512, 64);
-  _tile_stored(3, to + 768, 64);
 }
 
 constexpr size_t kFinish = 8;  // rows finished at a time

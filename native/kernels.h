@@ -75,8 +75,10 @@ struct Kernels {
                         std::size_t first);
   // Null where int8 layers are not supported: the activation rounded to int8 with a scale per token, for tokens [first, first + kTokenUnit).
   void (*quantise)(const Geometry&, std::size_t features, const void* activation, void* quantised, std::size_t first);
-  void (*linear)(const Geometry&, const Linear&, const void* input, Output kind, void* output, std::size_t first_block,
-                 std::size_t last_block, void* scratch);
+  // Into how many parts of tokens the work of a linear layer can be cut besides blocks of rows.
+  std::size_t (*token_parts)(const Geometry&);
+  void (*linear)(const Geometry&, const Linear&, const void* input, Output kind, void* output, std::size_t token_part,
+                 std::size_t first_block, std::size_t last_block, void* scratch);
   // q, k and v of one head from the normalised input, then attention; qkv rows are [head][q, k, v][padded_head_dim].
   void (*attention)(const Geometry&, const Linear& qkv, const void* input, void* output, std::size_t head, void* scratch);
   // out[r] = dot(weight[r], x) + bias[r] for r in [first, last); weight is [rows][columns] float.

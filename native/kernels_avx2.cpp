@@ -1,18 +1,26 @@
 // fp32 for AVX2 and FMA: the lane kernels over eight floats.
 #include <immintrin.h>
 
+#include <cstring>
+
 #include "kernels.h"
 
 namespace {
 
 struct V {
+  using Number = float;
+  using Weight = float;
   static constexpr std::size_t kLanes = 8;
   __m256 x;
 
+  static Weight weight(float w) { return w; }
+  static V zero() { return {_mm256_setzero_ps()}; }
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
   static V load(const float* p) { return {_mm256_loadu_ps(p)}; }
   static void store(float* p, V v) { _mm256_storeu_ps(p, v.x); }
   static V set(float s) { return {_mm256_set1_ps(s)}; }
   static V fma(V a, V b, V c) { return {_mm256_fmadd_ps(a.x, b.x, c.x)}; }
+  static V min(V a, V b) { return {_mm256_min_ps(a.x, b.x)}; }
   static V max(V a, V b) { return {_mm256_max_ps(a.x, b.x)}; }
   static V div(V a, V b) { return {_mm256_div_ps(a.x, b.x)}; }
   static V rsqrt(V a) { return {_mm256_div_ps(_mm256_set1_ps(1.0f), _mm256_sqrt_ps(a.x))}; }

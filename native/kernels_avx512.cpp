@@ -1,18 +1,26 @@
 // fp32 for AVX-512F: the lane kernels over sixteen floats. Serves fp32 files on every machine with AVX-512.
 #include <immintrin.h>
 
+#include <cstring>
+
 #include "kernels.h"
 
 namespace {
 
 struct V {
+  using Number = float;
+  using Weight = float;
   static constexpr std::size_t kLanes = 16;
   __m512 x;
 
+  static Weight weight(float w) { return w; }
+  static V zero() { return {_mm512_setzero_ps()}; }
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
   static V load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static void store(float* p, V v) { _mm512_storeu_ps(p, v.x); }
   static V set(float s) { return {_mm512_set1_ps(s)}; }
   static V fma(V a, V b, V c) { return {_mm512_fmadd_ps(a.x, b.x, c.x)}; }
+  static V min(V a, V b) { return {_mm512_min_ps(a.x, b.x)}; }
   static V max(V a, V b) { return {_mm512_max_ps(a.x, b.x)}; }
   static V div(V a, V b) { return {_mm512_div_ps(a.x, b.x)}; }
   static V rsqrt(V a) { return {_mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_sqrt_ps(a.x))}; }

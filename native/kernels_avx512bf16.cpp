@@ -146,7 +146,7 @@ inline void multiply_blocks(const Geometry& g, const Linear& l, const void* inpu
     }
 }
 
-void linear(const Geometry& g, const Linear& l, const void* input, Output kind, void* output, size_t first, size_t last, void*) {
+void linear(const Geometry& g, const Linear& l, const void* input, Output kind, void* output, size_t, size_t first, size_t last, void*) {
   if (kind == Output::residual) {
     multiply_blocks(g, l, input, first, last, [&](size_t token, size_t row, __m512 y) {
       if (row >= l.used) return;
@@ -286,8 +286,10 @@ void norm_residual(const Geometry& g, const float* residual, const float* weight
 
 void no_thread_state() {}
 
+size_t token_parts(const Geometry&) { return 1; }
+
 constexpr Kernels kTable = {"avx512bf16",    "bf16",          false,   false, kRowBlock,     activation_bytes, scratch_bytes, pack_block,
-                            no_thread_state, no_thread_state, patches, norm,  norm_residual, nullptr,          linear,        attention,  dense_rows};
+                            no_thread_state, no_thread_state, patches, norm,  norm_residual, nullptr,          token_parts, linear,        attention,  dense_rows};
 
 }  // namespace
 

@@ -8,6 +8,8 @@
 namespace {
 
 struct V {
+  using Number = float;
+  using Weight = float;
   static constexpr std::size_t kLanes = 4;
 #if defined(__GNUC__)
   using Floats = float __attribute__((vector_size(16)));
@@ -32,6 +34,9 @@ struct V {
     return r;
 #endif
   }
+  static Weight weight(float w) { return w; }
+  static V zero() { return set(0.0f); }
+  static void prefetch(const void*) {}
   static V load(const float* p) {
     V r;
     std::memcpy(&r.x, p, sizeof r.x);
@@ -45,6 +50,9 @@ struct V {
   }
   static V fma(V a, V b, V c) {
     return map([](auto p, auto q, auto r) { return p * q + r; }, a, b, c);
+  }
+  static V min(V a, V b) {
+    return map([](auto p, auto q) { return p < q ? p : q; }, a, b);
   }
   static V max(V a, V b) {
     return map([](auto p, auto q) { return p > q ? p : q; }, a, b);

@@ -1,30 +1,15 @@
 // fp32 kernels with tokens in the lanes, written once over a vector type V and compiled once per instruction set.
 //
-// Activations and residual are feature-major, [features][padded tokens]: a kept weight is one broadcast and one multiply-add per
-// vector of tokens, whatever n:m is, and layer norm, softmax and GELU need no sum across lanes. The including file defines, in
-// its own anonymous namespace, `V` with: static kLanes; load, store, set, operator+ - *, fma(a, b, c), max, div, shift_add.
-// Inputs are taken in slabs so that the slab of activations stays in the first-level cache.
+// The residual, and q, k and v of a head, are feature-major, [features][padded tokens]; activations are in the chunks of
+// lane_products.h. So layer norm, softmax and GELU need no sum across lanes. The including file defines, in its own anonymous
+// namespace, `V` with what lane_products.h asks for, Number and Weight being float, and operator+ - *, max, div, rsqrt, shift_add.
+
+#include "lane_products.h"
 
 namespace lanes {
 
-using sparsemae::Geometry;
-using sparsemae::Linear;
 using sparsemae::Output;
-using sparsemae::Row;
-using sparsemae::RowSource;
-using sparsemae::kRowBlock;
 using sparsemae::kTokenUnit;
-using sparsemae::round_up;
-using std::size_t;
-
-constexpr size_t kVectors = 8;                               // vectors of tokens per register block
-constexpr size_t kBlockTokens = kVectors * V::kLanes;
-constexpr size_t kSlab = 8192 / kBlockTokens;                // inputs per slab: 32 KB of activations
-
-struct Entry {
-  std::uint32_t input;
-  float weight;
-};
 
 // exp(x) for x <= 0 or small: 2^n times a polynomial; relative error below 2e-7, 0 below about -87.
 inline V exponential(V x) {
@@ -42,71 +27,54 @@ inline V exponential(V x) {
   return V::shift_add(p, shifted);
 }
 
-// x * Phi(x), with erf after Abramowitz and Stegun 7.1.26 (absolute error below 1.5e-7).
+// x * Phi(x), with Phi - 1/2 as c times a polynomial in c^2 on [-5, 5], in a variable on [-1, 1]: absolute error below 2e-6.
 inline V gelu(V x) {
-  V a = V::max(x, V::set(0.0f) - x) * V::set(0.70710678118654752f);
-  V t = V::div(V::set(1.0f), V::fma(a, V::set(0.3275911f), V::set(1.0f)));
-  V p = V::set(1.061405429f);
-  p = V::fma(p, t, V::set(-1.453152027f));
-  p = V::fma(p, t, V::set(1.421413741f));
-  p = V::fma(p, t, V::set(-0.284496736f));
-  p = V::fma(p, t, V::set(0.254829592f));
-  V half_tail = p * t * exponential(V::set(0.0f) - a * a) * V::set(0.5f);  // (1 - erf(|x| / sqrt 2)) / 2
-  return V::max(x, V::set(0.0f)) - V::max(x, V::set(0.0f) - x) * half_tail;
+  const V c = V::max(V::min(x, V::set(5.0f)), V::set(-5.0f));
+  const V u = V::fma(c * c, V::set(0.08f), V::set(-1.0f));
+  V p = V::set(4.70802924e-04f);
+  p = V::fma(p, u, V::set(-1.49244041e-03f));
+  p = V::fma(p, u, V::set(2.05243052e-03f));
+  p = V::fma(p, u, V::set(-2.96503297e-03f));
+  p = V::fma(p, u, V::set(6.12416110e-03f));
+  p = V::fma(p, u, V::set(-1.09331695e-02f));
+  p = V::fma(p, u, V::set(1.65121199e-02f));
+  p = V::fma(p, u, V::set(-2.33506418e-02f));
+  p = V::fma(p, u, V::set(3.14241984e-02f));
+  p = V::fma(p, u, V::set(-4.04310324e-02f));
+  p = V::fma(p, u, V::set(5.15215008e-02f));
+  p = V::fma(p, u, V::set(-7.02967237e-02f));
+  p = V::fma(p, u, V::set(1.41363780e-01f));
+  return x * V::fma(p, c, V::set(0.5f));
 }
 
-inline size_t activation_bytes(size_t features, const Geometry& g) { return features * g.padded_tokens * sizeof(float); }
-
-// q, k, v, the scores of two vectors of queries, and the accumulators of a row block.
-inline size_t scratch_floats(const Geometry& g) {
-  return 3 * g.padded_head_dim * g.padded_tokens + g.padded_tokens * 2 * V::kLanes + kRowBlock * kBlockTokens;
-}
-inline size_t scratch_bytes(const Geometry& g) { return scratch_floats(g) * sizeof(float); }
-
-// Block: [slabs * kRowBlock + 1] starts (uint32, in entries), then the entries, by slab, then row, then input.
-inline size_t pack_block(const RowSource& source, size_t columns, size_t block, bool, void* out) {
-  const size_t slabs = (columns + kSlab - 1) / kSlab;
-  const size_t header = round_up((slabs * kRowBlock + 1) * sizeof(std::uint32_t), 64);
-  auto* starts = static_cast<std::uint32_t*>(out);
-  auto* entries = reinterpret_cast<Entry*>(static_cast<char*>(out) + (out ? header : 0));
-  size_t count = 0;
-  if (!out) {
-    for (size_t r = 0; r < kRowBlock; ++r) count += source.row(source.context, block * kRowBlock + r).count;
-    return round_up(header + count * sizeof(Entry), 64);
-  }
-  for (size_t s = 0; s < slabs; ++s) {
-    for (size_t r = 0; r < kRowBlock; ++r) {
-      starts[s * kRowBlock + r] = static_cast<std::uint32_t>(count);
-      const Row row = source.row(source.context, block * kRowBlock + r);
-      for (size_t i = 0; i < row.count; ++i)
-        if (row.index[i] / kSlab == s) entries[count++] = Entry{row.index[i], row.value[i]};
-    }
-  }
-  starts[slabs * kRowBlock] = static_cast<std::uint32_t>(count);
-  return round_up(header + count * sizeof(Entry), 64);
+// The sums of a pass; q, k and v; the scores of two vectors of queries, and what they mix of the values.
+inline size_t scratch_bytes(const Geometry& g) {
+  return sums_bytes() + (3 * g.padded_head_dim * g.padded_tokens + 2 * V::kLanes * (g.padded_tokens + g.padded_head_dim)) * sizeof(float);
 }
 
 inline void patches(const Geometry& g, const float* image, void* activation, size_t first) {
   auto* out = static_cast<float*>(activation);
-  const size_t across = g.image_width / g.patch;
+  const Chunks chunks(g);
+  const size_t across = g.image_width / g.patch, features = g.channels * g.patch * g.patch;
   for (size_t t = first; t < first + kTokenUnit && t < g.tokens; ++t) {
     if (t < g.prefix) continue;  // stays zero
     const size_t row = (t - g.prefix) / across * g.patch, column = (t - g.prefix) % across * g.patch;
-    float* to = out + t;
+    float* to = out + chunks.at(t / V::kLanes, features) + t % V::kLanes;
     for (size_t c = 0; c < g.channels; ++c)
       for (size_t y = 0; y < g.patch; ++y) {
         const float* from = image + (c * g.image_height + row + y) * g.image_width + column;
-        for (size_t x = 0; x < g.patch; ++x, to += g.padded_tokens) *to = from[x];
+        for (size_t x = 0; x < g.patch; ++x, to += kLine) *to = from[x];
       }
   }
 }
 
-inline void norm(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps, void* activation,
-                 size_t first) {
-  auto* out = static_cast<float*>(activation);
+// write(d, first token, y) for the normalised features of a unit of tokens.
+template <class Write>
+inline void normalise(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps, size_t first,
+                      const Write& write) {
   const size_t stride = g.padded_tokens;
   const V inverse = V::set(1.0f / static_cast<float>(g.width));
-  for (size_t t = first; t < first + kTokenUnit; t += V::kLanes) {
+  for (size_t t = first; t < first + kTokenUnit && t < g.tokens; t += V::kLanes) {
     V sum = V::set(0.0f), squares = V::set(0.0f);
     for (size_t d = 0; d < g.width; ++d) sum = sum + V::load(residual + d * stride + t);
     const V mean = sum * inverse;
@@ -117,71 +85,53 @@ inline void norm(const Geometry& g, const float* residual, const float* weight, 
     const V scale = V::rsqrt(V::fma(squares, inverse, V::set(eps)));
     for (size_t d = 0; d < g.width; ++d) {
       const V centred = V::load(residual + d * stride + t) - mean;
-      V::store(out + d * stride + t, V::fma(centred * scale, V::set(weight[d]), V::set(bias[d])));
+      write(d, t, V::fma(centred * scale, V::set(weight[d]), V::set(bias[d])));
     }
   }
+}
+
+inline void norm(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps, void* activation,
+                 size_t first) {
+  const Chunks chunks(g);
+  normalise(g, residual, weight, bias, eps, first, [&](size_t d, size_t t, V y) {
+    V::store(static_cast<float*>(activation) + chunks.at(t / V::kLanes, g.width) + d * kLine, y);
+  });
 }
 
 inline void norm_residual(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps, float* out,
                           size_t first) {
-  norm(g, residual, weight, bias, eps, out, first);
+  normalise(g, residual, weight, bias, eps, first, [&](size_t d, size_t t, V y) { V::store(out + d * g.padded_tokens + t, y); });
 }
 
-// acc[J vectors] += sum over entries of weight * x[input]; x points at the block's first token.
-template <size_t J>
-inline void accumulate(const Entry* entry, const Entry* end, const float* x, size_t stride, float* acc, bool fresh) {
-  V sum[J];
-  for (size_t j = 0; j < J; ++j) sum[j] = fresh ? V::set(0.0f) : V::load(acc + j * V::kLanes);
-  for (; entry != end; ++entry) {
-    const V w = V::set(entry->weight);
-    const float* row = x + entry->input * stride;
-    for (size_t j = 0; j < J; ++j) sum[j] = V::fma(w, V::load(row + j * V::kLanes), sum[j]);
+// sink(row, chunk, j, y) for all rows of blocks [first, last) and chunks [first, last) of tokens.
+template <class Sink>
+inline void multiply_rows(const Geometry& g, const Linear& l, const void* input, size_t first_chunk, size_t last_chunk, size_t first,
+                          size_t last, V* sums, const Sink& sink) {
+  multiply(g, l, static_cast<const float*>(input), first_chunk, last_chunk, first, last, sums,
+           [&](size_t row, size_t chunk, size_t j, V a, V b) {
+             sink(row, chunk, j, V::fma(a, V::set(l.scale[row]), V::set(l.bias[row])));
+             sink(row + 1, chunk, j, V::fma(b, V::set(l.scale[row + 1]), V::set(l.bias[row + 1])));
+           });
+}
+
+inline void linear(const Geometry& g, const Linear& l, const void* input, Output kind, void* output, size_t chunk,
+                   size_t first_block, size_t last_block, void* scratch) {
+  auto* sums = static_cast<V*>(scratch);
+  if (kind == Output::residual) {
+    float* out = static_cast<float*>(output) + Chunks(g).first(chunk) * V::kLanes;
+    multiply_rows(g, l, input, chunk, chunk + 1, first_block, last_block, sums, [&](size_t row, size_t, size_t j, V y) {
+      float* to = out + row * g.padded_tokens + j * V::kLanes;
+      if (row < l.used) V::store(to, y + V::load(to));
+    });
+    return;
   }
-  for (size_t j = 0; j < J; ++j) V::store(acc + j * V::kLanes, sum[j]);
+  float* out = static_cast<float*>(output) + chunk * l.used * kLine;
+  multiply_rows(g, l, input, chunk, chunk + 1, first_block, last_block, sums, [&](size_t row, size_t, size_t j, V y) {
+    if (row < l.used) V::store(out + row * kLine + j * V::kLanes, kind == Output::gelu ? gelu(y) : y);
+  });
 }
 
-using Accumulate = void (*)(const Entry*, const Entry*, const float*, size_t, float*, bool);
-constexpr Accumulate kAccumulate[kVectors] = {accumulate<1>, accumulate<2>, accumulate<3>, accumulate<4>,
-                                              accumulate<5>, accumulate<6>, accumulate<7>, accumulate<8>};
-
-inline void linear_block(const Geometry& g, const Linear& l, const float* x, Output kind, float* out, size_t block, size_t rows,
-                         float* acc) {
-  const char* data = static_cast<const char*>(l.data) + l.offsets[block];
-  const size_t stride = g.padded_tokens, slabs = (l.columns + kSlab - 1) / kSlab;
-  const auto* starts = reinterpret_cast<const std::uint32_t*>(data);
-  const auto* entries =
-      reinterpret_cast<const Entry*>(data + round_up((slabs * kRowBlock + 1) * sizeof(std::uint32_t), 64));
-  for (size_t t = 0; t < stride; t += kBlockTokens) {
-    const size_t vectors = (stride - t < kBlockTokens ? stride - t : kBlockTokens) / V::kLanes;
-    const Accumulate run = kAccumulate[vectors - 1];
-    for (size_t s = 0; s < slabs; ++s)
-      for (size_t r = 0; r < rows; ++r) {
-        const std::uint32_t* start = starts + s * kRowBlock + r;
-        run(entries + start[0], entries + start[1], x + t, stride, acc + r * kBlockTokens, s == 0);
-      }
-    for (size_t r = 0; r < rows; ++r) {
-      const V scale = V::set(l.scale[block * kRowBlock + r]), bias = V::set(l.bias[block * kRowBlock + r]);
-      float* to = out + r * stride + t;
-      for (size_t j = 0; j < vectors; ++j) {
-        V y = V::fma(V::load(acc + r * kBlockTokens + j * V::kLanes), scale, bias);
-        if (kind == Output::gelu) y = gelu(y);
-        if (kind == Output::residual) y = y + V::load(to + j * V::kLanes);
-        V::store(to + j * V::kLanes, y);
-      }
-    }
-  }
-}
-
-inline void linear(const Geometry& g, const Linear& l, const void* input, Output kind, void* output, size_t first_block,
-                   size_t last_block, void* scratch) {
-  for (size_t block = first_block; block < last_block; ++block) {
-    const size_t row = block * kRowBlock, rows = l.used - row < kRowBlock ? l.used - row : kRowBlock;
-    linear_block(g, l, static_cast<const float*>(input), kind, static_cast<float*>(output) + row * g.padded_tokens, block, rows,
-                 static_cast<float*>(scratch));
-  }
-}
-
-// c[a][2 vectors] = sum over k of A(a, k) * b[k][2 vectors], for 4 rows or 1; A(a, k) = A[a * row + k * column].
+// c[a][2 vectors] = sum over k of A(a, k) * b[k][2 vectors], for R rows; A(a, k) = A[a * row + k * column].
 template <size_t R>
 inline void product(const float* A, size_t row, size_t column, size_t depth, const float* b, size_t b_stride, float* c,
                     size_t c_stride) {
@@ -201,25 +151,31 @@ inline void product(const float* A, size_t row, size_t column, size_t depth, con
   }
 }
 
+using Product = void (*)(const float*, size_t, size_t, size_t, const float*, size_t, float*, size_t);
+constexpr Product kProducts[] = {product<1>, product<2>, product<3>, product<4>, product<5>, product<6>};
+
 inline void product_rows(size_t rows, const float* A, size_t row, size_t column, size_t depth, const float* b, size_t b_stride,
                          float* c, size_t c_stride) {
-  size_t a = 0;
-  for (; a + 4 <= rows; a += 4) product<4>(A + a * row, row, column, depth, b, b_stride, c + a * c_stride, c_stride);
-  for (; a < rows; ++a) product<1>(A + a * row, row, column, depth, b, b_stride, c + a * c_stride, c_stride);
+  constexpr size_t most = sizeof kProducts / sizeof *kProducts;
+  for (size_t a = 0; a < rows; a += most)
+    kProducts[(rows - a < most ? rows - a : most) - 1](A + a * row, row, column, depth, b, b_stride, c + a * c_stride, c_stride);
 }
 
 inline void attention(const Geometry& g, const Linear& qkv, const void* input, void* output, size_t head, void* scratch) {
   const size_t stride = g.padded_tokens, plane = g.padded_head_dim * stride;
-  auto* q = static_cast<float*>(scratch);
-  float *k = q + plane, *v = k + plane, *scores = v + plane, *acc = scores + stride * 2 * V::kLanes;
-  const size_t blocks = 3 * g.padded_head_dim / kRowBlock;
-  for (size_t b = 0; b < blocks; ++b)
-    linear_block(g, qkv, static_cast<const float*>(input), Output::activation, q + b * kRowBlock * stride, head * blocks + b,
-                 kRowBlock, acc);
+  auto* q = reinterpret_cast<float*>(static_cast<char*>(scratch) + sums_bytes());
+  float *k = q + plane, *v = k + plane, *scores = v + plane, *mixed = scores + stride * 2 * V::kLanes;
+  const size_t blocks = 3 * g.padded_head_dim / kRowBlock, origin = head * 3 * g.padded_head_dim;
+  const Chunks chunks(g);
+  multiply_rows(g, qkv, input, 0, chunks.count, head * blocks, (head + 1) * blocks, static_cast<V*>(scratch),
+                [&](size_t row, size_t chunk, size_t j, V y) {
+                  V::store(q + (row - origin) * stride + (chunks.first(chunk) + j) * V::kLanes, y);
+                });
   constexpr size_t width = 2 * V::kLanes;
-  for (size_t i = 0; i < stride; i += width) {
-    // padded tokens are a multiple of 16; the last step may reach back over queries that are already done
-    const size_t at = i + width <= stride ? i : stride - width;
+  const size_t end = chunks.all * V::kLanes;
+  for (size_t i = 0; i < end; i += width) {
+    // the last step may reach back over queries that are already done
+    const size_t at = i + width <= end || end < width ? i : end - width;
     product_rows(g.tokens, k, 1, stride, g.head_dim, q + at, stride, scores, width);
     V inverse[2];
     for (size_t half = 0; half < 2; ++half) {
@@ -233,13 +189,12 @@ inline void attention(const Geometry& g, const Linear& qkv, const void* input, v
       }
       inverse[half] = V::div(V::set(1.0f), sum);
     }
-    float* out = static_cast<float*>(output) + head * g.head_dim * stride + at;
-    product_rows(g.head_dim, v, stride, 1, g.tokens, scores, width, out, stride);
-    for (size_t d = 0; d < g.head_dim; ++d)
-      for (size_t half = 0; half < 2; ++half) {
-        float* to = out + d * stride + half * V::kLanes;
-        V::store(to, V::load(to) * inverse[half]);
-      }
+    product_rows(g.head_dim, v, stride, 1, g.tokens, scores, width, mixed, width);
+    for (size_t half = 0; half < 2 && at + half * V::kLanes < end; ++half) {
+      float* out = static_cast<float*>(output) + chunks.at(at / V::kLanes + half, g.width) + head * g.head_dim * kLine;
+      for (size_t d = 0; d < g.head_dim; ++d)
+        V::store(out + d * kLine, V::load(mixed + d * width + half * V::kLanes) * inverse[half]);
+    }
   }
 }
 
@@ -264,7 +219,7 @@ inline void no_thread_state() {}
 
 constexpr sparsemae::Kernels table(const char* name) {
   return {name,     "fp32", true,          false,  kRowBlock, activation_bytes, scratch_bytes, pack_block, no_thread_state, no_thread_state,
-          patches,  norm,   norm_residual, nullptr, linear, attention,        dense_rows};
+          patches,  norm,   norm_residual, nullptr, token_parts, linear, attention,        dense_rows};
 }
 
 }  // namespace lanes

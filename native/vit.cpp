@@ -9,21 +9,33 @@
 
 namespace sparsemae {
 
-// A stage is a number of units that the threads of an image take from a counter; a thread that is held up takes fewer.
+constexpr std::size_t kPieces = 8;  // of a linear layer, per thread
+
+// A stage is a number of units, ordered by tokens or by heads. Each thread starts with its own share of them, the same part of the image in
+// stage after stage, so that what it reads is mostly what it wrote, in its own cache. When it is done it helps the others, one of whom
+// may be held up.
 struct Vit::Stages {
   ThreadPool* pool;  // null: this thread has the image for itself
-  std::atomic<std::uint32_t>* counters;
+  std::atomic<std::uint32_t>* counters;  // [threads][stages]
+  std::size_t count, thread, stage = 0;
 
   template <class F>
   void run(std::size_t units, std::size_t chunk, const F& work) {
     if (!pool) return work(std::size_t{0}, units);
-    auto& counter = *counters++;
-    for (std::size_t first; (first = counter.fetch_add(static_cast<std::uint32_t>(chunk), std::memory_order_relaxed)) < units;)
-      work(first, std::min(first + chunk, units));
+    const std::size_t threads = pool->size();
+    for (std::size_t i = 0; i < threads; ++i) {
+      const std::size_t owner = (thread + i) % threads, end = units * (owner + 1) / threads, begin = units * owner / threads;
+      auto& counter = counters[owner * count + stage];
+      for (std::size_t first; (first = begin + counter.fetch_add(static_cast<std::uint32_t>(chunk), std::memory_order_relaxed)) < end;)
+        work(first, std::min(first + chunk, end));
+    }
+    ++stage;
     pool->barrier();
   }
-  // A quarter of a thread's share: few enough pieces to keep the kernels' pipelines full, enough to even out.
-  std::size_t chunk(std::size_t units) const { return pool ? std::max<std::size_t>(1, units / (4 * pool->size())) : units; }
+  // In how many ranges of rows a layer is cut when its tokens are in so many parts: enough pieces to even out between the threads.
+  std::size_t ranges(std::size_t blocks, std::size_t parts) const {
+    return pool ? std::min(blocks, (kPieces * pool->size() + parts - 1) / parts) : 1;
+  }
 };
 
 Vit::Workspace& Vit::workspace(std::size_t index) {
@@ -63,7 +75,7 @@ void Vit::forward(const float* images, std::size_t batch, float* out, bool featu
     auto& c = *static_cast<Call*>(context);
     c.model->kernels_->thread_begin();
     for (std::size_t i; (i = c.next.fetch_add(1)) < c.alone;) {
-      Stages stages{nullptr, nullptr};
+      Stages stages{};
       c.model->forward_image(*c.model->workspaces_[thread], stages, c.images + i * c.image_size, c.out + i * c.out_size, c.features,
                              c.model->scratch_[thread].get());
     }
@@ -72,7 +84,7 @@ void Vit::forward(const float* images, std::size_t batch, float* out, bool featu
   const auto together = [](void* context, std::size_t thread) {
     auto& c = *static_cast<Call*>(context);
     c.model->kernels_->thread_begin();
-    Stages stages{&c.model->pool_, c.model->counters_.data()};
+    Stages stages{&c.model->pool_, c.model->counters_.data(), c.model->counters_.size() / c.model->threads(), thread};
     c.model->forward_image(*c.model->workspaces_[0], stages, c.images, c.out, c.features, c.model->scratch_[thread].get());
     c.model->kernels_->thread_end();
   };
@@ -93,10 +105,7 @@ void Vit::forward_image(Workspace& w, Stages& stages, const float* image, float*
               w.residual.get() + residual_size_ * first / token_units);
     for (std::size_t u = first; u < last; ++u) kernels_->patches(g, image, w.patches.get(), u * kTokenUnit);
   });
-  const std::size_t row_blocks = embed_.view.rows / kRowBlock;
-  stages.run(row_blocks, stages.chunk(row_blocks), [&](std::size_t first, std::size_t last) {
-    kernels_->linear(g, embed_.view, w.patches.get(), Output::residual, w.residual.get(), first, last, scratch);
-  });
+  run_linear(stages, embed_, w.patches.get(), Output::residual, w.residual.get(), scratch);
   if (norm_pre_)
     stages.run(token_units, 1, [&](std::size_t first, std::size_t last) {
       for (std::size_t u = first; u < last; ++u)
@@ -105,6 +114,17 @@ void Vit::forward_image(Workspace& w, Stages& stages, const float* image, float*
     });
   for (const Block& block : blocks_) forward_block(w, stages, block, scratch);
   finish(w, stages, out, features);
+}
+
+void Vit::run_linear(Stages& stages, const Layer& layer, const void* input, Output kind, void* output, void* scratch) const {
+  const Geometry& g = geometry_;
+  const std::size_t parts = kernels_->token_parts(g), blocks = layer.view.rows / kRowBlock, ranges = stages.ranges(blocks, parts);
+  stages.run(parts * ranges, 1, [&](std::size_t first, std::size_t last) {
+    for (std::size_t unit = first; unit < last; ++unit) {
+      const std::size_t range = unit % ranges;
+      kernels_->linear(g, layer.view, input, kind, output, unit / ranges, blocks * range / ranges, blocks * (range + 1) / ranges, scratch);
+    }
+  });
 }
 
 void Vit::forward_block(Workspace& w, Stages& stages, const Block& block, void* scratch) const {
@@ -128,10 +148,7 @@ void Vit::forward_block(Workspace& w, Stages& stages, const Block& block, void* 
     return w.quantised.get();
   };
   const auto linear = [&](const Layer& layer, const void* input, Output kind, void* output) {
-    const std::size_t units = layer.view.rows / kRowBlock;
-    stages.run(units, stages.chunk(units), [&](std::size_t first, std::size_t last) {
-      kernels_->linear(g, layer.view, input, kind, output, first, last, scratch);
-    });
+    run_linear(stages, layer, input, kind, output, scratch);
   };
   const char* normed = norm(block.norm1, block.qkv);
   stages.run(g.heads, 1, [&](std::size_t first, std::size_t last) {

@@ -84,6 +84,7 @@ class Vit {
   Workspace& workspace(std::size_t index);
   void forward_image(Workspace&, Stages&, const float* image, float* out, bool features, void* scratch) const;
   void forward_block(Workspace&, Stages&, const Block&, void* scratch) const;
+  void run_linear(Stages&, const Layer&, const void* input, Output, void* output, void* scratch) const;
   void finish(Workspace&, Stages&, float* out, bool features) const;
 
   VitConfig config_;
@@ -99,7 +100,7 @@ class Vit {
   std::size_t residual_size_ = 0;
   std::vector<std::unique_ptr<Workspace>> workspaces_;
   std::vector<Aligned<char>> scratch_;  // one per thread
-  std::vector<std::atomic<std::uint32_t>> counters_;
+  std::vector<std::atomic<std::uint32_t>> counters_;  // [threads][stages]
 };
 
 }  // namespace sparsemae

@@ -178,7 +178,7 @@ void Vit::build_base(const Vectors& vectors) {
 
 Vit::Vit(const VitConfig& config, const std::map<std::string, Weights>& weights, const Vectors& vectors, std::size_t threads,
          const std::string& isa)
-    : config_(config), pool_(threads), counters_(kStagesPerImage + kStagesPerBlock * config.depth) {
+    : config_(config), pool_(threads), counters_(threads * (kStagesPerImage + kStagesPerBlock * config.depth)) {
   bool exact = false;
   for (const auto& [name, w] : weights) exact = exact || (w.n && w.fp32);
   Geometry& g = geometry_;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +26,7 @@ from sparsemae.packing.pack import pack as pack_model
 from sparsemae.runtime import load
 from sparsemae.tasks.build import load_classifier
 
-CHECKED_IMAGES = 64
+_BATCH = 64
 
 
 @dataclass
@@ -41,7 +42,7 @@ class PackConfig:
     license: str = ""
     """Licence of the weights, recorded in the file."""
     data: SourceConfig | None = None
-    """Images to check the file on; None: random ones."""
+    """Images to check the file on, all of its validation part; None: eight random ones."""
 
 
 def pack(config: PackConfig) -> PackReport:
@@ -63,29 +64,51 @@ def pack(config: PackConfig) -> PackReport:
         license=config.license,
     )  # fmt: skip
     print(report)
-    packed = load(config.out)
-    images = _images(config.data, description)
-    with torch.inference_mode():
-        wanted = model(images).numpy()
-    got = packed(images.numpy())
-    error = np.abs(got - wanted).max() / wanted.std()
-    same = (got.argmax(axis=1) == wanted.argmax(axis=1)).mean()
+    agreement = compare(model, load(config.out), checked_images(config.data, description))
     kind = "random images" if config.data is None else "images"
-    print(
-        f"{config.out}: against the masked dense model on {len(images)} {kind}: largest difference of a logit "
-        f"{error:.1e} of the logits' standard deviation, same class for {same:.1%}"
-    )
+    print(f"{config.out}: against the masked dense model on {agreement.images} {kind}: {agreement}")
     return report
 
 
-def _images(data: SourceConfig | None, description: dict[str, Any]) -> torch.Tensor:
+@dataclass(frozen=True)
+class Agreement:
+    """How far a packed model's outputs are from its source's."""
+
+    images: int
+    error: float
+    """Largest difference of a logit, over the standard deviation of all logits."""
+    same: float
+    """Share of images with the same class."""
+
+    def __str__(self) -> str:
+        return (
+            f"largest difference of a logit {self.error:.1e} of the logits' standard deviation, "
+            f"same class for {self.same:.1%}"
+        )
+
+
+def compare(dense: torch.nn.Module, packed: Any, batches: Iterable[torch.Tensor]) -> Agreement:
+    """Run both on batches of normalised images [B, 3, H, W]; `packed` is called with float32 arrays."""
+    wanted, got = [], []
+    for images in batches:
+        with torch.inference_mode():
+            wanted.append(dense(images).numpy())
+        got.append(packed(images.numpy()))
+    logits, packed_logits = np.concatenate(wanted), np.concatenate(got)
+    error = float(np.abs(packed_logits - logits).max() / logits.std())
+    same = float((packed_logits.argmax(axis=1) == logits.argmax(axis=1)).mean())
+    return Agreement(len(logits), error, same)
+
+
+def checked_images(data: SourceConfig | None, description: dict[str, Any]) -> Iterator[torch.Tensor]:
+    """Batches of normalised validation images [B, 3, H, W], as the model described expects them."""
     prepared = description["input"]
     size = prepared["img_size"]
     if data is None:
-        return torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0))
-    source = open_source(data, "val", CHECKED_IMAGES)
+        yield torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0))
+        return
+    source = open_source(data, "val")
     transform = evaluation_transform(size, prepared["interpolation"], prepared["eval_crop"])
-    sampler = EvaluationSampler(len(source), CHECKED_IMAGES)
-    batch = next(batches(ImageDataset(source, transform, exif=prepared["exif"]), sampler, workers=0))
-    images: torch.Tensor = batch["image"]
-    return normalize(images, prepared["mean"], prepared["std"])
+    sampler = EvaluationSampler(len(source), _BATCH)
+    for batch in batches(ImageDataset(source, transform, exif=prepared["exif"]), sampler, data.workers):
+        yield normalize(batch["image"], prepared["mean"], prepared["std"])

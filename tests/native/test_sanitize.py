@@ -38,10 +38,17 @@ def test_native_code_under_sanitizers(tmp_path: Path) -> None:
         "ASAN_OPTIONS": "detect_leaks=0",  # Python itself never frees some of its memory
         "PYTHONPATH": str(tmp_path),
     }
-    # -P keeps the working directory, with its unsanitized library, off the path
+    # an editable install of this checkout would go before PYTHONPATH, and -P keeps the working directory off the path
+    code = (
+        "import sys, pytest\n"
+        "sys.meta_path = [finder for finder in sys.meta_path if 'Redirecting' not in type(finder).__name__]\n"
+        "import sparsemae.runtime._native as native\n"
+        f"assert native.__file__.startswith({str(tmp_path)!r}), native.__file__\n"
+        "sys.exit(pytest.main(sys.argv[1:]))"
+    )
     tests = [tmp_path / "tests/native/test_kernels.py", tmp_path / "tests/packing/test_format.py"]
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+        [sys.executable, "-P", "-c", code, "-q", "-p", "no:cacheprovider", *tests],
         cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

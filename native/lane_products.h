@@ -1,0 +1,153 @@
+// Products of sparse weights with tokens in the lanes, over a vector type V. Included inside the anonymous namespace of a file of kernels.
+//
+// Activations are cut into chunks of up to kVectors vectors of tokens, [chunk][feature][kVectors]: a kept weight is one broadcast and one
+// multiply-add per vector, whatever n:m is. Inputs are taken in slabs, so that a slab of a chunk stays in the first-level cache, and each
+// slab is used by up to kPassRows rows before the next: their sums come and go through the second-level cache, which costs less than
+// fetching slabs again. Two rows at a time, because the sums of one row alone wait for their own multiply-adds.
+//
+// V has kLanes, load, store, fma(a, b, c), zero, Number (of a token), Weight (as stored), weight(float), set(Weight) and prefetch.
+
+namespace lanes {
+
+using sparsemae::Geometry;
+using sparsemae::Linear;
+using sparsemae::Row;
+using sparsemae::RowSource;
+using sparsemae::kRowBlock;
+using sparsemae::round_up;
+using std::size_t;
+
+constexpr size_t kVectors = 4;
+constexpr size_t kLine = kVectors * V::kLanes;  // numbers of one feature of a chunk
+constexpr size_t kSlab = 32768 / (kLine * sizeof(typename V::Number));
+constexpr size_t kPassBlocks = 12;
+constexpr size_t kAhead = 40;  // steps: weights are fetched about as long beforehand as a line takes to come from the third-level cache
+constexpr size_t kPassRows = kPassBlocks * kRowBlock;
+
+// How the vectors of an image's tokens are shared out among chunks: as evenly as possible.
+struct Chunks {
+  size_t all, count, vectors, larger;  // the first `larger` chunks have one vector more than the others
+
+  explicit Chunks(const Geometry& g) {
+    all = (g.tokens + V::kLanes - 1) / V::kLanes;
+    count = (all + kVectors - 1) / kVectors;
+    vectors = all / count;
+    larger = all % count;
+  }
+  size_t size(size_t chunk) const { return vectors + (chunk < larger ? 1 : 0); }
+  size_t first(size_t chunk) const { return chunk * vectors + (chunk < larger ? chunk : larger); }
+  // Where feature 0 of a vector of tokens is, in an activation of so many features; the others follow at distances of kLine.
+  size_t at(size_t vector, size_t features) const {
+    const size_t head = larger * (vectors + 1);
+    const size_t chunk = vector < head ? vector / (vectors + 1) : larger + (vector - head) / vectors;
+    return chunk * features * kLine + (vector - first(chunk)) * V::kLanes;
+  }
+};
+
+inline size_t token_parts(const Geometry& g) { return Chunks(g).count; }
+
+inline size_t activation_bytes(size_t features, const Geometry& g) {
+  return Chunks(g).count * features * kLine * sizeof(typename V::Number);
+}
+
+// One kept weight of each of two rows; offsets of inputs from the slab's first, in units of eight bytes.
+struct Step {
+  std::uint16_t offset[2];
+  typename V::Weight weight[2];
+};
+
+inline size_t slabs_of(size_t columns) { return (columns + kSlab - 1) / kSlab; }
+inline size_t header_bytes(size_t columns) { return round_up(slabs_of(columns) * kRowBlock / 2 * sizeof(std::uint16_t), 64); }
+
+// Block: the number of steps of every slab and pair of rows (uint16), then the steps in this order. The shorter row of a pair is
+// filled up with zeros.
+inline size_t pack_block(const RowSource& source, size_t columns, size_t block, bool, void* out) {
+  auto* counts = static_cast<std::uint16_t*>(out);
+  size_t total = 0;
+  size_t cursor[kRowBlock] = {};
+  for (size_t s = 0; s < slabs_of(columns); ++s)
+    for (size_t pair = 0; pair < kRowBlock / 2; ++pair) {
+      Row rows[2];
+      size_t kept[2] = {};
+      for (size_t r = 0; r < 2; ++r) {
+        rows[r] = source.row(source.context, block * kRowBlock + pair * 2 + r);
+        const size_t first = cursor[pair * 2 + r];
+        while (first + kept[r] < rows[r].count && rows[r].index[first + kept[r]] / kSlab == s) ++kept[r];
+      }
+      const size_t steps = kept[0] > kept[1] ? kept[0] : kept[1];
+      if (out) {
+        *counts++ = static_cast<std::uint16_t>(steps);
+        auto* step = reinterpret_cast<Step*>(static_cast<char*>(out) + header_bytes(columns)) + total;
+        for (size_t i = 0; i < steps; ++i, ++step)
+          for (size_t r = 0; r < 2; ++r) {
+            const size_t at = cursor[pair * 2 + r] + i;
+            const bool real = i < kept[r];
+            const size_t offset = real ? rows[r].index[at] % kSlab * kLine * sizeof(typename V::Number) / 8 : 0;
+            step->offset[r] = static_cast<std::uint16_t>(offset);
+            step->weight[r] = V::weight(real ? rows[r].value[at] : 0.0f);
+          }
+      }
+      for (size_t r = 0; r < 2; ++r) cursor[pair * 2 + r] += kept[r];
+      total += steps;
+    }
+  return round_up(header_bytes(columns) + total * sizeof(Step), 64);
+}
+
+// sums[2 rows][kVectors] += the steps' weights times their inputs; x is the slab.
+template <size_t J>
+inline const Step* accumulate(const Step* step, size_t count, const typename V::Number* x, V* sums, bool fresh) {
+  const auto* bytes = reinterpret_cast<const char*>(x);
+  V sum[2][J];
+  for (size_t r = 0; r < 2; ++r)
+    for (size_t j = 0; j < J; ++j) sum[r][j] = fresh ? V::zero() : sums[r * kVectors + j];
+  for (; count; --count, ++step) {
+    V::prefetch(step + kAhead);
+    std::uint32_t offsets;
+    std::memcpy(&offsets, step->offset, sizeof offsets);
+    for (size_t r = 0; r < 2; ++r, offsets >>= 16) {
+      const V w = V::set(step->weight[r]);
+      const auto* from = reinterpret_cast<const typename V::Number*>(bytes + size_t{8} * (offsets & 0xFFFF));
+      for (size_t j = 0; j < J; ++j) sum[r][j] = V::fma(w, V::load(from + j * V::kLanes), sum[r][j]);
+    }
+  }
+  for (size_t r = 0; r < 2; ++r)
+    for (size_t j = 0; j < J; ++j) sums[r * kVectors + j] = sum[r][j];
+  return step;
+}
+
+using Accumulate = const Step* (*)(const Step*, size_t, const typename V::Number*, V*, bool);
+constexpr Accumulate kAccumulate[kVectors] = {accumulate<1>, accumulate<2>, accumulate<3>, accumulate<4>};
+
+inline size_t sums_bytes() { return kPassRows * kVectors * sizeof(V); }
+
+// Multiplies blocks [first, last) of a layer with chunks [chunk, last chunk) of the tokens. sink(row, chunk, j, a, b) gets the sums of rows `row` and `row` + 1
+// for vector j of a chunk. `sums` has sums_bytes(), aligned.
+template <class Sink>
+inline void multiply(const Geometry& g, const Linear& l, const typename V::Number* x, size_t first_chunk, size_t last_chunk,
+                     size_t first, size_t last, V* sums, const Sink& sink) {
+  const Chunks chunks(g);
+  const size_t slabs = slabs_of(l.columns);
+  const Step* next[kPassBlocks];
+  for (; first < last; first += kPassBlocks) {
+    const size_t blocks = last - first < kPassBlocks ? last - first : kPassBlocks;
+    for (size_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
+      const size_t vectors = chunks.size(chunk);
+      const Accumulate run = kAccumulate[vectors - 1];
+      for (size_t s = 0; s < slabs; ++s)
+        for (size_t b = 0; b < blocks; ++b) {
+          const char* data = static_cast<const char*>(l.data) + l.offsets[first + b];
+          const auto* counts = reinterpret_cast<const std::uint16_t*>(data) + s * kRowBlock / 2;
+          if (s == 0) next[b] = reinterpret_cast<const Step*>(data + header_bytes(l.columns));
+          V* to = sums + b * kRowBlock * kVectors;
+          for (size_t pair = 0; pair < kRowBlock / 2; ++pair, to += 2 * kVectors) {
+            next[b] = run(next[b], counts[pair], x + (chunk * l.columns + s * kSlab) * kLine, to, s == 0);
+            if (s + 1 < slabs) continue;
+            for (size_t j = 0; j < vectors; ++j)
+              sink((first + b) * kRowBlock + pair * 2, chunk, j, to[j], to[kVectors + j]);
+          }
+        }
+    }
+  }
+}
+
+}  // namespace lanes
