@@ -6,18 +6,10 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from sparsemae.data.classification import (
-    DataConfig,
-    ImageDataset,
-    SourceConfig,
-    batches,
-    evaluation_transform,
-    load_image,
-    normalize,
-    open_source,
-    training_transform,
-)
+from sparsemae.data.classification import ImageDataset, batches, load_image
 from sparsemae.data.sampling import BatchPlan, EvaluationSampler, TrainingSampler
+from sparsemae.data.sources import SourceConfig, open_source
+from sparsemae.data.transforms import DataConfig, evaluation_transform, normalize, training_transform
 
 
 def folder(root: Path, **options: object) -> DataConfig:

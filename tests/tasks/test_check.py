@@ -9,7 +9,7 @@ from conftest import metrics, tiny
 from PIL import Image
 
 from sparsemae.cli import main
-from sparsemae.data.classification import SourceConfig
+from sparsemae.data.sources import SourceConfig
 from sparsemae.tasks.check import Report, examine
 from sparsemae.training import logs
 
@@ -141,7 +141,7 @@ def test_classes_that_would_break_a_run(image_folder: Path, capsys: pytest.Captu
 def test_mistakes(image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = ["--data.root", str(image_folder)]
     assert "nowhere: no such folder" in refused(capsys, "--data.root", "nowhere")[1]
-    assert "data.source: wanted folder, got embedded" in refused(capsys, "--data.source", "embedded")[1]
+    assert "data.source: wanted a data set of yours, got embedded" in refused(capsys, "--data.source", "embedded")[1]
     assert "smallest: wanted at least 1 px, got 0" in refused(capsys, *root, "--smallest", "0")[1]
     line = refused(capsys, *root, "--write-exclude", str(tmp_path / "no" / "list.txt"))[1]
     assert "wanted a file in a folder that exists" in line
