@@ -226,7 +226,7 @@ def _torchvision(root: str, name: str | None, download: bool) -> _Openers:
         raise ValueError(f"data.name: wanted torchvision's name of a set (CIFAR10, Food101, ...), got {name}")
     fetch = {"download": download} if "download" in takes else {}
 
-    def opened(split: Split, **chosen: Any) -> Source:
+    def opened(part: Split, **chosen: Any) -> Source:
         try:
             dataset = known[name](root, **chosen, **fetch)
             label = dataset[0][1]
@@ -238,7 +238,7 @@ def _torchvision(root: str, name: str | None, download: bool) -> _Openers:
         names = getattr(dataset, "classes", None) or getattr(dataset, "categories", None)
         if names is None:
             names = [str(i) for i in range(1 + max(int(label) for _, label in dataset))]
-        return Source(_Numbered(dataset, f"{root}/{name}/{split}"), list(map(str, names)), np.arange(len(dataset)))
+        return Source(_Numbered(dataset, f"{root}/{name}/{part}"), list(map(str, names)), np.arange(len(dataset)))
 
     def by_word(split: Split) -> Source:
         for word in TORCHVISION_SPLITS[split]:
