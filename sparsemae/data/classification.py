@@ -171,7 +171,11 @@ def decode_rgb(file: Any, name: str, smallest: int = 1, exif: bool = False) -> I
     """
     try:
         with file if isinstance(file, Image.Image) else Image.open(file) as opened:
-            image = (ImageOps.exif_transpose(opened) if exif else opened).convert("RGB")
+            image = ImageOps.exif_transpose(opened) if exif else opened
+            if image.mode == "RGB":
+                image.load()  # `convert` would copy it
+            else:
+                image = image.convert("RGB")
     except UNREADABLE as error:
         raise ValueError(f"{name}: unreadable image: {_in_words(error)}") from error
     if min(image.size) < smallest:

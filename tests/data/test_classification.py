@@ -110,7 +110,7 @@ def test_an_unreadable_training_image_is_replaced_by_the_next_of_its_epoch(image
         break_image(image_folder, name)
     taken, said = run_epochs(data, 0)
     for epoch in range(3):
-        before, after = (sum(part[8 * epoch : 8 * epoch + 8], []) for part in (whole, taken))
+        before, after = ([i for one in part[8 * epoch : 8 * epoch + 8] for i in one] for part in (whole, taken))
         readable = [i for i in before + before if i not in (1, 11)]
         wanted = [i if i not in (1, 11) else next(k for k in (before + before)[at:] if k in readable)
                   for at, i in enumerate(before)]  # fmt: skip
@@ -134,8 +134,8 @@ def test_the_run_stops_once_more_images_are_unreadable_than_tolerated(image_fold
 
 
 MODES = {  # of Pillow, and a file format that keeps it
-    "1": "png", "L": "jpg", "LA": "png", "P": "png", "RGB": "jpg", "RGBA": "png", "CMYK": "jpg", "YCbCr": "jpg", "I;16": "png",
-    "I": "tif", "F": "tif",
+    "1": "png", "L": "jpg", "LA": "png", "P": "png", "RGB": "jpg", "RGBA": "png", "CMYK": "jpg", "YCbCr": "jpg",
+    "I;16": "png", "I": "tif", "F": "tif",
 }  # fmt: skip
 
 

@@ -128,8 +128,8 @@ def test_each_image_exactly_once_over_two_processes(
     assert f"{left} left over" in str(BatchPlan.make(len(train), 2 * batch, batch, 2))
     assert sorted(index for _, evaluated in taken for index in evaluated) == list(range(len(val)))
     figure(
-        f"{kind}: {len(train) - left} of {len(train)} images an epoch, 0 twice, {left} left over by 2 x {batch}, others "
-        f"each time; evaluation {len(val)} of {len(val)}"
+        f"{kind}: {len(train) - left} of {len(train)} images an epoch, 0 twice, {left} left over by 2 x {batch}, "
+        f"others each time; evaluation {len(val)} of {len(val)}"
     )
 
 
@@ -144,7 +144,7 @@ def test_listed_members_of_tars_are_left_out(photos: Path, tmp_path: Path) -> No
     kept = [Path(source.filename(i)).relative_to(photos / "tar").as_posix() for i in range(len(source))]
     assert kept == [name for i, name in enumerate(names) if i not in (0, 5)]
     file.write_text("train.tar/astronaut/9999.jpg\n")
-    with pytest.raises(ValueError, match="got 1 that it does not hold: train.tar/astronaut/9999.jpg"):
+    with pytest.raises(ValueError, match=r"got 1 that it does not hold: train\.tar/astronaut/9999\.jpg"):
         open_source(data, "train")
 
 
