@@ -40,7 +40,9 @@ JOBS = {
     "check": Job("sparsemae.tasks.check", "check", "CheckConfig", "what in a data set would break or spoil a run"),
     "plan": Job("sparsemae.plan", "plan", "PlanConfig", "what a recipe costs, before it runs"),
     "predict": Job("sparsemae.tasks.predict", "predict", "PredictConfig", "classes of image files"),
-    "benchmark": Job("sparsemae.benchmark", "benchmark", "BenchmarkConfig", "packed models against dense ones"),
+    "benchmark": Job(
+        "sparsemae.benchmark.command", "benchmark", "BenchmarkConfig", "packed models or training, beside their rivals"
+    ),
 }  # fmt: skip
 
 
