@@ -41,7 +41,9 @@ JOBS = {
     "plan": Job("sparsemae.plan", "plan", "PlanConfig", "what a recipe costs, before it runs"),
     "predict": Job("sparsemae.tasks.predict", "predict", "PredictConfig", "classes of image files"),
     "report": Job("sparsemae.report.page", "report", "ReportConfig", "one page of curves and masks of runs"),
-    "benchmark": Job("sparsemae.benchmark", "benchmark", "BenchmarkConfig", "packed models against dense ones"),
+    "benchmark": Job(
+        "sparsemae.benchmark.command", "benchmark", "BenchmarkConfig", "packed models or training, beside their rivals"
+    ),
 }  # fmt: skip
 
 

@@ -31,8 +31,8 @@ from rich.table import Table
 from torch import nn
 
 from sparsemae.config import read_config
-from sparsemae.data.classification import SourceConfig
 from sparsemae.data.embedded import CLASS_NAMES, EmbeddedReader
+from sparsemae.data.sources import SourceConfig
 from sparsemae.report.plots import reconstruction_picture
 from sparsemae.runtime import load
 from sparsemae.sparsity import densify, iter_sparse, summarize

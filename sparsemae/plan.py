@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsemae.config import read_config
-from sparsemae.data.classification import normalize
 from sparsemae.data.sampling import BatchPlan
+from sparsemae.data.transforms import normalize
 from sparsemae.models import MaskedAutoencoder
 from sparsemae.sparsity import NMLinear, SparsitySummary, summarize
 from sparsemae.tasks.build import build_autoencoder, build_classifier, make_sparse

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import reference
 
-from sparsemae.benchmark import DENSE, BenchmarkConfig, Measurement, benchmark, table
+from sparsemae.benchmark.command import BenchmarkConfig, benchmark
+from sparsemae.benchmark.packed import DENSE, Measurement, table
 from sparsemae.packing.format import write
 
 SHAPE = {"patch_size": 16, "image_height": 224, "image_width": 224, "depth": 1}

@@ -29,7 +29,7 @@ ALLOWED = {
     "tasks": {"sparsity", "data", "models", "training", "packing", "runtime"},
     "report": {"sparsity", "data", "models", "training"},
     "demo": {"sparsity", "data", "models", "training", "tasks", "report", "config", "runtime"},
-    "benchmark": {"packing", "runtime"},
+    "benchmark": {"packing", "runtime", "sparsity", "data", "training", "tasks", "config"},
     "plan": {"sparsity", "data", "models", "training", "tasks", "config"},
     "cli": {"config", "__version__"},
     "__init__": set(),

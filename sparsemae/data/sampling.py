@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -28,6 +29,14 @@ Key = tuple[int, int]
 def stream(seed: int, *counters: int) -> np.random.Generator:
     """A generator that is a function of its arguments alone (counter-based Philox)."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, *counters))))
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, images: int) -> np.ndarray:
+    """The indices of an epoch's images in the order in which they are taken."""
+    order = stream(seed, ORDER, epoch).permutation(images)
+    order.flags.writeable = False  # it is shared
+    return order
 
 
 def seed_all(seed: int, *counters: int) -> None:
@@ -103,6 +112,14 @@ class BatchPlan:
         """Optimizer steps in an epoch; what the global batch leaves over differs from epoch to epoch."""
         return self.images // self.global_batch
 
+    def __str__(self) -> str:
+        left = self.images - self.steps_per_epoch * self.global_batch
+        return (
+            f"{self.images:,} images: {self.steps_per_epoch:,} steps of {self.global_batch:,} in an epoch, "
+            f"{left:,} left over, others each time; {self.world} processes x {self.micro_batch} x "
+            f"{self.accumulate} accumulation"
+        )
+
     def micro_batch_number(self, accumulation: int, rank: int) -> int:
         """Counter of a micro-batch within its optimizer step, the same on any number of processes."""
         return accumulation * self.world + rank
@@ -121,11 +138,10 @@ class TrainingSampler(Sampler[list[Key]]):
         return (self.stop - self.start) * self.plan.accumulate
 
     def __iter__(self) -> Iterator[list[Key]]:
-        plan, epoch_now, order = self.plan, -1, np.empty(0, np.int64)
+        plan = self.plan
         for step in range(self.start, self.stop):
             epoch, within = divmod(step, plan.steps_per_epoch)
-            if epoch != epoch_now:
-                epoch_now, order = epoch, stream(self.seed, ORDER, epoch).permutation(plan.images)
+            order = epoch_order(self.seed, epoch, plan.images)
             for accumulation in range(plan.accumulate):
                 number = plan.micro_batch_number(accumulation, self.rank)
                 first = within * plan.global_batch + number * plan.micro_batch

@@ -10,8 +10,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from sparsemae.data.classification import Source, SourceConfig, evaluation_transform, load_image, normalize, open_source
+from sparsemae.data.classification import load_image
 from sparsemae.data.sampling import PICTURE, stream
+from sparsemae.data.sources import Source, SourceConfig, open_source
+from sparsemae.data.transforms import evaluation_transform, normalize
 from sparsemae.models import MaskedAutoencoder
 from sparsemae.sparsity import dense_weights
 

@@ -11,8 +11,8 @@ from typing import Any, Literal, TypeVar
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from sparsemae.data.classification import DataConfig
 from sparsemae.data.sampling import INIT, seed_all
+from sparsemae.data.transforms import DataConfig
 from sparsemae.models import MaskedAutoencoder, ModelConfig, build_vit
 from sparsemae.models.weights import find_weights, load_weights, read_weights
 from sparsemae.sparsity import MaskSchedule, drop_pruned, freeze, iter_sparse, sparsify

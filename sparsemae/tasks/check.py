@@ -1,6 +1,7 @@
 """What in a classification data set would break or spoil a run: every image is read, once, in parallel.
 
-Files are found and decoded as training does it, so that what passes here passes there. Mean and deviation are exact:
+Files are found and decoded as training does it, so that what passes here passes there; in tars and other containers
+each image goes by the path that `Source.filename` gives it. Mean and deviation are exact:
 sums of integers over all pixels of the training split's readable images at their own size, where a large image weighs
 more than a small one.
 """
@@ -18,11 +19,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from PIL import Image
 from timm.data.readers.img_extensions import get_img_extensions
 from torch.utils.data import DataLoader, Dataset
 
-from sparsemae.data.classification import Source, SourceConfig, decode_rgb, open_source, split_folders
+from sparsemae.data.classification import UNREADABLE, decode_rgb
 from sparsemae.data.exclude import read_exclude, write_exclude
+from sparsemae.data.sources import Source, SourceConfig, open_source, split_folders
 from sparsemae.training.logs import RunLog
 
 FILES_PER_TURN = 64
@@ -51,13 +54,14 @@ class Seen:
 
     path: str
     split: str
-    class_name: str
+    class_name: str = ""
+    """Empty if it could not be opened."""
     fault: Fault | None = None
     reason: str = ""
     size: tuple[int, int] = (0, 0)
     """Width and height, px."""
     digest: bytes = b""
-    """Of the file's bytes."""
+    """Of the file's bytes; of the pixels where a source has no files."""
 
 
 @dataclass
@@ -188,8 +192,8 @@ def check(config: CheckConfig) -> Report:
 
 def examine(data: SourceConfig, smallest: int = 16, unlabelled: bool = False) -> Report:
     """Read every image of both splits, with a progress display."""
-    if data.source != "folder":
-        raise ValueError(f"data.source: wanted folder, got {data.source}: its images are not checked")
+    if data.source == "embedded":
+        raise ValueError("data.source: wanted a data set of yours, got embedded, whose checksum is checked")
     if smallest < 1:
         raise ValueError(f"smallest: wanted at least 1 px, got {smallest}")
     sources = {"train": open_source(data, "train"), "val": open_source(data, "val")}
@@ -212,7 +216,7 @@ def examine(data: SourceConfig, smallest: int = 16, unlabelled: bool = False) ->
     variances = [int(square) * pixels - int(total) ** 2 for total, square in zip(*sums, strict=True)]
     std = [variance**0.5 / (255 * pixels) for variance in variances] if pixels else []
     root = Path(data.root or ".")
-    empty, ignored = _other_files(root)
+    empty, ignored = _other_files(root) if data.source == "folder" else ([], {})
     return Report(root, files, sources["train"].class_names, list(sources), mean, std, empty, ignored, unlabelled)
 
 
@@ -229,22 +233,21 @@ class _Files(Dataset[Any]):
     def __getitem__(self, number: int) -> tuple[Seen, np.ndarray]:
         split, index = self.keys[number]
         source = self.sources[split]
-        path, label = source.filename(index), int(source.reader.samples[source.indices[index]][1])
-        seen, sums = Seen(path, split, source.class_names[label]), np.zeros((2, 3), np.int64)
-        try:
-            content = Path(path).read_bytes()
-        except OSError as error:
-            seen.fault, seen.reason = "unreadable", f"{path}: {error.strerror}"
-            return seen, sums
-        if not content:
-            seen.fault, seen.reason = "empty", f"{path}: 0 bytes"
-            return seen, sums
-        seen.digest = hashlib.sha256(content).digest()
+        path = source.filename(index)
+        seen, sums = Seen(path, split), np.zeros((2, 3), np.int64)
         try:
             with warnings.catch_warnings(action="ignore"):  # of harmless oddities in metadata
-                image = decode_rgb(io.BytesIO(content), path)
-        except ValueError as error:
-            seen.fault, seen.reason = "unreadable", str(error)
+                file, label = source[index]
+                with file:
+                    content = file.tobytes() if isinstance(file, Image.Image) else file.read()
+                    seen.class_name, seen.digest = source.class_names[label], hashlib.sha256(content).digest()
+                    if not content:
+                        seen.fault, seen.reason = "empty", f"{path}: 0 bytes"
+                        return seen, sums
+                    image = decode_rgb(file if isinstance(file, Image.Image) else io.BytesIO(content), path)
+        except UNREADABLE as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            seen.fault, seen.reason = "unreadable", reason if reason.startswith(path) else f"{path}: {reason}"
             return seen, sums
         seen.size = image.size
         if min(image.size) < self.smallest:

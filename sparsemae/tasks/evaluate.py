@@ -12,15 +12,10 @@ from lightning_fabric import Fabric
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
-from sparsemae.data.classification import (
-    ImageDataset,
-    SourceConfig,
-    batches,
-    evaluation_transform,
-    normalize,
-    open_source,
-)
+from sparsemae.data.classification import ImageDataset, UnreadableImages, batches
 from sparsemae.data.sampling import EvaluationSampler
+from sparsemae.data.sources import SourceConfig, open_source
+from sparsemae.data.transforms import evaluation_transform, normalize
 from sparsemae.packing.format import is_packed
 from sparsemae.runtime import load
 from sparsemae.sparsity import densify, freeze, iter_sparse
@@ -122,6 +117,7 @@ def accuracy(
     """Top-1, top-5 and the standard error of top-1 as shares, over all processes.
 
     ``model`` gives the logits of normalised images; a module must be the plain one, in evaluation mode.
+    Raises ValueError, on all processes, naming an image that cannot be read: each is to count once.
     """
     classes = len(dataset.source.class_names)
     ranks = {"top1": 1, "top5": min(5, classes)}
@@ -129,12 +125,14 @@ def accuracy(
         name: MulticlassAccuracy(classes, top_k=k, average="micro").to(fabric.device) for name, k in ranks.items()
     }
     sampler = EvaluationSampler(len(dataset), EVALUATION_BATCH, fabric.global_rank, fabric.world_size)
-    for batch in batches(dataset, sampler, workers):
+    unreadable = UnreadableImages(len(dataset), 0.0)
+    for batch in batches(dataset, sampler, workers, unreadable=unreadable):
         images, targets = fabric.to_device((batch["image"], batch["target"]))
         with fabric.autocast():
             logits = model(normalize(images, mean, std)).float()
         for meter in meters.values():
             meter.update(logits, targets)
+    unreadable.settle()
     result: dict[str, Any] = {name: float(meter.compute()) for name, meter in meters.items()}
     result["standard_error"] = math.sqrt(result["top1"] * (1 - result["top1"]) / len(dataset))
     return result

@@ -12,15 +12,10 @@ from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
-from sparsemae.data.classification import (
-    DataConfig,
-    ImageDataset,
-    evaluation_transform,
-    normalize,
-    open_source,
-    training_transform,
-)
+from sparsemae.data.classification import ImageDataset
 from sparsemae.data.sampling import BatchPlan
+from sparsemae.data.sources import open_source
+from sparsemae.data.transforms import DataConfig, evaluation_transform, normalize, training_transform
 from sparsemae.models import ModelConfig
 from sparsemae.models.start import start_from
 from sparsemae.models.weights import save_model
@@ -68,7 +63,10 @@ def finetune(config: FinetuneConfig) -> Path:
         raise ValueError(f"{data.root}: wanted at least two class folders, got {train.class_names}")
     model = build_classifier(config.model, data.img_size, len(train.class_names), config.seed)
     patch = max(model.patch_embed.patch_size)
-    dataset = ImageDataset(train, training_transform(data), config.seed, smallest=patch, exif=data.exif)
+    dataset = ImageDataset(
+        train, training_transform(data), config.seed, smallest=patch, exif=data.exif,
+        max_unreadable=data.max_unreadable,
+    )  # fmt: skip
     validation = ImageDataset(
         val, evaluation_transform(data.img_size, data.interpolation, data.eval_crop), smallest=patch, exif=data.exif
     )
@@ -98,6 +96,7 @@ def finetune(config: FinetuneConfig) -> Path:
 
     task = Task(
         model, dataset, loss_of, description, "finetuning", workers=data.workers, evaluate=evaluate,
+        max_unreadable=data.max_unreadable,
         srste_strength=sparse.strength, srste_decoupled=sparse.term == "decoupled",
         masks=mask_schedule(model, sparse, config.trainer.epochs),
     )  # fmt: skip

@@ -10,15 +10,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from sparsemae.data.classification import (
-    ImageDataset,
-    SourceConfig,
-    batches,
-    evaluation_transform,
-    normalize,
-    open_source,
-)
+from sparsemae.data.classification import ImageDataset, batches
 from sparsemae.data.sampling import EvaluationSampler
+from sparsemae.data.sources import SourceConfig, open_source
+from sparsemae.data.transforms import evaluation_transform, normalize
 from sparsemae.models.weights import find_weights
 from sparsemae.packing.format import Preprocess
 from sparsemae.packing.pack import PackReport

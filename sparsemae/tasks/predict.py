@@ -48,7 +48,8 @@ def _by_torch(model: str, files: Sequence[Path], top_k: int) -> list[Ranking]:
     # imported here: a packed file must not load torch
     import torch
 
-    from sparsemae.data.classification import decode_rgb, evaluation_transform, normalize
+    from sparsemae.data.classification import decode_rgb
+    from sparsemae.data.transforms import evaluation_transform, normalize
     from sparsemae.sparsity import hold_masks
     from sparsemae.tasks.build import load_classifier
 

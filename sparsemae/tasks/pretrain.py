@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparsemae.data.classification import DataConfig, ImageDataset, normalize, open_source, training_transform
+from sparsemae.data.classification import ImageDataset
+from sparsemae.data.sources import open_source
+from sparsemae.data.transforms import DataConfig, normalize, training_transform
 from sparsemae.models import MaskedAutoencoder, ModelConfig
 from sparsemae.models.mae import patches_kept
 from sparsemae.models.start import start_from
@@ -77,7 +79,7 @@ def pretrain(config: PretrainConfig) -> Path:
     patches_kept(patch_embed.num_patches, config.mask_ratio)
     dataset = ImageDataset(
         source, training_transform(data), config.seed, patches=patch_embed.num_patches,
-        smallest=max(patch_embed.patch_size), exif=data.exif,
+        smallest=max(patch_embed.patch_size), exif=data.exif, max_unreadable=data.max_unreadable,
     )  # fmt: skip
 
     run = start(asdict(config), config.trainer, config.out, config.seed)
@@ -100,7 +102,7 @@ def pretrain(config: PretrainConfig) -> Path:
         return loss
 
     task = Task(
-        model, dataset, loss_of, description, "pretraining", workers=data.workers,
+        model, dataset, loss_of, description, "pretraining", workers=data.workers, max_unreadable=data.max_unreadable,
         srste_strength=sparse.strength, srste_decoupled=sparse.term == "decoupled",
         masks=mask_schedule(model, sparse, config.trainer.epochs),
         forward=ConcurrentLoss(model, config.dense_loss_weight),

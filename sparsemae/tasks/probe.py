@@ -15,15 +15,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from sparsemae.data.classification import (
-    ImageDataset,
-    SourceConfig,
-    batches,
-    evaluation_transform,
-    normalize,
-    open_source,
-)
+from sparsemae.data.classification import ImageDataset, batches
 from sparsemae.data.sampling import HOLDOUT, EvaluationSampler, stream
+from sparsemae.data.sources import SourceConfig, open_source
+from sparsemae.data.transforms import evaluation_transform, normalize
 from sparsemae.sparsity import hold_masks
 from sparsemae.tasks.build import load_encoder
 

@@ -23,7 +23,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from sparsemae.data.classification import batches
+from sparsemae.data.classification import UnreadableImages, batches
 from sparsemae.data.sampling import STEP, BatchPlan, TrainingSampler, seed_all
 from sparsemae.sparsity import MaskSchedule, Topology, add_srste_gradient, hold_masks, iter_sparse, shrink_pruned
 from sparsemae.sparsity.pattern import check_finite
@@ -42,7 +42,8 @@ PRECISIONS: dict[str, Any] = {"bf16": "bf16-mixed", "fp32": "32-true", "fp64": "
 # Settings that may differ when a run is continued: they do not change what is computed.
 MAY_CHANGE = ("out", "trainer.devices", "trainer.accelerator", "trainer.compile", "trainer.max_steps", "trainer.resume",
               "trainer.log_every_steps", "trainer.save_every_steps", "trainer.keep_checkpoints",
-              "trainer.evaluate_every_epochs", "data.workers", "data.root")  # fmt: skip
+              "trainer.evaluate_every_epochs", "data.workers", "data.root", "data.download",
+              "data.max_unreadable")  # fmt: skip
 
 
 @dataclass
@@ -206,6 +207,8 @@ class Task:
     """How the masks change over the training; None: they move from the first step to the last."""
     workers: int = 0
     """Loader processes per device."""
+    max_unreadable: float = 0.0
+    """Share of the images that may be unreadable before the run stops."""
     evaluate: Callable[[], dict[str, float]] | None = None
     """Called between steps, model in evaluation mode, masks held; returns metrics."""
     forward: nn.Module | None = None
@@ -242,6 +245,7 @@ class _Loop:
         self.topology = Topology(task.model) if any(iter_sparse(task.model)) else None
         run.open()
         self.checkpoints = run.folder / "checkpoints"
+        self.unreadable = UnreadableImages(images, task.max_unreadable, run.log.say)
         self.metrics: dict[str, float] = {}
         self.losses: list[Tensor] = []
         self.done = self._resume()
@@ -260,7 +264,9 @@ class _Loop:
         if self.done >= self.stop:
             self.run.log.say(f"{self.run.folder}: complete at step {self.done}; choose another --out for a new run")
         sampler = TrainingSampler(self.plan, self.run.seed, self.fabric.global_rank, self.done, self.stop)
-        feed = batches(self.task.dataset, sampler, self.task.workers, pin_memory=self.fabric.device.type == "cuda")
+        pin = self.fabric.device.type == "cuda"
+        feed = batches(self.task.dataset, sampler, self.task.workers, pin, self.unreadable)
+        self.run.log.say(str(self.plan))
         self.task.model.train()
         with self.run.log.progress(self.task.title, self.done, self.stop, self.plan.global_batch) as progress:
             while self.done < self.stop:
@@ -308,6 +314,7 @@ class _Loop:
         where = {"step": done, "epoch": done / self.plan.steps_per_epoch}
         save = done % trainer.save_every_steps == 0 or last
         if done % trainer.log_every_steps == 0 or save:  # at each checkpoint too: its loss is known to be finite
+            self.unreadable.settle()
             loss = self._mean_loss()
             rate = progress.images_per_second(done)
             self.run.log.write("metrics.jsonl", {**where, "loss": loss, "lr": self.lr, "images_per_second": rate})

@@ -2,22 +2,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm.data
 import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.data.readers import create_reader
 
-from sparsemae.data.classification import (
-    DataConfig,
-    ImageDataset,
-    SourceConfig,
-    batches,
-    evaluation_transform,
-    load_image,
-    normalize,
-    open_source,
-    training_transform,
-)
+from sparsemae.data.classification import ImageDataset, UnreadableImages, batches, decode_rgb, load_image
 from sparsemae.data.sampling import BatchPlan, EvaluationSampler, TrainingSampler
+from sparsemae.data.sources import SourceConfig, open_source
+from sparsemae.data.transforms import DataConfig, evaluation_transform, normalize, training_transform
 
 
 def folder(root: Path, **options: object) -> DataConfig:
@@ -61,14 +55,21 @@ def test_mistakes_name_the_folder(tmp_path: Path, image_folder: Path) -> None:
         open_source(SourceConfig(), "train", 0)
 
 
+def break_image(folder: Path, name: str) -> str:
+    """Cut a PNG short; returns what is said of it."""
+    file = folder / name
+    file.write_bytes(file.read_bytes()[:200])
+    return rf"{name}: unreadable image"
+
+
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_image_is_named_in_one_line(image_folder: Path, workers: int) -> None:
-    broken = image_folder / "train" / "dog" / "3.png"
-    broken.write_bytes(broken.read_bytes()[:200])
+def test_an_evaluation_stops_at_an_unreadable_image_with_one_line(image_folder: Path, workers: int) -> None:
+    break_image(image_folder, "train/dog/3.png")
     data = folder(image_folder)
     dataset = ImageDataset(open_source(data, "train"), training_transform(data))
-    with pytest.raises(ValueError, match=r"^[^\n]*dog/3.png: unreadable image[^\n]*$"):
-        list(batches(dataset, EvaluationSampler(len(dataset), 4), workers))
+    for unreadable in (None, UnreadableImages(len(dataset), 0.0)):
+        with pytest.raises(ValueError, match=r"^[^\n]*dog/3.png: unreadable image[^\n]*$"):
+            list(batches(dataset, EvaluationSampler(len(dataset), 4), workers, unreadable=unreadable))
 
 
 def test_a_broken_link_is_named(image_folder: Path) -> None:
@@ -86,6 +87,80 @@ def test_an_image_smaller_than_a_patch_is_named(image_folder: Path) -> None:
     dataset = ImageDataset(open_source(data, "train"), training_transform(data), smallest=16)
     with pytest.raises(ValueError, match=r"3\.png: wanted at least one patch of 16 px, got 40 x 3 px"):
         list(batches(dataset, EvaluationSampler(len(dataset), 4), 0))
+
+
+def run_epochs(data: DataConfig, workers: int, world: int = 1) -> tuple[list[list[int]], list[str]]:
+    """Indices taken in three epochs, micro-batch by micro-batch, and the lines said."""
+    source, said = open_source(data, "train"), []
+    dataset = ImageDataset(source, training_transform(data), seed=7, max_unreadable=0.2)
+    plan = BatchPlan.make(len(source), 4, 2, world)
+    feeds = []
+    for rank in range(world):
+        sampler = TrainingSampler(plan, 7, rank, 0, 3 * plan.steps_per_epoch)
+        unreadable = UnreadableImages(len(source), 0.2, said.append)
+        feeds.append([batch["index"].tolist() for batch in batches(dataset, sampler, workers, unreadable=unreadable)])
+    return [feeds[k % world][k // world] for k in range(world * len(feeds[0]))], said
+
+
+def test_an_unreadable_training_image_is_replaced_by_the_next_of_its_epoch(image_folder: Path) -> None:
+    data = folder(image_folder)
+    whole, said = run_epochs(data, 0)
+    assert not said
+    for name in ("train/cat/1.png", "train/dog/3.png"):  # indices 1 and 11 of 16
+        break_image(image_folder, name)
+    taken, said = run_epochs(data, 0)
+    for epoch in range(3):
+        before, after = ([i for one in part[8 * epoch : 8 * epoch + 8] for i in one] for part in (whole, taken))
+        readable = [i for i in before + before if i not in (1, 11)]
+        wanted = [i if i not in (1, 11) else next(k for k in (before + before)[at:] if k in readable)
+                  for at, i in enumerate(before)]  # fmt: skip
+        assert after == wanted
+    assert len(said) == 2  # once each, in three epochs
+    assert sorted(line.split(": unreadable image")[0][-9:] for line in said) == ["cat/1.png", "dog/3.png"]
+    assert said[1].endswith("the next readable image takes its place (2 of 16 images so far)")
+    assert run_epochs(data, 2) == (taken, said)
+    assert run_epochs(data, 0, world=2)[0] == taken
+
+
+def test_the_run_stops_once_more_images_are_unreadable_than_tolerated(image_folder: Path) -> None:
+    for i in range(4):  # 0.2 of 16 is 3
+        break_image(image_folder, f"train/cat/{i}.png")
+    with pytest.raises(
+        ValueError, match=r"cat/\d\.png: unreadable .*\(4 of 16 images cannot be read, more than data\.max"
+    ):
+        run_epochs(folder(image_folder), 0)
+    with pytest.raises(ValueError, match=r"data\.max_unreadable: wanted a share from 0 to below 1, got 1"):
+        folder(image_folder, max_unreadable=1.0)
+
+
+MODES = {  # of Pillow, and a file format that keeps it
+    "1": "png", "L": "jpg", "LA": "png", "P": "png", "RGB": "jpg", "RGBA": "png", "CMYK": "jpg", "YCbCr": "jpg",
+    "I;16": "png", "I": "tif", "F": "tif",
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # timm leaves its files open
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_becomes_the_rgb_of_timm(tmp_path: Path, mode: str) -> None:
+    gradient = np.linspace(0, 511 if mode in ("I;16", "I", "F") else 255, 16 * 16 * 3).reshape(16, 16, 3)
+    if mode in ("I;16", "I", "F"):
+        kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+        image = Image.fromarray(gradient[:, :, 0].astype(kind))
+    else:
+        image = Image.fromarray(gradient.astype(np.uint8)).convert(mode)
+    file = tmp_path / f"image.{MODES[mode]}"
+    image.save(file)
+    assert Image.open(file).mode == ("RGB" if mode == "YCbCr" else mode)
+    reader = create_reader("", str(tmp_path), class_map={"": 0}) if file.suffix != ".tif" else None
+    got = np.asarray(decode_rgb(file, str(file)))
+    assert got.shape == (16, 16, 3)
+    if reader is not None:
+        theirs = timm.data.ImageDataset(str(tmp_path), reader=reader)[0][0]
+        np.testing.assert_array_equal(got, np.asarray(theirs))
+    if mode in ("L", "LA"):
+        np.testing.assert_array_equal(got[:, :, 0], np.asarray(Image.open(file).convert("L")))
+    if mode in ("I;16", "I", "F"):  # clipped, not scaled
+        np.testing.assert_array_equal(got[:, :, 1], np.asarray(image).astype(np.int64).clip(0, 255))
 
 
 @pytest.mark.parametrize("exif", [False, True])

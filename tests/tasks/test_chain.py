@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import sparsemae.tasks.evaluate
 from sparsemae.cli import main
-from sparsemae.data.classification import SourceConfig
+from sparsemae.data.sources import SourceConfig
 from sparsemae.models import MaskedAutoencoder
 from sparsemae.models.weights import load_weights, read_weights, save_model
 from sparsemae.runtime import load

@@ -1,6 +1,7 @@
 """Every fault planted is named, and nothing else; the statistics equal numpy's; training takes the list written."""
 
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from conftest import metrics, tiny
 from PIL import Image
 
 from sparsemae.cli import main
-from sparsemae.data.classification import SourceConfig
+from sparsemae.data.sources import SourceConfig
 from sparsemae.tasks.check import Report, examine
 from sparsemae.training import logs
 
@@ -120,6 +121,24 @@ def test_training_takes_the_list_that_was_written(
     assert "on 6 images" in capsys.readouterr().out
 
 
+def test_tars_are_checked_like_folders(spoiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (spoiled / "train" / "dog" / "gone.png").unlink()
+    root, out = tmp_path / "tars", tmp_path / "exclude.txt"
+    root.mkdir()
+    for split in ("train", "val"):
+        with tarfile.open(root / f"{split}.tar", "w") as archive:
+            archive.add(spoiled / split, split)
+    names = ["cat/0", "cat/1", "cat/2", "cat/leaked", "dog/0", "dog/copy"]
+    where = ["--data.source", "tar", "--data.root", str(root), "--data.workers", "0"]
+    page, line = refused(capsys, *where, "--write-exclude", str(out))
+    assert "would break a run: 1 empty and 1 too small and 2 unreadable images; also 2 groups" in line
+    assert f"empty: {root}/train.tar/train/cat/0.png: 0 bytes" in page
+    assert out.read_text().splitlines() == [f"train.tar/train/{name}.png" for name in names]
+    folder, tars = found(spoiled), examine(SourceConfig("tar", str(root)))
+    assert (tars.mean, tars.std, tars.counts) == (folder.mean, folder.std, folder.counts)
+    main(["check", *where, "--data.exclude", str(out)])
+
+
 def test_classes_that_would_break_a_run(image_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(image_folder / "val" / "cat")
     assert "no images: class cat in val" in str(found(image_folder))
@@ -141,7 +160,7 @@ def test_classes_that_would_break_a_run(image_folder: Path, capsys: pytest.Captu
 def test_mistakes(image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = ["--data.root", str(image_folder)]
     assert "nowhere: no such folder" in refused(capsys, "--data.root", "nowhere")[1]
-    assert "data.source: wanted folder, got embedded" in refused(capsys, "--data.source", "embedded")[1]
+    assert "data.source: wanted a data set of yours, got embedded" in refused(capsys, "--data.source", "embedded")[1]
     assert "smallest: wanted at least 1 px, got 0" in refused(capsys, *root, "--smallest", "0")[1]
     line = refused(capsys, *root, "--write-exclude", str(tmp_path / "no" / "list.txt"))[1]
     assert "wanted a file in a folder that exists" in line

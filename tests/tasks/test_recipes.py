@@ -1,6 +1,8 @@
 """Each recipe against the paper's tables, row by row, typed here from its appendix."""
 
+import math
 from importlib import import_module
+from typing import Any
 
 import pytest
 import timm
@@ -76,8 +78,9 @@ def test_table_2(size: str, pattern: str) -> None:
     assert config.sparse.mask == "dynamic"
 
 
+@pytest.mark.holds("imagenet.1")
 @pytest.mark.parametrize(("size", "kept"), [("t", 5_308_416), ("s", 10_616_832)])
-def test_the_papers_arithmetic(size: str, kept: int) -> None:
+def test_the_papers_arithmetic(size: str, kept: int, figure: Any) -> None:
     pretrain, finetune = recipe(f"pretrain_{size}"), recipe(f"finetune_{size}")
     with torch.device("meta"):
         model = build_autoencoder(pretrain.model, pretrain.decoder, 224, 0)
@@ -88,18 +91,36 @@ def test_the_papers_arithmetic(size: str, kept: int) -> None:
         assert (summarize(part).kept, summarize(part).sparse_total) == (kept, 84_934_656)
     kept_patches, *_ = random_masking(torch.zeros(1, 196, 1), pretrain.mask_ratio, torch.rand(1, 196))
     assert kept_patches.shape[1] == 147
+    tokens: list[int] = []
+    for block in model.encoder.blocks:
+        block.register_forward_hook(lambda _block, inputs, _output: tokens.append(inputs[0].shape[1]))
+    model(torch.zeros(1, 3, 224, 224, device="meta"), pretrain.mask_ratio, torch.rand(1, 196, device="meta"))
+    assert tokens == [147 + 1] * 12
+    figure(f"SparseMAE-{size.upper()}: {kept:,} of 84,934,656 weights kept in 48 layers, 147 + 1 tokens in 12 blocks")
 
 
-@pytest.mark.parametrize("name", ["pretrain_t", "pretrain_s", "finetune_t", "finetune_s"])
-def test_the_schedule_over_imagenet(name: str) -> None:
-    config = recipe(name)
-    steps = IMAGENET // config.trainer.global_batch
-    optim, epochs = config.optim, config.trainer.epochs
-    rates = [learning_rate(optim, step / steps, epochs) for step in range(steps * int(epochs))]
-    assert rates[0] == 0
-    assert max(rates) == optim.lr == rates[int(optim.warmup_epochs) * steps]
-    assert rates[2] == pytest.approx(2 * optim.lr / (optim.warmup_epochs * steps))
-    assert rates[-1] == pytest.approx(optim.min_lr, rel=1e-3)
+# The tables' peak and minimal rate, warm-up and training epochs, and steps an epoch: 1,281,167 images by the batch.
+SCHEDULES = {
+    "pretrain_t": (2.4e-3, 1e-5, 5, 400, 312), "pretrain_s": (2.4e-3, 1e-5, 15, 400, 312),
+    "finetune_t": (5e-3, 1e-6, 5, 200, 625), "finetune_s": (5e-3, 1e-6, 5, 200, 625),
+}  # fmt: skip
+
+
+@pytest.mark.holds("imagenet.1")
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_schedule_over_imagenet(name: str, figure: Any) -> None:
+    """Linear warm-up from 0, then half a cosine; a step's rate is that of the epochs done before it."""
+    config, (peak, least, warmup, epochs, steps) = recipe(name), SCHEDULES[name]
+    assert IMAGENET // config.trainer.global_batch == steps
+    rates = [learning_rate(config.optim, step / steps, config.trainer.epochs) for step in range(steps * epochs + 1)]
+    assert rates[:3] == pytest.approx([0, peak / (warmup * steps), 2 * peak / (warmup * steps)], rel=1e-12)
+    for epoch in range(1, epochs + 1):
+        cosine = 1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup))
+        wanted = peak * epoch / warmup if epoch < warmup else least + (peak - least) * cosine / 2
+        assert rates[epoch * steps] == pytest.approx(wanted, rel=1e-12), epoch
+    assert max(rates) == rates[warmup * steps]
+    first = ", ".join(f"{rate:.4g}" for rate in rates[:3])
+    figure(f"{name}: steps 1, 2, 3 at {first}; highest {max(rates):g} after epoch {warmup}; last {rates[-1]:g}")
 
 
 def test_what_the_small_recipes_change() -> None:

@@ -8,14 +8,13 @@ or fails, is named with the reason and left out.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import IO, Any
@@ -41,28 +40,6 @@ Runner = Callable[[NDArray[np.float32]], Any]
 
 
 @dataclass
-class BenchmarkConfig:
-    """Measure packed models and dense rivals."""
-
-    files: list[str] = field(default_factory=list)
-    """Packed files; none: SparseMAE-T and -S at ViT-B/16 size with random weights, bf16 and int8."""
-    engines: list[str] = field(default_factory=lambda: list(ENGINES))
-    """Rivals to run."""
-    dense: list[str] = field(default_factory=lambda: list(DENSE))
-    """Dense models for them: B, S, T."""
-    batches: list[int] = field(default_factory=lambda: [1, 8, 32])
-    """Images per call."""
-    threads: int = 2
-    """Threads of every engine."""
-    runs: int = 5
-    """Timed runs per engine and batch, of which the median counts."""
-    artifacts: str = ""
-    """Folder that keeps exported models for the next time; none: a temporary one."""
-    json: str = ""
-    """File to write all figures to."""
-
-
-@dataclass
 class Measurement:
     """One engine with one model."""
 
@@ -78,14 +55,15 @@ class Measurement:
     """Why there are no figures."""
 
 
-def benchmark(config: BenchmarkConfig) -> list[Measurement]:
-    """Run everything, print the table, and return the figures."""
+def measure(
+    files: list[str], engines: list[str], dense: list[str], batches: list[int], threads: int, runs: int, artifacts: str
+) -> list[Measurement]:
+    """Run everything that `BenchmarkConfig` names; a row without figures says why."""
     with tempfile.TemporaryDirectory() as temporary:
-        folder = config.artifacts or temporary
+        folder = artifacts or temporary
         Path(folder).mkdir(parents=True, exist_ok=True)
-        files = config.files or _random_files(Path(folder))
-        jobs = [("packed", file) for file in files]
-        jobs += [(engine, DENSE[size]) for size in config.dense for engine in config.engines]
+        jobs = [("packed", file) for file in files or _random_files(Path(folder))]
+        jobs += [(engine, DENSE[size]) for size in dense for engine in engines]
         measurements = []
         workers: list[tuple[Measurement, _Worker]] = []
         for engine, model in jobs:
@@ -95,21 +73,16 @@ def benchmark(config: BenchmarkConfig) -> list[Measurement]:
             measurements.append(measurement)
             try:
                 _prepare(engine, model, folder)
-                workers.append((measurement, _Worker(engine, model, folder, config.threads)))
+                workers.append((measurement, _Worker(engine, model, folder, threads)))
                 measurement.cold_start_seconds, measurement.resident_mb = workers[-1][1].start()
             except RuntimeError as error:
                 measurement.error = str(error)
         try:
-            for batch in config.batches:
-                _measure(batch, config.runs, [(m, worker) for m, worker in workers if not m.error])
+            for batch in batches:
+                _measure(batch, runs, [(m, worker) for m, worker in workers if not m.error])
         finally:
             for _, worker in workers:
                 worker.stop()
-    print(table(measurements, config.batches))
-    if config.json:
-        Path(config.json).write_text(
-            json.dumps({"config": asdict(config), "results": [asdict(m) for m in measurements]}, indent=1)
-        )
     return measurements
 
 
@@ -149,7 +122,7 @@ class _Worker:
     """A process that has one engine ready and runs it when it is told a batch size."""
 
     def __init__(self, engine: str, model: str, folder: str, threads: int) -> None:
-        command = [sys.executable, "-m", "sparsemae.benchmark", "run", engine, model, folder, str(threads)]
+        command = [sys.executable, "-m", "sparsemae.benchmark.packed", "run", engine, model, folder, str(threads)]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 lives as long as the process
         self._process = subprocess.Popen(
@@ -203,7 +176,7 @@ def _prepare(engine: str, model: str, folder: str) -> None:
         return
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "sparsemae.benchmark", "export", engine, model, folder],
+            [sys.executable, "-m", "sparsemae.benchmark.packed", "export", engine, model, folder],
             stdout=subprocess.DEVNULL, stderr=errors, text=True,
         )  # fmt: skip
         if process.wait():

@@ -1,0 +1,250 @@
+"""Training beside timm's: the input pipeline on one core, and optimizer steps at ViT-B/16 size.
+
+Subjects take turns, run after run, each warm; medians count. The pipeline and timm's `create_loader` read the same
+JPEGs with the same transforms in one loader process each, everything pinned to one core, so that a rate is images per
+second and core; where the time goes is measured stage by stage. A step is that of the recipes, with random images;
+sparse training multiplies dense matrices (the mask moves), so a step costs what a dense one does, and the masks on top.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import chain, islice, repeat
+from statistics import median
+from typing import Any
+
+import torch
+from timm import create_model
+from timm.data import create_loader
+from timm.data import dataset as timm_dataset
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset, default_collate
+
+from sparsemae.config import read_config
+from sparsemae.data.classification import ImageDataset, batches, load_image
+from sparsemae.data.sampling import BatchPlan, TrainingSampler
+from sparsemae.data.sources import Source, open_source
+from sparsemae.data.transforms import DataConfig, normalize, training_transform
+from sparsemae.sparsity import add_srste_gradient, hold_masks, iter_sparse
+from sparsemae.tasks.build import build_autoencoder, build_classifier, make_sparse
+from sparsemae.tasks.finetune import FinetuneConfig
+from sparsemae.tasks.pretrain import PretrainConfig
+from sparsemae.training.fit import TrainerConfig, resolved_precision, use_plain_attention
+from sparsemae.training.optim import make_optimizer
+
+LOADER_BATCH = 32
+_PREFETCHED = 2  # batches that a loader process makes ahead
+_PASSES = 6  # over the images, in one timed run
+_RIVAL_STEP = "timm's dense ViT-B/16, classification"
+
+
+@dataclass
+class Rate:
+    """One subject's speed."""
+
+    part: str
+    """input pipeline, stage or step."""
+    subject: str
+    images_per_second: float
+    ratio: float | None = None
+    """To its rival's; None for the rival itself, and for stages."""
+
+
+def measure(images: str | None, step_batch: int, threads: int, runs: int) -> list[Rate]:
+    """Rates of the input pipeline, of its stages, and of optimizer steps.
+
+    Raises ValueError, naming the folder, if it cannot be read, or holds fewer images than a batch.
+    """
+    rates = []
+    if images is not None:
+        data = DataConfig(source="folder", root=images)
+        source = open_source(data, "train")
+        if len(source) < LOADER_BATCH:
+            raise ValueError(f"images: {images}: wanted {LOADER_BATCH} training images or more, got {len(source)}")
+        with _one_core():
+            rates += _pipelines(data, source, runs) + _stages(data, source, runs)
+    if step_batch:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        rates += _steps(step_batch, runs)
+        torch.set_num_threads(before)
+    return rates
+
+
+def table(rates: list[Rate]) -> str:
+    """The figures as text."""
+    lines = [f"{'part':<16}{'subject':<48}{'images/s':>10}{'ratio':>8}"]
+    for rate in rates:
+        ratio = f"{rate.ratio:8.2f}" if rate.ratio is not None else ""
+        lines.append(f"{rate.part:<16}{rate.subject:<48}{rate.images_per_second:10.1f}{ratio}")
+    return "\n".join(lines)
+
+
+@contextmanager
+def _one_core() -> Iterator[None]:
+    """One thread on one core, loader processes included, where the system can."""
+    threads, cores = torch.get_num_threads(), getattr(os, "sched_getaffinity", lambda _: None)(0)
+    torch.set_num_threads(1)
+    if cores:
+        os.sched_setaffinity(0, {max(cores)})
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        if cores:
+            os.sched_setaffinity(0, cores)
+
+
+def _pipelines(data: DataConfig, source: Source, runs: int) -> list[Rate]:
+    count = max(1, _PASSES * len(source) // LOADER_BATCH)
+    plan = BatchPlan.make(len(source), LOADER_BATCH, None, 1)
+    sampler = TrainingSampler(plan, 0, 0, 0, 1_000_000)
+    ours = batches(ImageDataset(source, training_transform(data)), sampler, workers=1)
+    feeds: dict[str, Iterator[Tensor]] = {
+        "ours": (normalize(batch["image"], data.mean, data.std) for batch in ours),
+        "timm's create_loader": (batch for batch, _ in _timm_loader(data, source, count)),
+    }
+    times: dict[str, list[float]] = {name: [] for name in feeds}
+    for turn in range(runs + 1):
+        for name, feed in feeds.items():
+            time.sleep(0.5)  # until the other's process has filled its queue, and rests
+            _consume(feed, _PREFETCHED + 1)
+            begin = time.perf_counter()
+            _consume(feed, count)
+            if turn:
+                times[name].append((time.perf_counter() - begin) / (count * LOADER_BATCH))
+    own, rival = (1 / median(seconds) for seconds in times.values())
+    names = list(feeds)
+    return [
+        Rate("input pipeline", f"{names[0]}, one core", own, own / rival),
+        Rate("input pipeline", f"{names[1]}, one core", rival),
+    ]
+
+
+def _timm_loader(data: DataConfig, source: Source, count: int) -> Iterator[Any]:
+    """timm's loader with its best settings: no pause between epochs, the transform that ours has."""
+    images: Any = timm_dataset.ImageDataset("", reader=source.reader)
+    images.transform = training_transform(data)
+    repeated: ConcatDataset[Any] = ConcatDataset([images] * (count * LOADER_BATCH // len(source) + 1))
+    loader = create_loader(
+        repeated, data.img_size, LOADER_BATCH, is_training=True, num_workers=1, device=torch.device("cpu"),
+        mean=data.mean, std=data.std, use_multi_epochs_loader=True,
+    )  # fmt: skip
+    return chain.from_iterable(repeat(loader))
+
+
+def _consume(feed: Iterator[Any], count: int) -> None:
+    for _ in islice(feed, count):
+        pass
+
+
+def _stages(data: DataConfig, source: Source, runs: int) -> list[Rate]:
+    """The pipeline's parts, one after the other on the same images."""
+    *augment, to_tensor = training_transform(data).transforms
+    numbers = range(min(len(source), 4 * LOADER_BATCH))
+
+    def augmented(image: Any) -> Any:
+        for transform in augment:
+            image = transform(image)
+        return image
+
+    names = ("decode", "crop, resize and flip", "to bytes [3, H, W]", "collate (copy)", "normalise")
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(runs + 1):
+        made: Any = list(numbers)
+        works: list[Callable[[Any], Any]] = [
+            lambda numbers: [load_image(source, i)[0] for i in numbers],
+            lambda images: [augmented(image) for image in images],
+            lambda images: [to_tensor(image) for image in images],
+            default_collate,
+            lambda batch: normalize(batch, data.mean, data.std),
+        ]
+        for name, work in zip(names, works, strict=True):
+            begin = time.perf_counter()
+            made = work(made)
+            if turn:
+                times[name].append((time.perf_counter() - begin) / len(numbers))
+    total = sum(median(seconds) for seconds in times.values())
+    return [
+        Rate("stage", f"{name}, {median(seconds) / total:.0%} of the time", 1 / median(seconds))
+        for name, seconds in times.items()
+    ]
+
+
+def _steps(batch: int, runs: int) -> list[Rate]:
+    subjects = {
+        "pretrain_t, 147 + 1 tokens and the decoder": _pretraining(batch, "2:32"),
+        "the same, dense": _pretraining(batch, "dense"),
+        "finetune_t, 196 + 1 tokens": _finetuning(batch, "2:32"),
+        "the same, dense ": _finetuning(batch, "dense"),
+        _RIVAL_STEP: _timm_step(batch),
+    }
+    times: dict[str, list[float]] = {name: [] for name in subjects}
+    for turn in range(runs + 1):
+        for name, step in subjects.items():
+            begin = time.perf_counter()
+            step()
+            if turn:
+                times[name].append((time.perf_counter() - begin) / batch)
+    rival = 1 / median(times[_RIVAL_STEP])
+    rates = {name: 1 / median(seconds) for name, seconds in times.items()}
+    return [
+        Rate("step", name.strip(), rate, rate / rival if name != _RIVAL_STEP else None) for name, rate in rates.items()
+    ]
+
+
+def _pretraining(batch: int, pattern: str) -> Callable[[], None]:
+    config = read_config(PretrainConfig, ["--config", "pretrain_t", "--sparse.pattern", pattern])
+    model = build_autoencoder(config.model, config.decoder, config.data.img_size, config.seed)
+    make_sparse(model, config.sparse)
+    images, noise = torch.randn(batch, 3, 224, 224), torch.rand(batch, 196)
+    loss = lambda: model(images, config.mask_ratio, noise).loss  # noqa: E731
+    return _step_of(model, loss, make_optimizer(model, config.optim), config.sparse.strength)
+
+
+def _finetuning(batch: int, pattern: str) -> Callable[[], None]:
+    config = read_config(FinetuneConfig, ["--config", "finetune_t", "--sparse.pattern", pattern])
+    model = build_classifier(config.model, config.data.img_size, 1000, config.seed)
+    make_sparse(model, config.sparse)
+    return _step_of(model, _classify(model, batch), make_optimizer(model, config.optim), config.sparse.strength)
+
+
+def _timm_step(batch: int) -> Callable[[], None]:
+    model = create_model("vit_base_patch16_224")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+    return _step_of(model, _classify(model, batch), optimizer, 0.0)
+
+
+def _classify(model: nn.Module, batch: int) -> Callable[[], Tensor]:
+    images, target = torch.randn(batch, 3, 224, 224), torch.zeros(batch, dtype=torch.long)
+    return lambda: nn.functional.cross_entropy(model(images).float(), target)
+
+
+def _step_of(
+    model: nn.Module, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, strength: float
+) -> Callable[[], None]:
+    """The loop's optimizer step, at learning rate 0, in the precision that is best here."""
+    model.train()
+    precision = resolved_precision(TrainerConfig(accelerator="cpu"))
+    if precision == "bf16":
+        use_plain_attention(model)
+    autocast: AbstractContextManager[Any] = (
+        torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
+    )
+    sparse = any(iter_sparse(model))
+
+    def step() -> None:
+        with hold_masks(model):
+            with autocast:
+                value = loss()
+            value.backward()  # type: ignore[no-untyped-call]
+            if sparse:
+                add_srste_gradient(model, strength)
+            optimizer.step()
+        optimizer.zero_grad()
+
+    return step
