@@ -258,9 +258,12 @@ def test_two_processes_equal_accumulation_through_a_finetuning(tmp_path: Path, f
 @pytest.mark.slow
 @pytest.mark.holds("imagenet.3")
 @pytest.mark.parametrize(("job", "precision"), [("pretrain", "fp64"), ("finetune", "fp32")])
-def test_compiled_equals_eager(tmp_path: Path, job: str, precision: str, figure) -> None:
+def test_compiled_equals_eager(
+    tmp_path: Path, job: str, precision: str, monkeypatch: pytest.MonkeyPatch, figure
+) -> None:
     """Ten steps. AdamW makes whole steps of the rounding noise in tiny gradients: pretraining is compared in fp64,
     and the key's bias, which softmax cancels, not at all."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))  # two at once race for a shared one
     for compiled in ("false", "true"):
         options = ["--trainer.epochs", "5", "--model.drop_path", "0.0", "--trainer.compile", compiled]
         options += ["--trainer.precision", precision]
