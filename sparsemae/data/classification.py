@@ -7,6 +7,7 @@ in a loader worker would arrive as a page of traceback.
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import struct
@@ -265,6 +266,8 @@ class Unreadable:
 
     reason: str
     """One line that names the file."""
+    unreachable: bool = False
+    """Its folder, or the file system, is gone: for a while, perhaps."""
 
 
 class ImageDataset(Dataset[Any]):
@@ -307,15 +310,26 @@ class ImageDataset(Dataset[Any]):
             image, target = load_image(self.source, index, self.smallest, self.exif)
         except ValueError as error:
             return Unreadable(str(error))
+        except ConnectionError as error:
+            return Unreadable(str(error), unreachable=True)
         noise = {"noise": torch.rand(self.patches)} if self.patches else {}  # before the transform's own draws
         return {"image": torch.as_tensor(self.transform(image)), "target": target, "index": index, **noise}
 
 
+# A broken link, or a file that is not ours to read; other errors are of the file system.
+_OF_ONE_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR)
+
+
 def load_image(source: Source, index: int, smallest: int = 1, exif: bool = False) -> tuple[Image.Image, int]:
-    """Decode one image to RGB. Raises ValueError naming the file if it is unreadable or too small."""
+    """Decode one image to RGB.
+
+    Raises ValueError naming the file if it is unreadable or too small, ConnectionError if the source itself is gone.
+    """
     try:
         file, target = source.reader[int(source.indices[index])]
-    except OSError as error:  # a broken link, or a file that is not ours to read
+    except OSError as error:
+        if error.errno not in _OF_ONE_FILE or not os.path.isdir(os.path.dirname(source.filename(index))):
+            raise ConnectionError(f"{source.filename(index)}: {error.strerror}") from error
         raise ValueError(f"{source.filename(index)}: unreadable image: {error.strerror}") from error
     with file:
         return decode_rgb(file, source.filename(index), smallest, exif), target
@@ -341,13 +355,20 @@ def _collate(samples: list[Any]) -> Any:
     return next((sample for sample in samples if isinstance(sample, Unreadable)), None) or default_collate(samples)
 
 
-def batches(dataset: Dataset[Any], sampler: Sampler[Any], workers: int, pin_memory: bool = False) -> Iterator[Any]:
-    """Batches in the sampler's order, on the CPU. Raises ValueError naming the file at the first unreadable image."""
+def batches(
+    dataset: Dataset[Any], sampler: Sampler[Any], workers: int, pin_memory: bool = False, timeout: float = 0.0
+) -> Iterator[Any]:
+    """Batches in the sampler's order, on the CPU.
+
+    Raises ValueError naming the file at the first unreadable image, ConnectionError if the source is gone, and
+    torch's RuntimeError if a worker dies or gives nothing for ``timeout`` seconds (0: however long it takes).
+    """
     loader = DataLoader(
         dataset, batch_sampler=sampler, num_workers=workers, collate_fn=_collate, pin_memory=pin_memory,
+        timeout=timeout if workers else 0,
         generator=torch.Generator(),  # or starting the iterator would draw from the global one
     )  # fmt: skip
     for batch in loader:
         if isinstance(batch, Unreadable):
-            raise ValueError(batch.reason)
+            raise ConnectionError(batch.reason) if batch.unreachable else ValueError(batch.reason)
         yield batch
