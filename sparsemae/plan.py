@@ -22,7 +22,8 @@ from sparsemae.sparsity import NMLinear, SparsitySummary, summarize
 from sparsemae.tasks.build import build_autoencoder, build_classifier, make_sparse
 from sparsemae.tasks.finetune import FinetuneConfig
 from sparsemae.tasks.pretrain import ConcurrentLoss, PretrainConfig
-from sparsemae.training.fit import resolved_precision, use_plain_attention
+from sparsemae.training.config import resolved_precision
+from sparsemae.training.fit import use_plain_attention
 from sparsemae.training.memory import StepMemory, step_memory
 
 IMAGENET_IMAGES = 1_281_167
@@ -167,6 +168,8 @@ def plan(config: PlanConfig) -> Plan:
         model, _loss_of(recipe, batches.micro_batch, config.classes), recipe.optim, precision=precision,
         accumulate=batches.accumulate, world=world, srste_strength=recipe.sparse.strength,
     )  # fmt: skip
+    if trainer.ema_decay is not None:
+        memory = replace(memory, weights=2 * memory.weights)
     topology_bytes = 2 * encoder.sparse_total // 8  # reference and last look, in bits
     result = Plan(
         title=f"{config.recipe}: {job}, {recipe.model.name} at {recipe.data.img_size} px, {recipe.sparse.pattern}",

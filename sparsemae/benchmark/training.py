@@ -33,7 +33,8 @@ from sparsemae.sparsity import add_srste_gradient, hold_masks, iter_sparse
 from sparsemae.tasks.build import build_autoencoder, build_classifier, make_sparse
 from sparsemae.tasks.finetune import FinetuneConfig
 from sparsemae.tasks.pretrain import PretrainConfig
-from sparsemae.training.fit import TrainerConfig, resolved_precision, use_plain_attention
+from sparsemae.training.config import TrainerConfig, resolved_precision
+from sparsemae.training.fit import use_plain_attention
 from sparsemae.training.optim import make_optimizer
 
 LOADER_BATCH = 32

@@ -7,6 +7,8 @@ of seed, epoch and index; an evaluation, which counts each image once, stops.
 
 from __future__ import annotations
 
+import errno
+import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +33,8 @@ class Unreadable:
 
     reason: str
     """One line that names the file."""
+    unreachable: bool = False
+    """Its folder, or the file system, is gone: for a while, perhaps."""
 
 
 class UnreadableImages:
@@ -132,6 +136,8 @@ class ImageDataset(Dataset[Any]):
             try:
                 image, target = load_image(self.source, index, self.smallest, self.exif)
                 break
+            except ConnectionError as error:
+                return Unreadable(str(error), unreachable=True)
             except ValueError as error:
                 failed.append(str(error))
         else:
@@ -152,15 +158,31 @@ class ImageDataset(Dataset[Any]):
             yield int(order[(at + step) % len(order)])
 
 
+# A broken link, or a file that is not ours to read; other errors are of the file system.
+_OF_ONE_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR)
+
+
 def load_image(source: Source, index: int, smallest: int = 1, exif: bool = False) -> tuple[Image.Image, int]:
-    """Decode one image to RGB. Raises ValueError naming the file if it is unreadable or too small."""
+    """Decode one image to RGB.
+
+    Raises ValueError naming the file if it is unreadable or too small, ConnectionError if the source itself is gone.
+    """
     try:
         file, target = source[index]
-    except UNREADABLE as error:  # a broken link, a file that is not ours to read; torchvision's sets decode here
+    except UNREADABLE as error:  # torchvision's sets decode here
+        if isinstance(error, OSError) and _is_gone(error, source.filename(index)):
+            raise ConnectionError(f"{source.filename(index)}: {error.strerror}") from error
         reason = getattr(error, "strerror", None) or _in_words(error)
         raise ValueError(f"{source.filename(index)}: unreadable image: {reason}") from error
     with file:
         return decode_rgb(file, source.filename(index), smallest, exif), target
+
+
+def _is_gone(error: OSError, name: str) -> bool:
+    """Whether the source itself is out of reach, rather than one image of it."""
+    if error.errno is None:
+        return False
+    return error.errno not in _OF_ONE_FILE or not os.path.isdir(os.path.dirname(error.filename or name))
 
 
 def decode_rgb(file: Any, name: str, smallest: int = 1, exif: bool = False) -> Image.Image:
@@ -187,12 +209,16 @@ def _in_words(error: Exception) -> str:
     return "not an image in a known format" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
-def _collate(samples: list[Any]) -> dict[str, Any]:
+def _collate(samples: list[Any]) -> dict[str, Any] | Unreadable:
     """A batch of what could be read, and ``"unreadable"``: what could not, one line each."""
+    missed = [sample for sample in samples if isinstance(sample, Unreadable)]
+    for sample in missed:
+        if sample.unreachable:
+            return sample
     readable = [sample for sample in samples if not isinstance(sample, Unreadable)]
-    unreadable = [sample.reason for sample in samples if isinstance(sample, Unreadable)]
-    unreadable += [reason for sample in readable for reason in sample.pop("unreadable", ())]
-    return {**(default_collate(readable) if readable else {}), "unreadable": unreadable}
+    reasons = [sample.reason for sample in missed]
+    reasons += [reason for sample in readable for reason in sample.pop("unreadable", ())]
+    return {**(default_collate(readable) if readable else {}), "unreadable": reasons}
 
 
 def batches(
@@ -201,16 +227,22 @@ def batches(
     workers: int,
     pin_memory: bool = False,
     unreadable: UnreadableImages | None = None,
+    timeout: float = 0.0,
 ) -> Iterator[Any]:
     """Batches in the sampler's order, on the CPU, of the images that could be read.
 
-    The others are noted in ``unreadable``; without it the first one raises ValueError naming the file.
+    The others are noted in ``unreadable``; without it the first one raises ValueError naming the file. Raises
+    ConnectionError if the source is gone, and torch's RuntimeError if a worker dies or gives nothing for ``timeout``
+    seconds (0: however long it takes).
     """
     loader = DataLoader(
         dataset, batch_sampler=sampler, num_workers=workers, collate_fn=_collate, pin_memory=pin_memory,
+        timeout=timeout if workers else 0,
         generator=torch.Generator(),  # or starting the iterator would draw from the global one
     )  # fmt: skip
     for batch in loader:
+        if isinstance(batch, Unreadable):
+            raise ConnectionError(batch.reason)
         reasons = batch.pop("unreadable")
         if reasons and unreadable is None:
             raise ValueError(reasons[0])

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 
@@ -96,12 +96,33 @@ def _own_name(key: str, prefix: str) -> str:
 
 def save_model(path: Path, model: nn.Module, description: Mapping[str, Any]) -> None:
     """Write public weights as safetensors, with ``description`` as JSON metadata; appears whole or not at all."""
-    state = {key: value.cpu().contiguous() for key, value in public_state(model).items()}
+    save_tensors(path, public_state(model), description)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
+    """As `save_model`. Raises OSError if it cannot be written; nothing is left of it then."""
+    state = {key: value.cpu().contiguous() for key, value in tensors.items()}
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(save(_unshared(state), {"sparsemae": json.dumps(description)}))
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        save_file(_unshared(state), temporary, {"sparsemae": json.dumps(description)})
+        temporary.chmod(mode)  # safetensors makes its files for their owner alone
+        fsync(temporary)
+        temporary.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def fsync(path: Path) -> None:
+    """Have the system write a file, or a folder's entries, to the disk now."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -115,14 +136,17 @@ def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def find_weights(source: str | Path) -> Path:
-    """The weights file of a run folder, a checkpoint folder, or the file itself. Raises ValueError if there is none."""
+    """The weights file of a run folder, a checkpoint folder (the average where there is one), or the file itself.
+
+    Raises ValueError if there is none.
+    """
     path = Path(source)
     if path.is_dir():
-        if (path / "model.safetensors").is_file():
-            return path / "model.safetensors"
-        steps = sorted(path.glob("checkpoints/step-*/model.safetensors"))
-        if steps:
-            return steps[-1]
+        steps = sorted(path.glob("checkpoints/step-*"))
+        for folder in (path, *reversed(steps)):
+            found = [file for name in ("ema", "model") if (file := folder / f"{name}.safetensors").is_file()]
+            if found:
+                return found[0]
         raise ValueError(f"{path}: wanted a run folder with model.safetensors or checkpoints/, found neither")
     if not path.is_file():
         raise ValueError(f"{path}: no such file or run folder")
@@ -138,12 +162,13 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                return {key: file.get_tensor(key) for key in list(file.keys())}, json.loads(
-                    metadata.get("sparsemae", "{}")
-                )
-        except (SafetensorError, json.JSONDecodeError) as error:
+                description = json.loads((file.metadata() or {}).get("sparsemae", "{}"))
+                tensors = {key: file.get_tensor(key) for key in list(file.keys())}
+        except (SafetensorError, json.JSONDecodeError, RecursionError, OSError) as error:
             raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
+        if not isinstance(description, dict):
+            raise ValueError(f"{path}: wanted a description in the metadata entry sparsemae, got {description!r:.60}")
+        return tensors, description
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises pickle, zip, end-of-file and runtime errors alike

@@ -18,7 +18,7 @@ import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sparsemae.training.fit import _flat as flat
+from sparsemae.training.config import flat
 
 WHERE = {"step", "epoch"}
 LINE = {"loss", "lr", "images_per_second", "standard_error"}

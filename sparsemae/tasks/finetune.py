@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,11 @@ from sparsemae.models.weights import save_model
 from sparsemae.sparsity import freeze, summarize
 from sparsemae.tasks.build import SparseConfig, build_classifier, describe, make_sparse, mask_schedule
 from sparsemae.tasks.evaluate import accuracy
-from sparsemae.training.fit import Task, TrainerConfig, fit, start
+from sparsemae.training.config import TrainerConfig
+from sparsemae.training.fit import fit
 from sparsemae.training.optim import OptimConfig
+from sparsemae.training.run import start
+from sparsemae.training.task import Task
 
 
 @dataclass
@@ -71,14 +74,14 @@ def finetune(config: FinetuneConfig) -> Path:
         val, evaluation_transform(data.img_size, data.interpolation, data.eval_crop), smallest=patch, exif=data.exif
     )
 
-    run = start(asdict(config), config.trainer, config.out, config.seed)
+    run = start(config, config.trainer, config.out, config.seed)
     if config.init is not None:
         run.log.say(f"{config.init}: {start_from(model, config.init)}")
     make_sparse(model, sparse)
     run.log.say(str(summarize(model)))
-    description = describe("classify", model, config.model, data, train.class_names)
+    description = describe("classify", model, config.model, data, train.class_names, ema_decay=config.trainer.ema_decay)
     erase, mix = _erasing(config.erasing, run.fabric.device), _mixing(config, len(train.class_names))
-    trainer = config.trainer
+    trainer = run.trainer
     plan = BatchPlan.make(len(dataset), trainer.global_batch, trainer.device_batch, run.fabric.world_size)
     if mix is not None and plan.micro_batch % 2:
         raise ValueError(f"trainer.device_batch: mixup and cutmix want an even batch, got {plan.micro_batch}")
@@ -91,12 +94,12 @@ def finetune(config: FinetuneConfig) -> Path:
         loss: Tensor = smooth(forward(images).float(), target)
         return loss
 
-    def evaluate() -> dict[str, float]:
+    def evaluate(model: nn.Module) -> dict[str, float]:
         return accuracy(run.fabric, model, validation, data.mean, data.std, data.workers)
 
     task = Task(
-        model, dataset, loss_of, description, "finetuning", workers=data.workers, evaluate=evaluate,
-        max_unreadable=data.max_unreadable,
+        model, dataset, loss_of, description, "finetuning", workers=data.workers, max_unreadable=data.max_unreadable,
+        filename=train.filename, evaluate=evaluate, best_by="top1",
         srste_strength=sparse.strength, srste_decoupled=sparse.term == "decoupled",
         masks=mask_schedule(model, sparse, config.trainer.epochs),
     )  # fmt: skip

@@ -17,8 +17,11 @@ from sparsemae.models.start import start_from
 from sparsemae.models.weights import save_model
 from sparsemae.sparsity import dense_weights, summarize
 from sparsemae.tasks.build import DecoderConfig, SparseConfig, build_autoencoder, describe, make_sparse, mask_schedule
-from sparsemae.training.fit import Task, TrainerConfig, fit, start
+from sparsemae.training.config import TrainerConfig
+from sparsemae.training.fit import fit
 from sparsemae.training.optim import OptimConfig
+from sparsemae.training.run import start
+from sparsemae.training.task import Task
 
 
 @dataclass
@@ -82,7 +85,7 @@ def pretrain(config: PretrainConfig) -> Path:
         smallest=max(patch_embed.patch_size), exif=data.exif, max_unreadable=data.max_unreadable,
     )  # fmt: skip
 
-    run = start(asdict(config), config.trainer, config.out, config.seed)
+    run = start(config, config.trainer, config.out, config.seed)
     if config.init is not None:
         run.log.say(f"{config.init}: {start_from(model, config.init)}")
     make_sparse(model, sparse)
@@ -95,6 +98,7 @@ def pretrain(config: PretrainConfig) -> Path:
         decoder=asdict(config.decoder),
         mask_ratio=config.mask_ratio,
         norm_pix_loss=config.norm_pix_loss,
+        ema_decay=config.trainer.ema_decay,
     )
 
     def loss_of(forward: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -103,6 +107,7 @@ def pretrain(config: PretrainConfig) -> Path:
 
     task = Task(
         model, dataset, loss_of, description, "pretraining", workers=data.workers, max_unreadable=data.max_unreadable,
+        filename=source.filename,
         srste_strength=sparse.strength, srste_decoupled=sparse.term == "decoupled",
         masks=mask_schedule(model, sparse, config.trainer.epochs),
         forward=ConcurrentLoss(model, config.dense_loss_weight),

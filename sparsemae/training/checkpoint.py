@@ -1,24 +1,27 @@
 """A run's checkpoints: folders that appear whole or not at all, and prove on loading that they are unharmed.
 
-``checkpoints/step-NNNNNNNN/`` holds ``model.safetensors`` (public weights, usable on their own), ``training.pt``
-(optimizer, counters; tensors and plain values only, no pickled code) and ``sha256.json``. It is written under a
-temporary name, fsynced and renamed. A torn or altered one is named, and the one before it is used.
+``checkpoints/step-NNNNNNNN/`` holds ``model.safetensors`` (public weights, usable on their own), ``ema.safetensors``
+where there is a moving average, ``training.safetensors`` (optimizer, masks and, as JSON metadata, counters) and
+``sha256.json``. Nothing in it is pickled. It is written under a hidden name, fsynced and renamed. A torn or altered one
+is named, and the one before it is used. ``checkpoints/best`` points to the best one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor
 
-from sparsemae.models.weights import load_weights, save_model
+from sparsemae.models.weights import fsync, read_weights, save_tensors
+
+WEIGHTS, AVERAGE, TRAINING = "model", "ema", "training"
+"""Names of a checkpoint's files, without ``.safetensors``."""
+Tensors = dict[str, Tensor]
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -36,58 +39,103 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
-def save_checkpoint(path: Path, model: nn.Module, description: Mapping[str, Any], training: Mapping[str, Any]) -> None:
+def save_checkpoint(
+    path: Path, files: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, Mapping[str, Any]]
+) -> None:
     """Write a checkpoint folder; it appears whole or not at all.
 
     Args:
-        description: metadata of the weights file.
-        training: what `load_checkpoint` returns: tensors and plain values only.
+        files: tensors by file (`WEIGHTS`, `AVERAGE`, `TRAINING`) and key.
+        metadata: plain values by file.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of it then.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_model(temporary / "model.safetensors", model, description)
-    torch.save(dict(training), temporary / "training.pt")
-    sums = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
-    (temporary / "sha256.json").write_text(json.dumps(sums, indent=1))
-    for file in temporary.iterdir():
-        _fsync(file)
-    shutil.rmtree(path, ignore_errors=True)
-    temporary.rename(path)
-    _fsync(path.parent)
+    try:
+        temporary.mkdir(parents=True)
+        for name, tensors in files.items():
+            save_tensors(temporary / f"{name}.safetensors", tensors, metadata[name])
+        sums = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
+        (temporary / "sha256.json").write_text(json.dumps(sums, indent=1))
+        fsync(temporary / "sha256.json")
+        fsync(temporary)
+        remove_checkpoint(path)
+        temporary.rename(path)
+        fsync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def remove_old_checkpoints(folder: Path, keep: int) -> None:
-    """Keep only the last ``keep`` checkpoints."""
+def remove_checkpoint(path: Path) -> None:
+    """Remove one whole: a kill in the middle leaves no torn one under its name."""
+    if path.exists():
+        condemned = path.with_name(f".{path.name}.old")
+        path.rename(condemned)
+        shutil.rmtree(condemned)
+
+
+def remove_old_checkpoints(folder: Path, keep: int, best: int | None = None) -> None:
+    """Keep only the last ``keep`` checkpoints and that of step ``best``."""
     for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        if step_of(old) != best:
+            remove_checkpoint(old)
 
 
-def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Any]:
-    """Put a checkpoint's weights into ``model``; returns its training state.
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed run was writing or removing."""
+    for path in folder.glob(".*"):
+        path.unlink() if path.is_symlink() else shutil.rmtree(path)
 
-    Raises ValueError, naming the checkpoint and the file, if one is missing, altered, or of another architecture.
+
+def point_to_best(folder: Path, step: int) -> None:
+    """Make ``best`` a link to the checkpoint of a step."""
+    temporary = folder / ".best"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(checkpoint_path(folder, step).name)
+    temporary.replace(folder / "best")
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
+    """A checkpoint's tensors by file and key, and its training metadata, after a look at the checksums.
+
+    Raises ValueError, naming the checkpoint and the file, if one is missing or altered.
     """
     try:
         sums = json.loads((path / "sha256.json").read_text())
-        damaged = [name for name, wanted in sums.items() if _sha256(path / name) != wanted]
-    except (OSError, ValueError, AttributeError) as error:
+        names = {file.removesuffix(".safetensors") for file in sums}
+        if not {WEIGHTS, TRAINING} <= names <= {WEIGHTS, AVERAGE, TRAINING}:
+            raise ValueError(f"sha256.json names {', '.join(map(str, sums)) or 'nothing'}")
+        damaged = [file for file, wanted in sums.items() if _sha256(path / file) != wanted]
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: torn checkpoint: {error}") from error
-    if damaged or set(sums) != {"model.safetensors", "training.pt"}:
-        raise ValueError(f"{path}: damaged checkpoint: {', '.join(damaged) or 'sha256.json'} differs from its checksum")
-    training: dict[str, Any] = torch.load(path / "training.pt", map_location="cpu", weights_only=True)
-    load_weights(model, path / "model.safetensors", strict=True)
-    return training
+    if damaged:
+        raise ValueError(f"{path}: damaged checkpoint: {', '.join(damaged)} differs from its checksum")
+    read = {name: read_weights(path / f"{name}.safetensors") for name in sorted(names)}
+    return {name: tensors for name, (tensors, _) in read.items()}, read[TRAINING][1]
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Tensors:
+    """Nested dicts of tensors as one, its keys joined by ``/``."""
+    leaves: Tensors = {}
+    for key, value in tree.items():
+        leaves |= flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return leaves
+
+
+def unflatten(leaves: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Inverse of `flatten`, but for branches without a leaf."""
+    tree: dict[str, Any] = {}
+    for path, value in leaves.items():
+        *branches, leaf = path.split("/")
+        branch = tree
+        for name in branches:
+            branch = branch.setdefault(name, {})
+        branch[leaf] = value
+    return tree
 
 
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,227 +1,72 @@
-"""The one training loop, for every task: `start` prepares devices and folder, `fit` runs optimizer steps.
+"""The one training loop, for every task: `fit` runs optimizer steps, and ends well whatever happens.
 
 An optimizer step is: set the rate; hold the masks; for each micro-batch seed the generators from (seed, step,
-micro-batch number), forward, backward; add SR-STE's term once; step. A task brings its loss as a function of one
-batch. Resuming needs weights, optimizer and the step counter: everything random is a function of the seed and of
-counters.
+micro-batch number), forward, backward; add SR-STE's term once; agree with the other processes; step. A task brings its
+loss as a function of one batch. Resuming needs weights, optimizer and the step counter: everything random is a
+function of the seed and of counters.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import math
-import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from statistics import fmean
+from typing import Any, NamedTuple, NoReturn
 
 import torch
-import yaml
-from lightning_fabric import Fabric
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from sparsemae.data.classification import UnreadableImages, batches
 from sparsemae.data.sampling import STEP, BatchPlan, TrainingSampler, seed_all
 from sparsemae.sparsity import MaskSchedule, Topology, add_srste_gradient, hold_masks, iter_sparse, shrink_pruned
-from sparsemae.sparsity.pattern import check_finite
-from sparsemae.training.checkpoint import (
-    checkpoint_path,
-    list_checkpoints,
-    load_checkpoint,
-    remove_old_checkpoints,
-    save_checkpoint,
-    step_of,
-)
-from sparsemae.training.logs import RunLog, StepProgress, environment
+from sparsemae.training.bad_steps import bad_record
+from sparsemae.training.checkpoint import list_checkpoints, remove_checkpoint
+from sparsemae.training.feed import Feed
+from sparsemae.training.logs import StepProgress
 from sparsemae.training.optim import OptimConfig, learning_rate, make_optimizer, scaled_to_batch, set_learning_rate
-
-PRECISIONS: dict[str, Any] = {"bf16": "bf16-mixed", "fp32": "32-true", "fp64": "64-true"}
-# Settings that may differ when a run is continued: they do not change what is computed.
-MAY_CHANGE = ("out", "trainer.devices", "trainer.accelerator", "trainer.compile", "trainer.max_steps", "trainer.resume",
-              "trainer.log_every_steps", "trainer.save_every_steps", "trainer.keep_checkpoints",
-              "trainer.evaluate_every_epochs", "data.workers", "data.root", "data.download",
-              "data.max_unreadable")  # fmt: skip
+from sparsemae.training.run import Run
+from sparsemae.training.saver import Saver
+from sparsemae.training.signals import STOPPED_STATUS, StopSignals
+from sparsemae.training.state import TrainingState
+from sparsemae.training.task import Task
 
 
-@dataclass
-class TrainerConfig:
-    """Devices, batches and the run's bookkeeping."""
+class _Verdict(NamedTuple):
+    """What all processes know of a step before they take it."""
 
-    epochs: float = 400.0
-    """Length of the schedule, epochs."""
-    max_steps: int | None = None
-    """Stop after this many optimizer steps, the schedule unchanged; None: run all epochs."""
-    global_batch: int = 4096
-    """Images per optimizer step, over all devices and accumulation: what a recipe fixes."""
-    device_batch: int | None = None
-    """Images per device and forward; accumulation fills the global batch. None: global_batch / devices."""
-    scale_lr: bool = False
-    """Scale optim.lr by global_batch / optim.lr_batch (the linear rule)."""
-    devices: int = 1
-    """Processes, one device each."""
-    num_nodes: int = 1
-    """Machines."""
-    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to run."""
-    precision: str = "auto"
-    """bf16 (autocast), fp32, fp64 (for tests), or auto: bf16 where the device multiplies it, else fp32."""
-    compile: bool | Literal["auto"] = "auto"
-    """torch.compile the training forward; auto: on CUDA only. Evaluation stays eager."""
-    log_every_steps: int = 10
-    """Optimizer steps between lines of metrics.jsonl."""
-    save_every_steps: int = 1000
-    """Optimizer steps between checkpoints; one is always written at the end."""
-    keep_checkpoints: int = 2
-    """Number of latest checkpoints kept."""
-    evaluate_every_epochs: int = 1
-    """Epochs between evaluations, where the task has one; the end is always evaluated."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto: a run folder that holds a checkpoint continues from the last one; never: refuse such a folder."""
+    loss: float
+    """Mean over all processes."""
+    norm: float
+    """Of the gradient."""
+    ending: float
+    """More than 0: some process wants the run to end after this step."""
+    lost: float
+    """More than 0: some process had no data, and the step is none."""
 
-    def __post_init__(self) -> None:
-        at_least_one = (
-            "max_steps", "global_batch", "device_batch", "devices", "num_nodes", "log_every_steps", "save_every_steps",
-            "keep_checkpoints", "evaluate_every_epochs",
-        )  # fmt: skip
-        for name in at_least_one:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"trainer.{name}: wanted at least 1, got {value}")
-        if self.epochs <= 0:
-            raise ValueError(f"trainer.epochs: wanted more than 0, got {self.epochs:g}")
-
-
-@dataclass
-class Run:
-    """The devices, and the folder that holds what comes out."""
-
-    fabric: Fabric
-    log: RunLog
-    folder: Path
-    trainer: TrainerConfig
-    seed: int
-    precision: str
-    """What trainer.precision came to."""
-    config: dict[str, Any]
-
-    def open(self) -> None:
-        """Write the folder's first files, once everything else is known to fit.
-
-        Raises ValueError if the folder holds a run of another configuration, or somebody's files.
-        """
-        folder, kept = self.folder, self.folder / "environment.json"
-        if list_checkpoints(folder / "checkpoints"):
-            if self.trainer.resume == "never":
-                raise ValueError(f"{folder}: holds a run already; wanted a new folder with trainer.resume=never")
-            _refuse_other_config(folder / "config.yaml", self.config)
-        elif folder.exists() and any(folder.iterdir()) and not kept.is_file():
-            raise ValueError(f"--out: {folder}: wanted a new folder or that of a run, got one with other files")
-        self.fabric.barrier()  # nobody writes before everybody has looked
-        if self.fabric.is_global_zero:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False))
-            kept.write_text(json.dumps(environment(), indent=1))
-        self.fabric.barrier()
-
-
-def start(config: Any, trainer: TrainerConfig, out: str, seed: int) -> Run:
-    """Launch the devices. ``config`` is the command's dataclass as a dict. Nothing is written before `Run.open`.
-
-    Raises ValueError on settings that cannot work.
-    """
-    precision = resolved_precision(trainer)
-    if precision not in PRECISIONS:
-        reason = " (fp16's loss scale would multiply SR-STE's term, and its range loses small gradients)"
-        raise ValueError(
-            f"trainer.precision: wanted auto, {', '.join(PRECISIONS)}, got {trainer.precision}"
-            + (reason if "16" in trainer.precision else "")
-        )
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces the precision in every process
-    try:
-        fabric = Fabric(
-            accelerator=trainer.accelerator, devices=trainer.devices, num_nodes=trainer.num_nodes,
-            precision=PRECISIONS[precision],
-        )  # fmt: skip
-    except RuntimeError as error:
-        raise ValueError(f"trainer.accelerator: {trainer.accelerator} cannot be had here: {error}") from error
-    fabric.launch()
-    folder = Path(out)
-    return Run(fabric, RunLog(folder, fabric.is_global_zero), folder, trainer, seed, precision, config)
-
-
-def resolved_precision(trainer: TrainerConfig) -> str:
-    """What trainer.precision comes to on this machine.
-
-    auto is bf16 on CUDA and on processors with AVX512-BF16; elsewhere a CPU emulates it, several times slower.
-    """
-    if trainer.precision != "auto":
-        return trainer.precision
-    if trainer.accelerator != "cpu" and torch.cuda.is_available():
-        return "bf16"
-    return "bf16" if getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else "fp32"
-
-
-def _refuse_other_config(file: Path, config: dict[str, Any]) -> None:
-    try:
-        before = _flat(yaml.safe_load(file.read_text()))
-    except (OSError, yaml.YAMLError, AttributeError) as error:
-        raise ValueError(f"{file}: wanted the configuration of the run to continue: {error}") from error
-    now = _flat(config)
-    changed = [key for key in sorted(before | now) if key not in MAY_CHANGE and before.get(key) != now.get(key)]
-    if changed:
-        shown = ", ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in changed[:4])
-        raise ValueError(f"{file.parent}: holds a run with another configuration ({shown}); choose another --out")
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            leaves |= _flat(value, f"{prefix}{key}.")
-        else:
-            leaves[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return leaves
-
-
-@dataclass
-class Task:
-    """What a task brings to the loop."""
-
-    model: nn.Module
-    """The plain module; the loop wraps it for the devices."""
-    dataset: Dataset[Any]
-    """Map-style, indexed by (epoch, index)."""
-    loss_of: Callable[[nn.Module, dict[str, Any]], Tensor]
-    """(wrapped module, batch on the device) -> scalar loss, a mean over the micro-batch."""
-    description: dict[str, Any]
-    """Goes into the weights files."""
-    title: str = "training"
-    srste_strength: float = 0.0
-    """lambda of SR-STE's term; 0 is plain straight-through."""
-    srste_decoupled: bool = False
-    """The term as a shrink after the step instead of inside the gradient."""
-    masks: MaskSchedule | None = None
-    """How the masks change over the training; None: they move from the first step to the last."""
-    workers: int = 0
-    """Loader processes per device."""
-    max_unreadable: float = 0.0
-    """Share of the images that may be unreadable before the run stops."""
-    evaluate: Callable[[], dict[str, float]] | None = None
-    """Called between steps, model in evaluation mode, masks held; returns metrics."""
-    forward: nn.Module | None = None
-    """What is wrapped for the devices and handed to ``loss_of``, if not the model itself: a module around it."""
+    @property
+    def good(self) -> bool:
+        """Whether the optimizer may see this gradient."""
+        return not self.lost and math.isfinite(self.loss) and math.isfinite(self.norm)
 
 
 def fit(run: Run, task: Task, optim: OptimConfig) -> dict[str, float]:
-    """Run (or continue) a task's optimizer steps; returns the last evaluation's metrics, or an empty dict."""
-    return _Loop(run, task, optim).run_all()
+    """Run (or continue) a task's optimizer steps; returns the last evaluation's metrics, or an empty dict.
+
+    Leaves in ``task.model`` the weights to write: those of the last step, or their moving average where there is one.
+    Raises SystemExit with `STOPPED_STATUS` when a signal asked for the end and all is saved; ValueError when the run
+    cannot go on (data, disk, memory, numbers), saying what is saved.
+    """
+    loop = _Loop(run, task, optim)
+    with run.open(), loop.signals, loop.feed:
+        loop.resume()
+        return loop.run_all()
 
 
 class _Loop:
-    """The state of one `fit`: plan, wrapped model, optimizer, topology, and the step counter."""
+    """One `fit`: what is computed on (plan, wrapped model, state), and what may end it (signals, feed, saver)."""
 
     def __init__(self, run: Run, task: Task, optim: OptimConfig) -> None:
         trainer, fabric = run.trainer, run.fabric
@@ -236,20 +81,34 @@ class _Loop:
         self.plan = BatchPlan.make(images, trainer.global_batch, trainer.device_batch, fabric.world_size)
         self.total = round(trainer.epochs * self.plan.steps_per_epoch)
         self.stop = self.total if trainer.max_steps is None else min(self.total, trainer.max_steps)
+        model = task.model
         if fabric.device.type == "cpu" and run.precision == "bf16":
-            use_plain_attention(task.model)
+            use_plain_attention(model)
         # set up before resuming: optimizer state follows its parameters' device
-        self.wrapped, self.optimizer = fabric.setup(self._compiled(), make_optimizer(task.model, optim))
-        # after it: masks live on the weights' device
-        self.masks = task.masks or MaskSchedule(task.model)
-        self.topology = Topology(task.model) if any(iter_sparse(task.model)) else None
-        run.open()
-        self.checkpoints = run.folder / "checkpoints"
+        self.wrapped, self.optimizer = fabric.setup(self._compiled(), make_optimizer(model, optim))
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.state = TrainingState(  # after it: masks and the average live on the weights' device
+            model, self.optimizer,
+            average=None if trainer.ema_decay is None else ModelEmaV3(model, decay=trainer.ema_decay),
+            masks=task.masks or MaskSchedule(model),
+            topology=Topology(model) if any(iter_sparse(model)) else None,
+        )  # fmt: skip
         self.unreadable = UnreadableImages(images, task.max_unreadable, run.log.say)
+        self.signals = StopSignals(announce=fabric.is_global_zero)
+        self.feed = Feed(
+            self._loader_at, trainer.loader_retries, run.log.say, lambda: bool(self.signals.received),
+            stuck_after=2 * trainer.loader_timeout_seconds if task.workers else None,
+        )  # fmt: skip
+        self.saver = Saver(run.checkpoints, trainer.keep_checkpoints, trainer.max_failed_saves, run.log.say)
         self.metrics: dict[str, float] = {}
-        self.losses: list[Tensor] = []
-        self.done = self._resume()
-        """Optimizer steps taken so far."""
+        self.batch: Any = None
+        """The last micro-batch; stands in for one that cannot be had, so that the other processes do not wait."""
+        self.trouble: str | None = None
+        """Why this process wants the run to end."""
+        self.ending = False
+        """All processes have agreed to end."""
+        self.whole = True
+        """Weights, optimizer and counters are those of one step: not half-way through an update."""
 
     def _compiled(self) -> nn.Module:
         """What `Fabric.setup` wraps; it compiles again around DDP, so that the all-reduces overlap."""
@@ -258,139 +117,250 @@ class _Loop:
             wanted = self.fabric.device.type == "cuda"
         return torch.compile(forward) if wanted else forward  # type: ignore[return-value]
 
-    def run_all(self) -> dict[str, float]:
-        if self.done < self.stop and self.fabric.is_global_zero:  # older than what comes now
-            (self.run.folder / "model.safetensors").unlink(missing_ok=True)
-        if self.done >= self.stop:
-            self.run.log.say(f"{self.run.folder}: complete at step {self.done}; choose another --out for a new run")
-        sampler = TrainingSampler(self.plan, self.run.seed, self.fabric.global_rank, self.done, self.stop)
-        pin = self.fabric.device.type == "cuda"
-        feed = batches(self.task.dataset, sampler, self.task.workers, pin, self.unreadable)
-        self.run.log.say(str(self.plan))
-        self.task.model.train()
-        with self.run.log.progress(self.task.title, self.done, self.stop, self.plan.global_batch) as progress:
-            while self.done < self.stop:
-                self._step(feed)
-                self._keep_books(progress)
-        if not self.metrics:
-            self._evaluate()
-        return self.metrics
-
-    def _step(self, feed: Iterator[Any]) -> None:
-        """One optimizer step over its micro-batches."""
-        epoch = self.done / self.plan.steps_per_epoch
-        self.lr = learning_rate(self.optim, epoch, self.run.trainer.epochs)
-        set_learning_rate(self.optimizer, self.lr)
-        model, strength = self.task.model, self.task.srste_strength
-        with self.masks.step(epoch) as sparse:
-            self.losses.append(self._accumulate(feed))
-            if sparse and strength and not self.task.srste_decoupled:
-                add_srste_gradient(model, strength)
-            if self.optim.clip_grad is not None:
-                self.fabric.clip_gradients(self.wrapped, self.optimizer, max_norm=self.optim.clip_grad)
-            self.optimizer.step()
-            if sparse and strength and self.task.srste_decoupled:
-                shrink_pruned(self.optimizer, model, strength)
-        self.optimizer.zero_grad()
-        self.done += 1
-
-    def _accumulate(self, feed: Iterator[Any]) -> Tensor:
-        """Forward and backward of the micro-batches; returns the mean loss, on the device."""
-        plan, total = self.plan, torch.zeros((), device=self.fabric.device)
-        for accumulation in range(plan.accumulate):
-            seed_all(self.run.seed, STEP, self.done, plan.micro_batch_number(accumulation, self.fabric.global_rank))
-            with self.fabric.no_backward_sync(self.wrapped, enabled=accumulation < plan.accumulate - 1):
-                loss = self.task.loss_of(self.wrapped, self.fabric.to_device(next(feed))) / plan.accumulate
-                self.fabric.backward(loss)
-            total += loss.detach()
-        return total
-
-    def _keep_books(self, progress: StepProgress) -> None:
-        """Logs, topology, evaluation and checkpoints, each when due and all at the end."""
-        trainer, done, last = self.run.trainer, self.done, self.done == self.stop
-        if last:
-            self.masks.finish()
-        epoch, within = divmod(done, self.plan.steps_per_epoch)
-        where = {"step": done, "epoch": done / self.plan.steps_per_epoch}
-        save = done % trainer.save_every_steps == 0 or last
-        if done % trainer.log_every_steps == 0 or save:  # at each checkpoint too: its loss is known to be finite
-            self.unreadable.settle()
-            loss = self._mean_loss()
-            rate = progress.images_per_second(done)
-            self.run.log.write("metrics.jsonl", {**where, "loss": loss, "lr": self.lr, "images_per_second": rate})
-            progress.advance(done, f"loss {loss:.4f}")
-        if self.topology is not None and (within == 0 or done == self.total):
-            moved = self.topology.update()
-            layers = {name: vars(movement) for name, movement in moved.layers.items()}
-            self.run.log.write("topology.jsonl", {**where, "total": vars(moved.total), "layers": layers})
-        if self.task.evaluate is not None and (last or (within == 0 and epoch % trainer.evaluate_every_epochs == 0)):
-            self._evaluate()
-            self.run.log.write("metrics.jsonl", {**where, **self.metrics})
-        if save:
-            self._save()
-
-    def _mean_loss(self) -> float:
-        """Mean over the steps since the last look and over all processes."""
-        loss = float(self.fabric.all_reduce(torch.stack(self.losses).mean(), reduce_op="mean"))  # type: ignore[arg-type]
-        self.losses.clear()
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"loss is {loss} at step {self.done}: start again with a lower --optim.lr and another --out"
-            )
-        return loss
-
-    def _evaluate(self) -> None:
-        model, evaluate = self.task.model, self.task.evaluate
-        if evaluate is None:
-            return
-        model.eval()
-        with hold_masks(model), torch.no_grad():
-            self.metrics = evaluate()
-        model.train()
-
-    def _save(self) -> None:
-        for name, layer in iter_sparse(self.task.model):
-            check_finite(layer.weight, name)
-        if self.fabric.is_global_zero:
-            state = {
-                "optimizer": self.optimizer.state_dict(),
-                "topology": self.topology.state_dict() if self.topology else {},
-                "masks": self.masks.state_dict(),
-            }
-            description = {**self.task.description, "step": self.done}
-            path = checkpoint_path(self.checkpoints, self.done)
-            save_checkpoint(path, self.task.model, description, state)
-            remove_old_checkpoints(self.checkpoints, self.run.trainer.keep_checkpoints)
-        self.fabric.barrier()
-
-    def _resume(self) -> int:
-        """Load the last unharmed checkpoint; returns its step, 0 if the run has none yet.
+    def resume(self) -> None:
+        """Go back to the last unharmed checkpoint, if there are any.
 
         Damaged ones that are newer are removed, or they would outlive what is saved from here on.
         """
-        found, harmed = list_checkpoints(self.checkpoints), []
-        for path in reversed(found):
+        run, state, harmed = self.run, self.state, []
+        for path in reversed(list_checkpoints(run.checkpoints)):
             try:
-                state = load_checkpoint(path, self.task.model)
+                state.restore(path)
+                break
             except ValueError as error:
                 harmed.append(path)
-                self.run.log.say(str(error))
-                continue
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.masks.load_state_dict(state["masks"])
-            if self.topology is not None:
-                self.topology.load_state_dict(state["topology"])
-            self.fabric.barrier()
-            if self.fabric.is_global_zero:
-                for damaged in harmed:
-                    shutil.rmtree(damaged)
-            self.run.log.forget_after(step_of(path))
-            self.run.log.say(f"continuing {self.run.folder} at step {step_of(path)}")
-            return step_of(path)
-        if harmed:
-            raise ValueError(f"{self.checkpoints}: no unharmed checkpoint to continue from; choose another --out")
-        self.run.log.forget_after(0)
-        return 0
+                run.log.say(str(error))
+        if harmed and not state.done:
+            raise ValueError(f"{run.checkpoints}: no unharmed checkpoint to continue from; choose another --out")
+        self.fabric.barrier()
+        if self.fabric.is_global_zero:
+            for path in harmed:
+                remove_checkpoint(path)
+        run.log.forget_after(state.done)
+        self.saver.step = state.done
+        if state.done:
+            run.log.say(f"continuing {run.folder} at step {state.done}")
+
+    def run_all(self) -> dict[str, float]:
+        run, state = self.run, self.state
+        if state.done < self.stop and self.fabric.is_global_zero:  # older than what comes now
+            (run.folder / "model.safetensors").unlink(missing_ok=True)
+        if state.done >= self.stop:
+            run.log.say(f"{run.folder}: complete at step {state.done}; choose another --out for a new run")
+        run.log.say(str(self.plan))
+        self.task.model.train()
+        self.saved_at = time.monotonic()
+        try:
+            with run.log.progress(self.task.title, state.done, self.stop, self.plan.global_batch) as progress:
+                while True:
+                    if state.booked < state.done:
+                        self._keep_books(progress)
+                    if state.done >= self.stop or self.ending:
+                        break
+                    self._step()
+        except torch.OutOfMemoryError as error:
+            self._save_in_need()
+            raise ValueError(self._memory_advice()) from error
+        except Exception:
+            self._save_in_need()
+            raise
+        if self.ending and (state.done < self.stop or self.trouble):
+            self._end()
+        self.saver.wait()
+        if self.saver.failed:
+            raise ValueError(f"{run.folder}: the last checkpoint could not be written; the same command goes on")
+        if not self.metrics:
+            self._evaluate()
+        if state.average is not None:
+            self.task.model.load_state_dict(state.average.module.state_dict())
+        return self.metrics
+
+    def _step(self) -> None:
+        """One optimizer step over its micro-batches, if all processes find it good."""
+        state, model, strength = self.state, self.task.model, self.task.srste_strength
+        epoch = state.done / self.plan.steps_per_epoch
+        set_learning_rate(self.optimizer, learning_rate(self.optim, epoch, self.run.trainer.epochs))
+        with state.masks.step(epoch) as sparse:
+            losses, indices = self._accumulate()
+            if sparse and strength and not self.task.srste_decoupled:
+                add_srste_gradient(model, strength)
+            norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            verdict = self._agree(losses.sum(), norm)
+            self.whole = False
+            if verdict.good:
+                if self.optim.clip_grad is not None:
+                    nn.utils.clip_grads_with_norm_(self.parameters, self.optim.clip_grad, norm)
+                self.optimizer.step()
+                if sparse and strength and self.task.srste_decoupled:
+                    shrink_pruned(self.optimizer, model, strength)
+                if state.average is not None:
+                    state.average.update(model)
+        self.optimizer.zero_grad()
+        self.ending = verdict.ending > 0
+        if verdict.good:
+            state.losses.append(verdict.loss)
+        elif not verdict.lost:
+            self._record_bad(verdict, losses, indices)
+        state.bad.count(not verdict.good and not verdict.lost)
+        state.done += not verdict.lost
+        self.whole = True
+
+    def _accumulate(self) -> tuple[Tensor, Tensor]:
+        """Forward and backward of the micro-batches; their shares of the loss ``[K]`` and their images ``[K, B]``."""
+        plan, losses, indices = self.plan, [], []
+        for number in range(plan.accumulate):
+            batch = self.fabric.to_device(self._micro_batch(number))
+            seed_all(self.run.seed, STEP, self.state.done, plan.micro_batch_number(number, self.fabric.global_rank))
+            with self.fabric.no_backward_sync(self.wrapped, enabled=number < plan.accumulate - 1):
+                loss = self.task.loss_of(self.wrapped, batch) / plan.accumulate
+                self.fabric.backward(loss)
+            losses.append(loss.detach())
+            indices.append(batch["index"])
+        return torch.stack(losses), torch.stack(indices)
+
+    def _micro_batch(self, number: int) -> Any:
+        if self.trouble is None:
+            try:
+                self.batch = self.feed.micro_batch(self.state.done, number)
+            except ValueError as error:
+                if self.batch is None:
+                    raise
+                self.trouble = str(error)
+        return self.batch
+
+    def _loader_at(self, step: int) -> Iterator[Any]:
+        sampler = TrainingSampler(self.plan, self.run.seed, self.fabric.global_rank, step, self.stop)
+        pin, timeout = self.fabric.device.type == "cuda", self.run.trainer.loader_timeout_seconds
+        return batches(self.task.dataset, sampler, self.task.workers, pin, self.unreadable, timeout)
+
+    def _agree(self, loss: Tensor, norm: Tensor) -> _Verdict:
+        """One all-reduce, and the step's one wait for the device: a NaN or a wish of any process reaches all."""
+        self.saver.look()
+        lost = self.trouble is not None
+        ending = lost or self.signals.received is not None or self.saver.failure is not None
+        flags = torch.tensor([ending, lost], dtype=loss.dtype, device=loss.device)
+        mine = torch.cat([torch.stack([loss, norm.to(loss.dtype)]), flags])
+        return _Verdict(*self.fabric.all_reduce(mine, reduce_op="mean").tolist())  # type: ignore[union-attr]
+
+    def _record_bad(self, verdict: _Verdict, losses: Tensor, indices: Tensor) -> None:
+        """Write down whose images a step without good numbers had; too many in a row end the run."""
+        step, bad, gather = self.state.done + 1, self.state.bad, self.fabric.all_gather
+        shape = (self.plan.world, self.plan.accumulate, self.plan.micro_batch)
+        own = gather(losses * self.plan.accumulate).view(shape[:2])  # type: ignore[union-attr]
+        record = bad_record(own, gather(indices).view(shape), self.task.filename)  # type: ignore[union-attr]
+        numbers = {"loss": str(verdict.loss), "gradient_norm": str(verdict.norm)}
+        self.run.log.write("bad-batches.jsonl", {"step": step, **numbers, "micro_batches": record})
+        said = f"loss is {verdict.loss} at step {step}, the norm of its gradient {verdict.norm}"
+        self.run.log.say(f"warning: step skipped: {said}; its images stand in bad-batches.jsonl")
+        if bad.in_a_row + 1 >= self.run.trainer.max_bad_steps:
+            self.ending = True
+            self.trouble = f"{said}, bad step {bad.in_a_row + 1} in a row: try a lower --optim.lr and another --out"
+
+    def _keep_books(self, progress: StepProgress) -> None:
+        """Evaluation, logs, topology and checkpoints, each when due and all at the end.
+
+        The evaluation comes first: should it fail, the step is saved, and the run that goes on keeps its books.
+        """
+        trainer, state, done, last = self.run.trainer, self.state, self.state.done, self.state.done == self.stop
+        if last:
+            state.masks.finish()
+        epoch, within = divmod(done, self.plan.steps_per_epoch)
+        where = {"step": done, "epoch": done / self.plan.steps_per_epoch}
+        evaluated = self.task.evaluate is not None and (
+            last or (within == 0 and epoch % trainer.evaluate_every_epochs == 0)
+        )
+        if evaluated:
+            self._evaluate()
+        if done % trainer.log_every_steps == 0 or last:
+            self.unreadable.settle()
+            loss = {"loss": fmean(state.losses)} if state.losses else {}
+            lr = learning_rate(self.optim, (done - 1) / self.plan.steps_per_epoch, trainer.epochs)
+            bad = {"bad_steps": state.bad.total} if state.bad.total else {}
+            rate = {"images_per_second": progress.images_per_second(done)}
+            self.run.log.write("metrics.jsonl", {**where, **loss, "lr": lr, **rate, **bad})
+            progress.advance(done, f"loss {loss['loss']:.4f}" if loss else "no good step")
+            state.losses.clear()
+        if state.topology is not None and (within == 0 or done == self.total):
+            moved = state.topology.update()
+            layers = {name: vars(movement) for name, movement in moved.layers.items()}
+            self.run.log.write("topology.jsonl", {**where, "total": vars(moved.total), "layers": layers})
+        best = False
+        if evaluated:
+            self.run.log.write("metrics.jsonl", {**where, **self.metrics})
+            wanted, higher = self.task.best_by, self.task.higher_is_better
+            best = wanted is not None and state.is_best(self.metrics[wanted], higher)
+        state.booked = done
+        minutes = (time.monotonic() - self.saved_at) / 60
+        timed = trainer.save_every_minutes is not None and minutes >= trainer.save_every_minutes
+        if last or best or timed or done % trainer.save_every_steps == 0:
+            self._save()
+
+    def _evaluate(self) -> None:
+        """Metrics of what would be written now: the average's where there is one, and the model's as ``raw_`` then."""
+        if self.task.evaluate is None:
+            return
+        self.metrics = self._metrics_of(self.task.model)
+        if self.state.average is not None:
+            average = self.state.masks.share(self.state.average.module)
+            raw = {f"raw_{name}": value for name, value in self.metrics.items()}
+            self.metrics = {**self._metrics_of(average), **raw}
+
+    def _metrics_of(self, model: nn.Module) -> dict[str, float]:
+        assert self.task.evaluate is not None
+        training = model.training
+        model.eval()
+        with hold_masks(model), torch.no_grad():
+            metrics = self.task.evaluate(model)
+        model.train(training)
+        return metrics
+
+    def _save(self) -> None:
+        """Begin to write a checkpoint; only the first process does."""
+        self.saved_at = time.monotonic()
+        if self.fabric.is_global_zero:
+            best = self.state.best
+            files, metadata = self.state.to_save(self.task.description)
+            self.saver.save(self.state.done, files, metadata, best=int(best["step"]) if best else None)
+
+    def _save_in_need(self) -> None:
+        """Before an error ends the run: a lost process, a failed evaluation, no memory. Its own errors do not count."""
+        with suppress(Exception):
+            self.saver.wait()
+            if self.whole and self.state.done > self.saver.step:
+                self._save()
+                self.saver.wait()
+
+    def _end(self) -> NoReturn:
+        """Save and leave, all processes together; the first one says why, and gives the status."""
+        unsaved = ""
+        try:
+            if self.state.done != self.saver.step or self.saver.failed:
+                self._save()
+            self.saver.wait()
+        except ValueError as error:  # weights that are not finite
+            unsaved = f"; not saved: {error}"
+        trouble, signal = self.trouble or self.saver.failure, self.signals.received
+        for rank in range(self.fabric.world_size):
+            theirs = self.fabric.broadcast((trouble, signal), src=rank)
+            trouble, signal = trouble or theirs[0], signal or theirs[1]
+        if not self.fabric.is_global_zero:
+            raise SystemExit(0)  # another status has launchers kill the first process
+        kept = list_checkpoints(self.run.checkpoints)
+        last = f"{unsaved}; the last checkpoint is {kept[-1] if kept else 'none'}"
+        if signal is None or unsaved or self.saver.failed:
+            raise ValueError(f"{trouble or signal}{last}")
+        self.run.log.say(f"ended by {signal} at step {self.state.done}{last}; the same command goes on")
+        raise SystemExit(STOPPED_STATUS)
+
+    def _memory_advice(self) -> str:
+        batch, share = self.plan.micro_batch, self.plan.micro_batch * self.plan.accumulate
+        smaller = [size for size in range(1, batch // 2 + 1) if share % size == 0]
+        advice = (
+            f"--trainer.device_batch {smaller[-1]} takes about half of the activations' memory at the same global "
+            f"batch of {self.plan.global_batch}, by accumulation (with --trainer.resume anyway in a run that has begun)"
+            if smaller else "wanted a smaller model, more processes, or a larger device"
+        )  # fmt: skip
+        return f"out of memory on {self.fabric.device} with {batch} images per forward: {advice}"
 
 
 def use_plain_attention(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ process writes.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 import time
@@ -19,12 +20,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sparsemae.models.weights import fsync
+
 PLAIN_LINE_SECONDS = 10.0
 _PACKAGES = ("sparsemae", "torch", "torchvision", "timm", "lightning-fabric", "torchmetrics", "numpy", "pillow")
 
 
 class RunLog:
-    """Writes ``metrics.jsonl`` and ``topology.jsonl`` of a run's folder, and prints progress.
+    """Writes the ``.jsonl`` files of a run's folder, and prints progress.
 
     Args:
         folder: the run's folder; None: print only.
@@ -35,27 +38,37 @@ class RunLog:
         self.folder, self.active = folder if active else None, active
         self.console = Console(stderr=True, quiet=not active, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
+        self._unwritten: dict[str, str] = {}
 
     def say(self, text: str) -> None:
         """Print one message, above the progress bar where there is one."""
         (self._bar.console if self._bar else self.console).print(text, markup=False)
 
     def write(self, file: str, record: Mapping[str, Any]) -> None:
-        """Append one JSON line to a file of the run's folder."""
-        if self.folder is not None:
-            with (self.folder / file).open("a") as stream:
-                stream.write(json.dumps(record) + "\n")
+        """Append one JSON line to a file of the run's folder; on a full disk it waits for the next one."""
+        if self.folder is None:
+            return
+        lines = self._unwritten.pop(file, "") + json.dumps(record) + "\n"
+        path = self.folder / file
+        size = path.stat().st_size if path.is_file() else 0
+        try:
+            with path.open("a") as stream:
+                stream.write(lines)
+        except OSError as error:
+            if path.is_file():
+                os.truncate(path, size)  # what was written of it
+            self._unwritten[file] = lines
+            self.say(f"warning: {path}: could not be written: {error.strerror}; the line is kept")
 
     def forget_after(self, step: int) -> None:
         """Drop the lines of steps beyond the checkpoint that a run continues from, so that no step stands twice."""
         if self.folder is None:
             return
-        for file in (self.folder / "metrics.jsonl", self.folder / "topology.jsonl"):
+        for name in ("metrics.jsonl", "topology.jsonl", "bad-batches.jsonl"):
+            file = self.folder / name
             if file.is_file():
                 lines = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
-                temporary = file.with_suffix(".tmp")
-                temporary.write_text("".join(line + "\n" for line in lines))
-                temporary.replace(file)
+                write_whole(file, "".join(line + "\n" for line in lines))
 
     @contextmanager
     def progress(
@@ -105,6 +118,17 @@ class StepProgress:
             self._log.say(
                 f"{self._title}: {self._unit} {step}/{self._total}, {rate:,.0f} images/s, {left:,.0f} s left, {status}"
             )
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a text file; it appears whole or not at all, a kill at any moment included."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        temporary.write_text(text)
+        fsync(temporary)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _step_of(line: str) -> int:

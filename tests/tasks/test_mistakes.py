@@ -76,6 +76,9 @@ def test_data(refused: Callable[..., str], tmp_path: Path, image_folder: Path, j
         (["--trainer.max_steps", "0"], "trainer.max_steps: wanted at least 1, got 0"),
         (["--trainer.log_every_steps", "0"], "trainer.log_every_steps: wanted at least 1, got 0"),
         (["--trainer.epochs", "0"], "trainer.epochs: wanted more than 0, got 0"),
+        (["--trainer.save_every_minutes", "0"], "trainer.save_every_minutes: wanted more than 0, got 0"),
+        (["--trainer.loader_retries", "-1"], "trainer.loader_retries: wanted at least 0, got -1"),
+        (["--trainer.ema_decay", "1"], "trainer.ema_decay: wanted 0 to 1, got 1"),
         (["--trainer.epochs", "1"], "optim.warmup_epochs: wanted fewer than trainer.epochs=1, got 1"),
         (["--trainer.accelerator", "mps"], "trainer.accelerator: mps cannot be had here"),
         (["--seed", "-1"], "seed: wanted 0 or more, got -1"),
@@ -156,8 +159,10 @@ def test_commands(refused: Callable[..., str], tmp_path: Path, capsys: pytest.Ca
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(refused: Callable[..., str], tmp_path: Path) -> None:
-    line = refused(*tiny("pretrain", tmp_path / "run", "--optim.lr", "1e30", "--optim.warmup_epochs", "0"))
+    words = tiny("pretrain", tmp_path / "run", "--optim.lr", "1e30", "--optim.warmup_epochs", "0")
+    line = refused(*words, "--trainer.max_bad_steps", "2")
     assert "loss is nan at step" in line
+    assert "bad step 2 in a row: try a lower --optim.lr" in line
 
 
 def test_gray_and_transparent_images_are_read(tmp_path: Path, image_folder: Path) -> None:

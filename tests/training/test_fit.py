@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import metrics, tiny
+from lightning_fabric import Fabric
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparsemae.cli import main
 from sparsemae.models.weights import read_weights
@@ -78,10 +80,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path
     words = tiny("pretrain", tmp_path / "run", "--trainer.save_every_steps", "1", "--trainer.max_steps", "4")
     main(words)
     last = tmp_path / "run" / "checkpoints" / "step-00000004"
-    (last / "training.pt").write_bytes((last / "training.pt").read_bytes()[:-9])
+    (last / "training.safetensors").write_bytes((last / "training.safetensors").read_bytes()[:-9])
     main([*words, "--trainer.max_steps", "6"])
     errors = capfd.readouterr().err
-    assert "step-00000004: damaged checkpoint: training.pt" in errors
+    assert "step-00000004: damaged checkpoint: training.safetensors" in errors
     assert "continuing" in errors
     assert "at step 3" in errors
     assert not last.exists()
@@ -100,8 +102,20 @@ def test_a_run_without_an_unharmed_checkpoint_does_not_start_over(
 
 
 def test_a_run_that_failed_before_its_first_checkpoint_leaves_no_lines(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit):
-        main(tiny("pretrain", tmp_path / "run", "--optim.lr", "1e30"))
+    steps = 0
+
+    def fail(*_: object) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            raise RuntimeError("half-way through an update: nothing to save")
+
+    hook = register_optimizer_step_post_hook(fail)
+    with pytest.raises(RuntimeError, match="half-way"):
+        main(tiny("pretrain", tmp_path / "run"))
+    hook.remove()
+    assert len(metrics(tmp_path / "run")) == 2
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
     main(tiny("pretrain", tmp_path / "run"))
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
@@ -109,7 +123,7 @@ def test_a_run_that_failed_before_its_first_checkpoint_leaves_no_lines(tmp_path:
 def test_masks_are_looked_at_where_the_weights_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Topology is made after the model has been moved: its reference must lie on the weights' device."""
     order: list[str] = []
-    monkeypatch.setattr(fit.Fabric, "setup", _noted(order, "setup", fit.Fabric.setup))
+    monkeypatch.setattr(Fabric, "setup", _noted(order, "setup", Fabric.setup))
     monkeypatch.setattr(fit, "Topology", _noted(order, "topology", fit.Topology))
     main(tiny("pretrain", tmp_path / "run", "--trainer.max_steps", "1"))
     assert order == ["setup", "topology"]
@@ -169,7 +183,8 @@ def test_the_linear_rule_scales_both_rates(tmp_path: Path) -> None:
 def test_the_runs_folder(tmp_path: Path) -> None:
     main(tiny("pretrain", tmp_path / "run"))
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        "checkpoints", "config.yaml", "environment.json", "metrics.jsonl", "model.safetensors", "topology.jsonl",
+        ".lock", "checkpoints", "config.yaml", "environment.json", "metrics.jsonl", "model.safetensors",
+        "topology.jsonl",
     ]  # fmt: skip
     rows = metrics(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]

@@ -1,0 +1,141 @@
+"""The start of a run: its devices, and the folder that it alone writes into."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning_fabric import Fabric
+
+from sparsemae.training.checkpoint import list_checkpoints, remove_leftovers
+from sparsemae.training.config import PRECISIONS, TrainerConfig, differences, resolved_precision
+from sparsemae.training.lock import run_lock
+from sparsemae.training.logs import RunLog, environment, write_whole
+
+
+@dataclass
+class Run:
+    """The devices, and the folder that holds what comes out."""
+
+    fabric: Fabric
+    log: RunLog
+    folder: Path
+    trainer: TrainerConfig
+    """As configured, device_batch resolved."""
+    seed: int
+    precision: str
+    """What trainer.precision came to."""
+    config: dict[str, Any]
+    changed: list[str]
+    """How the configuration differs from that of the run in the folder."""
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints lie."""
+        return self.folder / "checkpoints"
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Within: the folder is locked, and its first files are written. Enter it once all else is known to fit.
+
+        Raises ValueError, on all processes, if the folder holds a run of another configuration or somebody's files,
+        or another run is writing into it.
+        """
+        problem: str | None = None
+        with ExitStack() as held:
+            if self.fabric.is_global_zero:
+                try:
+                    self._check_folder()
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    held.enter_context(run_lock(self.folder, self.log.say))
+                    remove_leftovers(self.checkpoints)
+                    # first: it is what tells a run's folder from somebody's
+                    write_whole(self.folder / "environment.json", json.dumps(environment(), indent=1))
+                    write_whole(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
+                except (ValueError, OSError) as error:
+                    problem = str(error)
+            problem = self.fabric.broadcast(problem)
+            if problem is not None:
+                raise ValueError(problem)
+            yield
+
+    def _check_folder(self) -> None:
+        folder = self.folder
+        if list_checkpoints(self.checkpoints):
+            if self.trainer.resume == "never":
+                raise ValueError(f"{folder}: holds a run already; wanted a new folder with trainer.resume=never")
+            if self.changed and self.trainer.resume != "anyway":
+                raise ValueError(
+                    f"{folder}: holds a run with another configuration ({', '.join(self.changed[:4])}); "
+                    "choose another --out, or go on with --trainer.resume anyway"
+                )
+        elif not (folder / "environment.json").is_file() and folder.exists():
+            others = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+            if others:
+                raise ValueError(f"--out: {folder}: wanted a new folder or that of a run, got one with other files")
+
+
+def start(config: Any, trainer: TrainerConfig, out: str, seed: int) -> Run:
+    """Launch the devices. ``config`` is the command's dataclass. Nothing is written before `Run.open`.
+
+    Raises ValueError on settings that cannot work.
+    """
+    precision = resolved_precision(trainer)
+    if precision not in PRECISIONS:
+        reason = " (fp16's loss scale would multiply SR-STE's term, and its range loses small gradients)"
+        raise ValueError(
+            f"trainer.precision: wanted auto, {', '.join(PRECISIONS)}, got {trainer.precision}"
+            + (reason if "16" in trainer.precision else "")
+        )
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces the precision in every process
+    try:
+        fabric = Fabric(
+            accelerator=trainer.accelerator, devices=trainer.devices, num_nodes=trainer.num_nodes,
+            precision=PRECISIONS[precision],
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise ValueError(f"trainer.accelerator: {trainer.accelerator} cannot be had here: {error}") from error
+    fabric.launch()
+    folder = Path(out)
+    before = _kept_config(folder)
+    trainer = _with_device_batch(trainer, fabric.world_size, before, folder)
+    now = {**asdict(config), "trainer": asdict(trainer)}
+    changed = differences(before, now, asdict(type(config)())) if before else []
+    return Run(fabric, RunLog(folder, fabric.is_global_zero), folder, trainer, seed, precision, now, changed)
+
+
+def _kept_config(folder: Path) -> dict[str, Any]:
+    """The configuration of the run in the folder, device_batch resolved; empty if there is none to continue."""
+    if not list_checkpoints(folder / "checkpoints"):
+        return {}
+    try:
+        before = yaml.safe_load((folder / "config.yaml").read_text())
+        trainer = before["trainer"]
+        if trainer["device_batch"] is None:  # written before it was resolved
+            trainer["device_batch"] = trainer["global_batch"] // (trainer["devices"] * trainer["num_nodes"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ZeroDivisionError) as error:
+        file = folder / "config.yaml"
+        raise ValueError(f"{file}: wanted the configuration of the run to continue: {error}") from error
+    return before  # type: ignore[no-any-return]
+
+
+def _with_device_batch(trainer: TrainerConfig, world: int, before: dict[str, Any], folder: Path) -> TrainerConfig:
+    """The micro-batch is part of what is computed (mixup and drop path draw for each): a run keeps its own."""
+    if trainer.device_batch is not None or trainer.global_batch % world:
+        return trainer
+    if not before:
+        return replace(trainer, device_batch=trainer.global_batch // world)
+    kept = before["trainer"]["device_batch"]
+    if trainer.global_batch % (world * kept):
+        raise ValueError(
+            f"trainer.devices: {folder} was begun with {kept} images per device and forward, which {world} processes "
+            f"cannot keep at a global batch of {trainer.global_batch}; take at most {trainer.global_batch // kept}, or "
+            "give that up with --trainer.device_batch and --trainer.resume anyway"
+        )
+    return replace(trainer, device_batch=kept)

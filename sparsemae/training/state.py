@@ -1,0 +1,95 @@
+"""All that a run must remember to go on as if nothing had happened. The rest follows from the seed and the step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from sparsemae.models.weights import load_weights, public_state
+from sparsemae.sparsity import MaskSchedule, Topology, iter_sparse
+from sparsemae.sparsity.pattern import check_finite
+from sparsemae.training.bad_steps import BadSteps
+from sparsemae.training.checkpoint import AVERAGE, TRAINING, WEIGHTS, Tensors, flatten, load_checkpoint, unflatten
+
+
+@dataclass
+class TrainingState:
+    """Weights, optimizer, average, masks and counters, to and from a checkpoint."""
+
+    model: nn.Module
+    optimizer: Any
+    """Fabric's, or torch's own."""
+    average: ModelEmaV3 | None
+    """Moving average of the latent weights; its masks follow from them, fixed ones are shared."""
+    masks: MaskSchedule
+    topology: Topology | None
+    bad: BadSteps = field(default_factory=BadSteps)
+    done: int = 0
+    """Optimizer steps taken, or skipped for their bad numbers."""
+    booked: int = 0
+    """How many of them are logged, evaluated and saved where due."""
+    losses: list[float] = field(default_factory=list)
+    """Of the steps since the last line of the log, over all processes."""
+    best: dict[str, float] | None = None
+    """Step and value of the best metric so far."""
+
+    def is_best(self, value: float, higher_is_better: bool) -> bool:
+        """Note the metric of now if it is better than all before."""
+        sign = 1 if higher_is_better else -1
+        if self.best is not None and sign * value <= sign * self.best["value"]:
+            return False
+        self.best = {"step": self.done, "value": value}
+        return True
+
+    def to_save(self, description: Mapping[str, Any]) -> tuple[dict[str, Tensors], dict[str, dict[str, Any]]]:
+        """Tensors (not copied) and metadata by file, as `save_checkpoint` takes them.
+
+        Raises ValueError naming the layer if a sparse weight is not finite.
+        """
+        for name, layer in iter_sparse(self.model):
+            check_finite(layer.weight, name)
+        optimizer = {str(index): moments for index, moments in self.optimizer.state_dict()["state"].items()}
+        topology = self.topology.state_dict() if self.topology else {}
+        training = {"optimizer": optimizer, "topology": topology, "masks": self.masks.state_dict()}
+        files = {WEIGHTS: public_state(self.model), TRAINING: flatten(training)}
+        weights = {**description, "step": self.done}
+        metadata = {WEIGHTS: weights, TRAINING: self._counters()}
+        if self.average is not None:
+            files[AVERAGE], metadata[AVERAGE] = public_state(self.average.module), weights
+        return files, metadata
+
+    def _counters(self) -> dict[str, Any]:
+        return {
+            "done": self.done, "booked": self.booked, "losses": list(self.losses), "best": self.best,
+            "bad": asdict(self.bad),
+        }  # fmt: skip
+
+    def restore(self, path: Path) -> None:
+        """Become what a checkpoint holds.
+
+        Raises ValueError, naming it, if it is harmed, or of another architecture or another kind of run.
+        """
+        files, counters = load_checkpoint(path)
+        try:
+            load_weights(self.model, files[WEIGHTS], strict=True)
+            if self.average is not None and AVERAGE in files:
+                load_weights(self.average.module, files[AVERAGE], strict=True)
+            elif self.average is not None:  # an average that begins here
+                self.average.set(self.model)
+            training = unflatten(files[TRAINING])
+            moments = {int(index): state for index, state in training.get("optimizer", {}).items()}
+            groups = self.optimizer.state_dict()["param_groups"]  # the configuration's; the checkpoint has none
+            self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+            self.masks.load_state_dict(training.get("masks", {}))
+            if self.topology is not None:
+                self.topology.load_state_dict(training["topology"])
+            self.bad = BadSteps(**counters["bad"])
+            self.done, self.booked = int(counters["done"]), int(counters["booked"])
+            self.losses, self.best = list(counters["losses"]), counters["best"]
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{path}: wanted a checkpoint of this run: {error}") from error

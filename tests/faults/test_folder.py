@@ -1,0 +1,69 @@
+"""One run in a folder at a time, a lock that does not outlive its run, and one number of processes after another."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import metrics, tiny
+from harness import Job, run, wait_for
+
+from sparsemae.cli import main
+from sparsemae.models.weights import read_weights
+
+
+@pytest.mark.slow
+@pytest.mark.holds("survive.4")
+def test_a_second_run_in_the_same_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str], figure: Any) -> None:
+    """A second run in a folder in use is refused, naming the process; after a kill -9 the lock counts as stale."""
+    words = tiny("pretrain", tmp_path / "run", "--trainer.epochs", "2000")
+    job = Job([*words, "--data.workers", "2"])
+    wait_for((tmp_path / "run" / "metrics.jsonl").is_file)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*.yaml")}
+    with pytest.raises(SystemExit) as exit_:
+        main(words)
+    assert exit_.value.code == 2
+    pid, host = job.processes[0].pid, os.uname().nodename
+    assert f"in use by process {pid} on {host}" in capfd.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*.yaml")}
+    job.kill(signal.SIGKILL)
+    job.wait()
+    main([*words, "--trainer.max_steps", "2"])  # at once: the loader's processes still live
+    assert f"the lock is stale: process {pid} on {host} ended without" in capfd.readouterr().err
+    main([*words, "--trainer.max_steps", "2"])
+    assert "stale" not in capfd.readouterr().err
+    figure("refused with process and host, nothing changed; the lock of a killed run is stale")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_another_number_of_processes(tmp_path: Path, first: int, then: int) -> None:
+    """Continued on 1 process instead of 2, and on 2 instead of 1: the same weights."""
+    options = ["--mixup", "0.8", "--model.drop_path", "0.3", "--erasing", "0.5", "--trainer.ema_decay", "0.9"]
+    options += ["--trainer.device_batch", "8"] if first == 1 else []
+    words = [tiny("finetune", tmp_path / name, *options) for name in ("whole", "parts")]
+    assert run(words[0], first)[0] == [0] * first
+    assert run([*words[1], "--trainer.max_steps", "3"], first)[0] == [0] * first
+    assert yaml.safe_load((tmp_path / "parts" / "config.yaml").read_text())["trainer"]["device_batch"] == 8
+    statuses, output = run(words[1], then)
+    assert statuses == [0] * then, output
+    one, other = read_weights(tmp_path / "whole")[0], read_weights(tmp_path / "parts")[0]
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert [row.get("loss") for row in metrics(tmp_path / "whole")] == [
+        row.get("loss") for row in metrics(tmp_path / "parts") if row["step"] != 3 or "loss" in row
+    ]
+
+
+@pytest.mark.slow
+def test_processes_that_cannot_keep_the_micro_batch_are_refused(tmp_path: Path) -> None:
+    words = tiny("pretrain", tmp_path / "run")
+    main([*words, "--trainer.max_steps", "1"])
+    statuses, output = run(words, 2)
+    assert statuses == [2, 2]
+    assert "was begun with 16 images per device and forward, which 2 processes cannot keep at a global batch" in output
+    given_up = [*words, "--trainer.device_batch", "8"]
+    assert "trainer.device_batch was 16, is 8" in run(given_up, 2)[1]
+    assert run([*given_up, "--trainer.resume", "anyway"], 2)[0] == [0, 0]

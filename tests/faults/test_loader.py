@@ -1,0 +1,158 @@
+"""A loader whose worker dies or hangs, and a source that goes away: started again, or a clear end with a checkpoint."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from sparsemae.cli import main
+from sparsemae.models.weights import read_weights
+from sparsemae.training import feed
+from sparsemae.training.checkpoint import list_checkpoints, load_checkpoint
+from sparsemae.training.feed import Feed
+
+
+def equal(one: Path, other: Path) -> bool:
+    a, b = read_weights(one)[0], read_weights(other)[0]
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def children() -> list[int]:
+    """Loader processes of this one."""
+    return [int(word) for word in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+
+
+def after_step(wanted: int, do: Callable[[], None]) -> Any:
+    """Do something once, in the middle of an optimizer step's update."""
+    steps = 0
+
+    def count(*_: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == wanted:
+            do()
+
+    return register_optimizer_step_post_hook(count)
+
+
+@pytest.mark.slow
+@pytest.mark.holds("survive.4")
+@pytest.mark.parametrize("fault", ["killed", "hung"])
+def test_a_worker(tmp_path: Path, capfd: pytest.CaptureFixture[str], fault: str, figure: Any) -> None:
+    """A loader worker is killed with -9, or stopped so that it hangs: started again, the same weights."""
+    options = ["--data.workers", "1", "--trainer.epochs", "6"]
+    main(tiny("pretrain", tmp_path / "whole", *options))
+    before = children()
+    number = signal.SIGKILL if fault == "killed" else signal.SIGSTOP
+
+    def strike() -> None:
+        for child in set(children()) - set(before):
+            os.kill(child, number)
+        time.sleep(0.1)  # the death is told here, in the middle of an update
+
+    hook = after_step(5, strike)
+    timeout = ["--trainer.loader_timeout_seconds", "2"]
+    main(tiny("pretrain", tmp_path / "run", *options, *timeout))
+    hook.remove()
+    errors = capfd.readouterr().err
+    assert "DataLoader" in errors
+    assert "trying again in 1 s (1 of 6)" in errors
+    assert equal(tmp_path / "whole", tmp_path / "run")
+    figure(f"worker {fault}: started again, weights equal")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_source_that_comes_back(
+    tmp_path: Path, image_folder: Path, capfd: pytest.CaptureFixture[str], workers: str
+) -> None:
+    """The folder of the images is away for a second: waited for, the same weights."""
+    words = on(image_folder, workers)
+    main(words(tmp_path / "whole"))
+    away = image_folder.with_name("away")
+
+    def hide() -> None:
+        image_folder.rename(away)
+        threading.Timer(1.5, lambda: away.rename(image_folder)).start()
+
+    hook = after_step(4, hide)
+    main(words(tmp_path / "run"))
+    hook.remove()
+    errors = capfd.readouterr().err
+    assert "No such file or directory; trying again in 1 s (1 of 6)" in errors
+    assert equal(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_source_that_stays_away(
+    tmp_path: Path, image_folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder of the images goes for good: one line, and a checkpoint of the last step, from which it goes on."""
+    words = on(image_folder, "0")
+    main(words(tmp_path / "whole"))
+    pauses: list[float] = []
+    monkeypatch.setattr(feed.time, "sleep", pauses.append)
+    away = image_folder.with_name("away")
+    hook = after_step(4, lambda: image_folder.rename(away) and None)
+    with pytest.raises(SystemExit) as exit_:
+        main(words(tmp_path / "run"))
+    hook.remove()
+    assert exit_.value.code == 2
+    assert pauses == [1, 2, 4, 8, 16, 32]
+    (last,) = list_checkpoints(tmp_path / "run" / "checkpoints")
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert "error: no data at step 4: " in error
+    assert f"No such file or directory (tried 7 times); the last checkpoint is {last}" in error
+    assert load_checkpoint(last)[1]["done"] == 4
+    away.rename(image_folder)
+    main(words(tmp_path / "run"))
+    assert equal(tmp_path / "whole", tmp_path / "run")
+
+
+def on(folder: Path, workers: str) -> Callable[[Path], list[str]]:
+    """Words of a pretraining run on a folder of images."""
+
+    def words(out: Path) -> list[str]:
+        options = ["--data.source", "folder", "--data.root", str(folder), "--data.workers", workers]
+        return tiny("pretrain", out, *options, "--trainer.global_batch", "8", "--trainer.epochs", "6")
+
+    return words
+
+
+def test_a_mistake_is_not_tried_again() -> None:
+    def broken(step: int) -> Any:
+        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0")
+        yield
+
+    with Feed(broken, retries=3, say=print) as micro_batches, pytest.raises(RuntimeError, match="Caught"):
+        micro_batches.micro_batch(0, 0)
+
+
+def test_a_loader_begins_again_at_the_same_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed.time, "sleep", lambda _: None)
+    failures = [(1, 2), (1, 2), (2, 0)]
+
+    def loader(step: int) -> Any:
+        for now in range(step, 3):
+            for number in range(3):
+                if failures and failures[0] == (now, number):
+                    raise ConnectionError(f"gone at {failures.pop(0)}")
+                yield now, number
+
+    said: list[str] = []
+    with Feed(loader, retries=2, say=said.append) as micro_batches:
+        given = [micro_batches.micro_batch(step, number) for step in range(3) for number in range(3)]
+    assert given == [(step, number) for step in range(3) for number in range(3)]
+    assert len(said) == 3
+    failures[:] = [(0, 0)] * 3
+    hurried = Feed(loader, retries=2, say=said.append, in_a_hurry=lambda: True)
+    with hurried, pytest.raises(ValueError, match=r"no data at step 0: gone at \(0, 0\) \(tried 1 times\)"):
+        hurried.micro_batch(0, 0)
