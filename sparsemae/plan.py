@@ -151,7 +151,7 @@ def plan(config: PlanConfig) -> Plan:
         config.device_batch or trainer.device_batch,
         world,
     )
-    total = round(trainer.epochs * batches.steps_per_epoch)
+    total = trainer.schedule_steps(batches.steps_per_epoch)
     steps = min(total, trainer.max_steps or total)
 
     encoder, decoder_parameters, forwards = _count(
@@ -171,7 +171,7 @@ def plan(config: PlanConfig) -> Plan:
     result = Plan(
         title=f"{config.recipe}: {job}, {recipe.model.name} at {recipe.data.img_size} px, {recipe.sparse.pattern}",
         encoder=encoder, decoder_parameters=decoder_parameters, forwards=forwards,
-        batches=batches, epochs=trainer.epochs, steps=steps, memory=memory,
+        batches=batches, epochs=total / batches.steps_per_epoch, steps=steps, memory=memory,
         memory_title=f"{batches.micro_batch} images, {precision}, {'plain' if plain else 'fused'} attention, "
         "without torch.compile and the device's own context",
         checkpoint_bytes=memory.weights + memory.optimizer + topology_bytes,

@@ -36,7 +36,14 @@ from sparsemae.training.checkpoint import (
     step_of,
 )
 from sparsemae.training.logs import RunLog, StepProgress, environment
-from sparsemae.training.optim import OptimConfig, learning_rate, make_optimizer, scaled_to_batch, set_learning_rate
+from sparsemae.training.optim import (
+    OptimConfig,
+    in_epochs,
+    learning_rate,
+    make_optimizer,
+    scaled_to_batch,
+    set_learning_rate,
+)
 
 PRECISIONS: dict[str, Any] = {"bf16": "bf16-mixed", "fp32": "32-true", "fp64": "64-true"}
 # Settings that may differ when a run is continued: they do not change what is computed.
@@ -51,8 +58,10 @@ class TrainerConfig:
 
     epochs: float = 400.0
     """Length of the schedule, epochs."""
+    steps: int | None = None
+    """Length of the schedule in optimizer steps instead of epochs."""
     max_steps: int | None = None
-    """Stop after this many optimizer steps, the schedule unchanged; None: run all epochs."""
+    """Stop after this many optimizer steps, the schedule unchanged; None: run to its end."""
     global_batch: int = 4096
     """Images per optimizer step, over all devices and accumulation: what a recipe fixes."""
     device_batch: int | None = None
@@ -80,8 +89,8 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         at_least_one = (
-            "max_steps", "global_batch", "device_batch", "devices", "num_nodes", "log_every_steps", "save_every_steps",
-            "keep_checkpoints", "evaluate_every_epochs",
+            "steps", "max_steps", "global_batch", "device_batch", "devices", "num_nodes", "log_every_steps",
+            "save_every_steps", "keep_checkpoints", "evaluate_every_epochs",
         )  # fmt: skip
         for name in at_least_one:
             value = getattr(self, name)
@@ -89,6 +98,10 @@ class TrainerConfig:
                 raise ValueError(f"trainer.{name}: wanted at least 1, got {value}")
         if self.epochs <= 0:
             raise ValueError(f"trainer.epochs: wanted more than 0, got {self.epochs:g}")
+
+    def schedule_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps from the start of the schedule to its end."""
+        return self.steps or round(self.epochs * steps_per_epoch)
 
 
 @dataclass
@@ -218,16 +231,14 @@ class _Loop:
 
     def __init__(self, run: Run, task: Task, optim: OptimConfig) -> None:
         trainer, fabric = run.trainer, run.fabric
-        if optim.warmup_epochs >= trainer.epochs:
-            raise ValueError(
-                f"optim.warmup_epochs: wanted fewer than trainer.epochs={trainer.epochs:g}, got {optim.warmup_epochs:g}"
-            )
         if trainer.scale_lr:
             optim = scaled_to_batch(optim, trainer.global_batch)
-        self.run, self.task, self.optim, self.fabric = run, task, optim, fabric
         images = len(task.dataset)  # type: ignore[arg-type]
         self.plan = BatchPlan.make(images, trainer.global_batch, trainer.device_batch, fabric.world_size)
-        self.total = round(trainer.epochs * self.plan.steps_per_epoch)
+        self.total = trainer.schedule_steps(self.plan.steps_per_epoch)
+        self.epochs = self.total / self.plan.steps_per_epoch
+        optim = in_epochs(optim, self.plan.steps_per_epoch, self.total)
+        self.run, self.task, self.optim, self.fabric = run, task, optim, fabric
         self.stop = self.total if trainer.max_steps is None else min(self.total, trainer.max_steps)
         if fabric.device.type == "cpu" and run.precision == "bf16":
             use_plain_attention(task.model)
@@ -262,7 +273,7 @@ class _Loop:
     def _step(self, feed: Iterator[Any]) -> None:
         """One optimizer step over its micro-batches."""
         epoch = self.done / self.plan.steps_per_epoch
-        self.lr = learning_rate(self.optim, epoch, self.run.trainer.epochs)
+        self.lr = learning_rate(self.optim, epoch, self.epochs)
         set_learning_rate(self.optimizer, self.lr)
         model, strength = self.task.model, self.task.srste_strength
         with self.masks.step(epoch) as sparse:
