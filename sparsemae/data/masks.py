@@ -45,7 +45,7 @@ class Labels:
         hint = _FULL_ADE20K if self.full_ade20k_hint else ""
         if mask.ndim == 3:
             if self.colours is None:
-                raise ValueError(f"{name}: wanted class indices, got a colour mask: give data.classes a table{hint}")
+                raise ValueError(f"{name}: wanted class indices, got a colour mask: it needs a table in classes{hint}")
             return self._decode_colours(mask, name)
         known = (mask >= 0) & (mask < len(self._table))
         classes = self._table[np.where(known, mask, 0)]
@@ -90,7 +90,7 @@ class Labels:
         wrong = codes[at] != got
         if wrong.any():
             colour = tuple(int(value) for value in mask[wrong][0])
-            raise ValueError(f"{name}: colour {colour}: wanted one of the {len(codes)} of data.classes")
+            raise ValueError(f"{name}: colour {colour}: wanted one of the {len(codes)} of classes")
         return classes[at].astype(np.uint8)
 
 
@@ -107,7 +107,7 @@ def read_classes(file: str | Path) -> tuple[list[str], dict[tuple[int, int, int]
     try:
         lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"data.classes: {file}: wanted a text file with one class a line: {error}") from error
+        raise ValueError(f"classes: {file}: wanted a text file with one class a line: {error}") from error
     table = [_colour_line(line) for line in lines]
     names = lines
     colours: dict[tuple[int, int, int], int] | None = None
@@ -115,12 +115,12 @@ def read_classes(file: str | Path) -> tuple[list[str], dict[tuple[int, int, int]
         colours, names = {}, []
         for line, entry in zip(lines, table, strict=True):
             if entry is None or entry[0] in colours:
-                raise ValueError(f"data.classes: {file}: wanted R G B NAME with a colour of its own, got {line!r}")
+                raise ValueError(f"classes: {file}: wanted R G B NAME with a colour of its own, got {line!r}")
             colours[entry[0]] = IGNORED if entry[1] == IGNORED_NAME else len(names)
             names += [entry[1]] * (entry[1] != IGNORED_NAME)
     if not 2 <= len({*names}) == len(names) <= MAX_CLASSES:
         got = f"{len({*names})} in {len(names)} lines"
-        raise ValueError(f"data.classes: {file}: wanted 2 to {MAX_CLASSES} different names, got {got}")
+        raise ValueError(f"classes: {file}: wanted 2 to {MAX_CLASSES} different names, got {got}")
     return names, colours
 
 

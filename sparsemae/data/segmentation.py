@@ -127,14 +127,14 @@ def open_masks(data: MaskSourceConfig, split: Literal["train", "val"], limit: in
 def open_labels(data: MaskSourceConfig) -> Labels:
     """The classes of a source. Raises ValueError on options that do not go with it."""
     if not 0 <= data.ignore_label < 1 << 16:
-        raise ValueError(f"data.ignore_label: wanted 0 to 65535, got {data.ignore_label}")
+        raise ValueError(f"ignore_label: wanted 0 to 65535, got {data.ignore_label}")
     given = {name: getattr(data, name) for name in ("root", "classes")}
     wanted = {"embedded": (), "sceneparse": ("root",), "folder": ("root", "classes")}[data.source]
     for name, value in given.items():
         if (value is not None) != (name in wanted):
             expected = {"root": "a folder", "classes": "a file with one class a line"}[name]
             raise ValueError(
-                f"data.{name}: wanted {expected if name in wanted else 'none'} for data.source={data.source}, "
+                f"{name}: wanted {expected if name in wanted else 'none'} for source {data.source}, "
                 f"got {value or 'none'}"
             )
     reduce_zero_label = data.source == "sceneparse" if data.reduce_zero_label is None else data.reduce_zero_label
@@ -151,7 +151,7 @@ def find_pairs(data: MaskSourceConfig, split: Literal["train", "val"]) -> Pairs:
     """
     root = Path(data.root or ".")
     if not root.is_dir():
-        raise ValueError(f"data.root: {root}: no such folder")
+        raise ValueError(f"root: {root}: no such folder")
     if (root / "ADEChallengeData2016").is_dir():
         root = root / "ADEChallengeData2016"
     images, masks = root / "images", next((root / name for name in MASK_FOLDERS if (root / name).is_dir()), None)
@@ -209,7 +209,7 @@ def read_pair(image: Path, mask: Path, labels: Labels, exif: bool) -> tuple[Imag
         turned = picture.size == (height, width)
         raise ValueError(
             f"{mask}: wanted the size of its image, {picture.width} x {picture.height} px, got {width} x {height} px"
-            + " (turned by the image's EXIF orientation? --data.exif)" * turned
+            + " (turned by the image's EXIF orientation? then exif true)" * turned
         )
     return picture, labels.decode(values, str(mask))
 
