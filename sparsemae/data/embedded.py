@@ -61,7 +61,8 @@ def masks(split: str) -> np.ndarray:
     They are computed, not drawn by people: where the image is brighter than 12, holes filled.
     """
     reader = EmbeddedReader(split)
-    return fill_holes(reader.pixels > MASK_THRESHOLD) * (reader.labels + 1)[:, None, None]
+    classes: np.ndarray = fill_holes(reader.pixels > MASK_THRESHOLD) * (reader.labels + 1)[:, None, None]
+    return classes
 
 
 def fill_holes(shapes: np.ndarray) -> np.ndarray:

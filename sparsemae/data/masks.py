@@ -91,12 +91,14 @@ class Labels:
         if wrong.any():
             colour = tuple(int(value) for value in mask[wrong][0])
             raise ValueError(f"{name}: colour {colour}: wanted one of the {len(codes)} of classes")
-        return classes[at].astype(np.uint8)
+        found: np.ndarray = classes[at].astype(np.uint8)
+        return found
 
 
 def _code(colours: np.ndarray) -> np.ndarray:
     """RGB ``[..., 3]`` as one number each."""
-    return colours.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
+    code: np.ndarray = colours.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
+    return code
 
 
 def read_classes(file: str | Path) -> tuple[list[str], dict[tuple[int, int, int], int] | None]:

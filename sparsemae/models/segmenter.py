@@ -80,6 +80,7 @@ class Segmenter(nn.Module):
                 if isinstance(module, nn.Conv2d):
                     nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             nn.init.normal_(part.classifier.weight, std=0.01)
+            assert part.classifier.bias is not None
             nn.init.zeros_(part.classifier.bias)
 
     def forward(self, images: Tensor) -> SegmenterOutput:

@@ -6,7 +6,7 @@ Pairs are found, decoded and mapped to classes as training does it, so that what
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,8 @@ from sparsemae.data.segmentation import MaskSourceConfig, Pairs, find_pairs, ope
 from sparsemae.training.logs import RunLog
 
 PAIRS_PER_TURN = 16
-SPLITS: tuple[Literal["train", "val"], ...] = ("train", "val")
+Split = Literal["train", "val"]
+SPLITS: tuple[Split, ...] = ("train", "val")
 Fault = Literal["unusable", "binary", "ignored"]
 FAULTS: dict[Fault, str] = {
     "unusable": "that cannot be used",
@@ -32,13 +33,13 @@ class SeenPair:
     """What one image with its mask is."""
 
     mask: Path
-    split: str
+    split: Split
     fault: Fault | None = None
     reason: str = ""
     values: frozenset[int] = frozenset()
     """Of an index mask."""
-    pixels: np.ndarray | None = None
-    """Per class, int64 ``[C]``."""
+    pixels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Per class ``[C]``; of an unusable mask empty."""
 
 
 @dataclass
@@ -47,11 +48,11 @@ class MaskReport:
 
     root: str
     labels: Labels
-    files: dict[str, Pairs]
+    files: dict[Split, Pairs]
     seen: list[SeenPair]
 
     @property
-    def pixels(self) -> dict[str, np.ndarray]:
+    def pixels(self) -> dict[Split, np.ndarray]:
         """Labelled pixels of each class, by split."""
         zero = np.zeros(len(self.labels.class_names), np.int64)
         return {split: sum((pair.pixels for pair in self._usable(split)), zero) for split in self.files}
@@ -82,8 +83,8 @@ class MaskReport:
                 found.append(f"no usable pair in {split}")
         return found
 
-    def _usable(self, split: str) -> list[SeenPair]:
-        return [pair for pair in self.seen if pair.split == split and pair.pixels is not None]
+    def _usable(self, split: Split) -> list[SeenPair]:
+        return [pair for pair in self.seen if pair.split == split and pair.pixels.size]
 
     def __str__(self) -> str:
         return "\n".join(line for part in (self._classes(), self._problems()) for line in part)
@@ -138,7 +139,7 @@ def examine_masks(data: MaskSourceConfig) -> MaskReport:
 
 
 class _Pairs(Dataset[Any]):
-    def __init__(self, files: dict[Literal["train", "val"], Pairs], labels: Labels, exif: bool) -> None:
+    def __init__(self, files: dict[Split, Pairs], labels: Labels, exif: bool) -> None:
         self.labels, self.exif = labels, exif
         self.pairs = [(split, *pair) for split, found in files.items() for pair in found.pairs]
 

@@ -110,7 +110,7 @@ def refuse_single_images(micro_batch: int) -> None:
 def share_batch_norm(model: Segmenter, fabric: Fabric) -> None:
     """Batch statistics over all processes, where they are GPUs; torch has none for CPUs."""
     if fabric.device.type == "cuda" and fabric.world_size > 1:
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
 
 
 def count_segmenter(model: Segmenter) -> list[Forward]:

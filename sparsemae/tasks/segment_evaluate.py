@@ -107,11 +107,12 @@ def predict_scores(forward: Forward, images: Tensor, prepared: dict[str, Any], i
 
     One view's are its logits; of several scales and mirrored images it is the mean of their probabilities.
     """
-    size, window = images.shape[-2:], prepared["img_size"]
+    height, width = size = images.shape[-2:]
+    window = prepared["img_size"]
     views = [(scale, flip) for scale in inference.scales for flip in (False, True)[: 1 + inference.flip]]
     total = None
     for scale, flip in views:
-        resized = resized_size(*size, prepared["short_side"] * scale, prepared["long_side"] * scale)
+        resized = resized_size(height, width, prepared["short_side"] * scale, prepared["long_side"] * scale)
         view = transforms.resize(images, list(resized), antialias=True)
         view = normalize(view.flip(-1) if flip else view, prepared["mean"], prepared["std"])
         logits = slide(forward, view, window, inference.stride) if inference.mode == "slide" else forward(view)
