@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test check holds bench sanitize format results
+.PHONY: demo test check holds bench sanitize format results segment
 
 demo: $(STAMP)
 	$(BIN)/sparsemae demo
@@ -26,6 +26,11 @@ holds: $(STAMP)
 # the table and the picture of README.md and docs/
 results: demo
 	cp runs/demo/reconstructions.png docs/
+	$(BIN)/python docs/update.py
+
+# the demo's segmentation again, its table into docs/
+segment: $(STAMP)
+	$(BIN)/sparsemae demo --task segment
 	$(BIN)/python docs/update.py
 
 # packed models against dense ViTs in torch, ONNX Runtime and OpenVINO; the rivals are the extra `bench`

@@ -1,4 +1,4 @@
-"""Put measured tables into README.md and docs/: the demo's (`make results`) and the benchmark's (`make bench`)."""
+"""Put measured tables into README.md and docs/: of `make results`, `make segment` and `make bench`."""
 
 import json
 import re
@@ -11,10 +11,15 @@ DOCS = (ROOT / "README.md", ROOT / "docs/results.md")
 def main() -> None:
     """Replace what stands between the marks, for each measurement whose file is there."""
     demo, bench = ROOT / "runs/demo/results.json", ROOT / "docs/benchmark.json"
+    segment = ROOT / "runs/demo-segment/results.json"
     if demo.is_file():
         seconds = json.loads(demo.read_text())["seconds"]
         table = (ROOT / "runs/demo/results.md").read_text()
         put("results", f"{table}\n`make results`: {seconds:.0f} s on 2 cores.\n")
+    if segment.is_file():
+        seconds = json.loads(segment.read_text())["seconds"]
+        table = (ROOT / "runs/demo-segment/results.md").read_text()
+        put("segment", f"{table}\n`make segment`: {seconds:.0f} s on 2 cores.\n")
     if bench.is_file():
         put("bench", benchmark_table(json.loads(bench.read_text())))
 

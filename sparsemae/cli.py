@@ -35,11 +35,15 @@ JOBS = {
         "sparsemae.tasks.finetune", "finetune", "FinetuneConfig", "sparse finetuning for classification",
         "demo_finetune",
     ),
-    "evaluate": Job("sparsemae.tasks.evaluate", "evaluate", "EvaluateConfig", "accuracy of a finetuned model"),
+    "segment": Job(
+        "sparsemae.tasks.segment", "segment", "SegmentConfig", "sparse finetuning for semantic segmentation",
+        "demo_segment",
+    ),
+    "evaluate": Job("sparsemae.tasks.evaluate", "evaluate", "EvaluateConfig", "accuracy or mIoU of a finetuned model"),
     "pack": Job("sparsemae.tasks.pack", "pack", "PackConfig", "a finetuned model to one small file for any CPU"),
     "check": Job("sparsemae.tasks.check", "check", "CheckConfig", "what in a data set would break or spoil a run"),
     "plan": Job("sparsemae.plan", "plan", "PlanConfig", "what a recipe costs, before it runs"),
-    "predict": Job("sparsemae.tasks.predict", "predict", "PredictConfig", "classes of image files"),
+    "predict": Job("sparsemae.tasks.predict", "predict", "PredictConfig", "classes of image files, or of their pixels"),
     "report": Job("sparsemae.report.page", "report", "ReportConfig", "one page of curves and masks of runs"),
     "benchmark": Job(
         "sparsemae.benchmark.command", "benchmark", "BenchmarkConfig", "packed models or training, beside their rivals"

@@ -5,73 +5,54 @@ Everything is counted on the models that the job would build, on the meta device
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from sparsemae.config import read_config
+from sparsemae.data.masks import IGNORED
 from sparsemae.data.sampling import BatchPlan
 from sparsemae.data.transforms import normalize
 from sparsemae.models import MaskedAutoencoder
-from sparsemae.sparsity import NMLinear, SparsitySummary, summarize
-from sparsemae.tasks.build import build_autoencoder, build_classifier, make_sparse
+from sparsemae.models.segmenter import Segmenter, segmentation_loss
+from sparsemae.sparsity import SparsitySummary, summarize
+from sparsemae.tasks.build import build_autoencoder, build_classifier, build_segmenter, make_sparse
 from sparsemae.tasks.finetune import FinetuneConfig
 from sparsemae.tasks.pretrain import ConcurrentLoss, PretrainConfig
+from sparsemae.tasks.segment import SegmentConfig, count_segmenter, refuse_single_images
+from sparsemae.training.arithmetic import Forward, count_forward
 from sparsemae.training.config import resolved_precision
 from sparsemae.training.fit import use_plain_attention
 from sparsemae.training.memory import StepMemory, step_memory
 
-IMAGENET_IMAGES = 1_281_167
-KINDS: dict[str, type[PretrainConfig] | type[FinetuneConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
+Recipe = PretrainConfig | FinetuneConfig | SegmentConfig
+KINDS: dict[str, type[Recipe]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "segment": SegmentConfig}
+DATA_SETS = {"pretrain": (1_281_167, 1000), "finetune": (1_281_167, 1000), "segment": (20_210, 150)}
+"""Training images and classes of ImageNet-1K and SceneParse150."""
 
 
 @dataclass
 class PlanConfig:
-    """What a pretraining or finetuning recipe costs, before it runs."""
+    """What a recipe of pretraining, finetuning or segmentation costs, before it runs."""
 
     recipe: str
     """A recipe's name, a YAML file, or the config.yaml of a run."""
     job: str | None = None
-    """pretrain or finetune; None: the one whose options the recipe has, or that its name says."""
+    """pretrain, finetune or segment; None: the one whose options the recipe has, or that its name says."""
     devices: int | None = None
     """Devices per machine; None: the recipe's."""
     device_batch: int | None = None
     """Images per device and forward; None: the recipe's."""
-    images: int = IMAGENET_IMAGES
-    """Training images, of which a recipe's data.train_images may use fewer; ImageNet-1K's by default."""
-    classes: int = 1000
-    """Classes of a finetuned model: a recipe does not say, the data do."""
+    images: int | None = None
+    """Training images, of which a recipe's data.train_images may use fewer; None: ImageNet-1K's, or SceneParse150's."""
+    classes: int | None = None
+    """Classes of a finetuned model, which a recipe does not say; None: those of the same."""
     images_per_second: float | None = None
     """Rate of training, over all devices together; without it no hours are given."""
-
-
-class MultiplyAdds(NamedTuple):
-    """Multiply-adds of one part of a forward."""
-
-    part: str
-    dense: int
-    kept: int
-    """With the kept weights alone, as a packed model computes; in training the masked weights are multiplied whole."""
-
-
-@dataclass(frozen=True)
-class Forward:
-    """One image's way through a model, or through a part of it."""
-
-    title: str
-    tokens: int
-    """Class token included."""
-    parts: list[MultiplyAdds]
-
-    @property
-    def total(self) -> MultiplyAdds:
-        """Sum of the parts."""
-        return MultiplyAdds("total", sum(part.dense for part in self.parts), sum(part.kept for part in self.parts))
 
 
 @dataclass(frozen=True)
@@ -80,7 +61,8 @@ class Plan:
 
     title: str
     encoder: SparsitySummary
-    decoder_parameters: int
+    around: tuple[str, int] | None
+    """The decoder or the heads around the encoder, and their parameters."""
     forwards: list[Forward]
     batches: BatchPlan
     epochs: float
@@ -103,12 +85,10 @@ class Plan:
     def __str__(self) -> str:
         encoder, batches, memory = self.encoder, self.batches, self.memory
         total, kept = encoder.sparse_total + encoder.dense_total, encoder.kept + encoder.dense_total
-        what, decoder = (
-            ("encoder", f" + {self.decoder_parameters:,} decoder") if self.decoder_parameters else ("model", "")
-        )
+        what, around = ("encoder", " + {1:,} {0}".format(*self.around)) if self.around else ("model", "")
         lines = [
             self.title,
-            f"parameters       {total:,} {what}{decoder}",
+            f"parameters       {total:,} {what}{around}",
             f"kept             {kept:,} of the {what}: {encoder.kept:,} of {encoder.sparse_total:,} sparse weights, "
             f"all {encoder.dense_total:,} others",
         ]
@@ -145,27 +125,32 @@ def plan(config: PlanConfig) -> Plan:
             raise ValueError(f"{name}: wanted at least 1, got {value}")
     job, recipe = _read_recipe(config.recipe, config.job)
     trainer = recipe.trainer
+    images, classes = (
+        given or usual for given, usual in zip((config.images, config.classes), DATA_SETS[job], strict=True)
+    )
     world = (config.devices or trainer.devices) * trainer.num_nodes
     batches = BatchPlan.make(
-        min(config.images, recipe.data.train_images or config.images),
+        min(images, recipe.data.train_images or images),
         trainer.global_batch,
         config.device_batch or trainer.device_batch,
         world,
     )
-    total = round(trainer.epochs * batches.steps_per_epoch)
+    total = trainer.schedule_steps(batches.steps_per_epoch)
     steps = min(total, trainer.max_steps or total)
 
-    encoder, decoder_parameters, forwards = _count(
-        _build(recipe, config.classes), recipe.mask_ratio if isinstance(recipe, PretrainConfig) else None
+    if job == "segment":
+        refuse_single_images(batches.micro_batch)
+    encoder, around, forwards = _count(
+        _build(recipe, classes), recipe.mask_ratio if isinstance(recipe, PretrainConfig) else None
     )
-    model = _build(recipe, config.classes)
+    model = _build(recipe, classes)
     # auto: the plan may be made on a machine without the devices it is for
     precision = "bf16" if trainer.precision == "auto" and trainer.accelerator != "cpu" else resolved_precision(trainer)
     plain = trainer.accelerator == "cpu" and precision == "bf16"  # as in the loop
     if plain:
         use_plain_attention(model)
     memory = step_memory(
-        model, _loss_of(recipe, batches.micro_batch, config.classes), recipe.optim, precision=precision,
+        model, _loss_of(recipe, batches.micro_batch, classes), recipe.optim, precision=precision,
         accumulate=batches.accumulate, world=world, srste_strength=recipe.sparse.strength,
     )  # fmt: skip
     if trainer.ema_decay is not None:
@@ -173,8 +158,8 @@ def plan(config: PlanConfig) -> Plan:
     topology_bytes = 2 * encoder.sparse_total // 8  # reference and last look, in bits
     result = Plan(
         title=f"{config.recipe}: {job}, {recipe.model.name} at {recipe.data.img_size} px, {recipe.sparse.pattern}",
-        encoder=encoder, decoder_parameters=decoder_parameters, forwards=forwards,
-        batches=batches, epochs=trainer.epochs, steps=steps, memory=memory,
+        encoder=encoder, around=around, forwards=forwards,
+        batches=batches, epochs=total / batches.steps_per_epoch, steps=steps, memory=memory,
         memory_title=f"{batches.micro_batch} images, {precision}, {'plain' if plain else 'fused'} attention, "
         "without torch.compile and the device's own context",
         checkpoint_bytes=memory.weights + memory.optimizer + topology_bytes,
@@ -184,11 +169,11 @@ def plan(config: PlanConfig) -> Plan:
     return result
 
 
-def _read_recipe(recipe: str, job: str | None) -> tuple[str, PretrainConfig | FinetuneConfig]:
+def _read_recipe(recipe: str, job: str | None) -> tuple[str, Recipe]:
     if job is not None and job not in KINDS:
         raise ValueError(f"job: wanted {' or '.join(KINDS)}, got {job}")
     named = [name for name in KINDS if name in Path(recipe).stem]
-    found: dict[str, PretrainConfig | FinetuneConfig] = {}
+    found: dict[str, Recipe] = {}
     errors = []
     for name in [job] if job else named or KINDS:
         try:
@@ -202,12 +187,15 @@ def _read_recipe(recipe: str, job: str | None) -> tuple[str, PretrainConfig | Fi
     return next(iter(found.items()))
 
 
-def _build(recipe: PretrainConfig | FinetuneConfig, classes: int) -> nn.Module:
+def _build(recipe: Recipe, classes: int) -> nn.Module:
     """The model that the job would train, on the meta device."""
     with torch.device("meta"):
         model: nn.Module
         if isinstance(recipe, PretrainConfig):
             model = build_autoencoder(recipe.model, recipe.decoder, recipe.data.img_size, recipe.seed)
+        elif isinstance(recipe, SegmentConfig):
+            size = recipe.data.img_size
+            model = build_segmenter(recipe.model, recipe.head, recipe.taps, size, classes, recipe.seed)
         else:
             model = build_classifier(recipe.model, recipe.data.img_size, classes, recipe.seed)
     # a fixed mask takes no less memory than a moving one, and meta tensors have none to fix
@@ -215,7 +203,7 @@ def _build(recipe: PretrainConfig | FinetuneConfig, classes: int) -> nn.Module:
     return model
 
 
-def _loss_of(recipe: PretrainConfig | FinetuneConfig, batch: int, classes: int) -> Any:
+def _loss_of(recipe: Recipe, batch: int, classes: int) -> Any:
     """A function of the model: the loss of one micro-batch of bytes, as the job computes it."""
     data = recipe.data
 
@@ -230,11 +218,21 @@ def _loss_of(recipe: PretrainConfig | FinetuneConfig, batch: int, classes: int) 
     def finetuning(model: Any) -> Tensor:
         return nn.functional.cross_entropy(model(images()).float(), torch.zeros(batch, dtype=torch.long))
 
-    return pretraining if isinstance(recipe, PretrainConfig) else finetuning
+    def segmentation(model: Any) -> Tensor:
+        target = torch.zeros(batch, data.img_size, data.img_size, dtype=torch.uint8)
+        return segmentation_loss(model(images()), target, recipe.head.auxiliary_weight, IGNORED)  # type: ignore[union-attr]
+
+    return {PretrainConfig: pretraining, FinetuneConfig: finetuning, SegmentConfig: segmentation}[type(recipe)]
 
 
-def _count(model: Any, mask_ratio: float | None) -> tuple[SparsitySummary, int, list[Forward]]:
-    """Encoder's (or classifier's) summary, decoder's parameters, and the forwards of one image."""
+def _count(model: Any, mask_ratio: float | None) -> tuple[SparsitySummary, tuple[str, int] | None, list[Forward]]:
+    """Encoder's (or classifier's) summary, what is around it, and the forwards of one image."""
+    if isinstance(model, Segmenter):
+        return (
+            summarize(model.encoder),
+            ("heads", _parameters(model) - _parameters(model.encoder)),
+            count_segmenter(model),
+        )
     use_plain_attention(model)  # matrix products, each of which the counter knows
     model.eval()
     encoder = model.encoder if isinstance(model, MaskedAutoencoder) else model
@@ -242,41 +240,20 @@ def _count(model: Any, mask_ratio: float | None) -> tuple[SparsitySummary, int, 
     image = torch.empty(1, encoder.in_chans, height, width, device="meta")
     tokens = patches + encoder.num_prefix_tokens
     if mask_ratio is None:
-        return summarize(model), 0, [Forward("the model", tokens, _parts(model, lambda: model(image)))]
+        return summarize(model), None, [count_forward("the model", tokens, model, lambda: model(image))]
     noise = torch.empty(1, patches, device="meta")
     latent, _, ids_restore = model.forward_encoder(image, mask_ratio, noise)
+    count = partial(count_forward, model=model)
     forwards = [
-        Forward("the encoder", latent.shape[1], _parts(model, lambda: model.forward_encoder(image, mask_ratio, noise))),
-        Forward("the decoder", tokens, _parts(model, lambda: model.forward_decoder(latent, ids_restore))),
-        Forward("the encoder afterwards", tokens, _parts(encoder, lambda: encoder.forward_features(image))),
+        count("the encoder", latent.shape[1], forward=lambda: model.forward_encoder(image, mask_ratio, noise)),
+        count("the decoder", tokens, forward=lambda: model.forward_decoder(latent, ids_restore)),
+        count("the encoder afterwards", tokens, forward=lambda: encoder.forward_features(image)),
     ]
-    around = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in encoder.parameters())
-    return summarize(encoder), around, forwards
+    return summarize(encoder), ("decoder", _parameters(model) - _parameters(encoder)), forwards
 
 
-def _parts(model: nn.Module, forward: Callable[[], object]) -> list[MultiplyAdds]:
-    """Multiply-adds of a forward. Those of linear layers and convolutions by layer, the rest is the attention's."""
-    found: dict[str, list[int]] = {}
-
-    def note(module: nn.Module, args: object, output: Tensor) -> None:
-        weight: Any = module.weight
-        positions = output.numel() // weight.shape[0]
-        dense = positions * weight.numel()
-        name, kept = "patch embedding" if isinstance(module, nn.Conv2d) else "dense linear", dense
-        if isinstance(module, NMLinear):
-            name, kept = "sparse linear", dense * module.pattern.n // module.pattern.m
-        sums = found.setdefault(name, [0, 0])
-        sums[0], sums[1] = sums[0] + dense, sums[1] + kept
-
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    handles = [layer.register_forward_hook(note) for layer in layers]
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        forward()
-    for handle in handles:
-        handle.remove()
-    parts = [MultiplyAdds(name, dense, kept) for name, (dense, kept) in found.items()]
-    products = counter.get_total_flops() // 2 - sum(part.dense for part in parts)
-    return [*parts, MultiplyAdds("attention", products, products)]
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _size(size: int) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(Path(__file__).parent))  # tests/reference.py
 
@@ -69,6 +70,29 @@ def image_folder(tmp_path: Path) -> Path:
             for i in range(count):
                 pixels = generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
+def scene_folder(root: Path, train: int, val: int, longest: int | None = None) -> Path:
+    """ROOT laid out as SceneParse150: scikit-image's photographs, and masks computed from their brightness.
+
+    Args:
+        longest: longer side, px; None: full size.
+    """
+    skimage = pytest.importorskip("skimage")
+    generator, folder = np.random.default_rng(0), Path(skimage.__file__).parent / "data"
+    for split, count in (("training", train), ("validation", val)):
+        for kind in ("images", "annotations"):
+            (root / kind / split).mkdir(parents=True)
+        for i in range(count):
+            with Image.open(folder / PHOTOGRAPHS[(i + (split == "validation")) % len(PHOTOGRAPHS)]) as opened:
+                image = opened.convert("RGB")
+            if longest is not None:
+                image.thumbnail((longest, longest))
+            bright = np.asarray(image.convert("L"))
+            mask = bright // 32 * 18 + generator.integers(0, 18, bright.shape)  # 0 to 143
+            image.save(root / "images" / split / f"ADE_{split}_{i:08d}.jpg")
+            Image.fromarray(mask.astype(np.uint8)).save(root / "annotations" / split / f"ADE_{split}_{i:08d}.png")
     return root
 
 

@@ -152,7 +152,7 @@ def test_memory_of_vit_base_is_within_15_percent(tmp_path: Path, job: str, preci
         ({"images": 9}, "wanted at most the 9 training images, got 4096"),
         ({"devices": 0}, "devices: wanted at least 1, got 0"),
         ({"images_per_second": 0.0}, "images_per_second: wanted a rate above 0, got 0"),
-        ({"job": "segment"}, "job: wanted pretrain or finetune, got segment"),
+        ({"job": "sing"}, "job: wanted pretrain or finetune or segment, got sing"),
     ],
 )
 def test_mistakes(tmp_path: Path, options: dict[str, object], message: str) -> None:
@@ -163,11 +163,11 @@ def test_mistakes(tmp_path: Path, options: dict[str, object], message: str) -> N
 def test_which_job_a_recipe_is_for(tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("trainer: {global_batch: 8}\nmodel: {args: {embed_dim: 32, depth: 1, num_heads: 2}}")
-    with pytest.raises(ValueError, match=r"mine\.yaml: wanted --job pretrain or finetune"):
+    with pytest.raises(ValueError, match=r"mine\.yaml: wanted --job pretrain or finetune or segment"):
         plan(PlanConfig(str(recipe)))
-    assert not plan(PlanConfig(str(recipe), job="finetune")).decoder_parameters
+    assert not plan(PlanConfig(str(recipe), job="finetune")).around
     recipe.write_text(recipe.read_text() + "\nmask_ratio: 0.5")
-    assert plan(PlanConfig(str(recipe))).decoder_parameters
+    assert plan(PlanConfig(str(recipe))).around
     recipe.write_text("mask_ratio: high")
     with pytest.raises(ValueError, match="mask_ratio"):
         plan(PlanConfig(str(recipe)))

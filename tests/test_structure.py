@@ -28,7 +28,9 @@ ALLOWED = {
     "runtime": {"packing"},
     "tasks": {"sparsity", "data", "models", "training", "packing", "runtime"},
     "report": {"sparsity", "data", "models", "training"},
-    "demo": {"sparsity", "data", "models", "training", "tasks", "report", "config", "runtime"},
+    "demo": {"sparsity", "data", "models", "tasks", "report", "runtime", "stages", "demo_segment"},
+    "demo_segment": {"sparsity", "tasks", "stages"},
+    "stages": {"config"},
     "benchmark": {"packing", "runtime", "sparsity", "data", "training", "tasks", "config"},
     "plan": {"sparsity", "data", "models", "training", "tasks", "config"},
     "cli": {"config", "__version__"},
@@ -81,7 +83,7 @@ def test_public_names_exist() -> None:
 def test_recipes_parse_and_have_a_header(name: str) -> None:
     text = (RECIPES / f"{name}.yaml").read_text()
     assert all(f"# {word}:" in text for word in ("Command", "Cost", "Result"))
-    job = next(job for job in ("pretrain", "finetune") if job in name)
+    job = next(job for job in ("pretrain", "finetune", "segment") if job in name)
     kind = getattr(import_module(JOBS[job].module), JOBS[job].config)
     config = read_config(kind, ["--config", name])
     assert config.out == yaml.safe_load(text)["out"]

@@ -153,6 +153,17 @@ def find_weights(source: str | Path) -> Path:
     return path
 
 
+def read_description(source: str | Path) -> dict[str, Any]:
+    """What a weights file says of itself; empty for foreign ones. Raises ValueError if there is no file."""
+    path = find_weights(source)
+    try:
+        with safe_open(path, framework="pt") as file:
+            description: dict[str, Any] = json.loads((file.metadata() or {}).get("sparsemae", "{}"))
+    except (SafetensorError, json.JSONDecodeError):
+        return {}
+    return description
+
+
 def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and our description (empty for foreign files) of a weights file. Never runs pickled code.
 

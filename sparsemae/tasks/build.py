@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -12,12 +12,16 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from sparsemae.data.sampling import INIT, seed_all
+from sparsemae.data.segmentation import MaskDataConfig
 from sparsemae.data.transforms import DataConfig
 from sparsemae.models import MaskedAutoencoder, ModelConfig, build_vit
-from sparsemae.models.weights import find_weights, load_weights, read_weights
+from sparsemae.models.segmenter import HeadConfig, Segmenter
+from sparsemae.models.weights import find_weights, load_weights, read_description, read_weights
 from sparsemae.sparsity import MaskSchedule, drop_pruned, freeze, iter_sparse, sparsify
 
 Model = TypeVar("Model", bound=nn.Module)
+PREPARATION = ("img_size", "mean", "std", "interpolation", "eval_crop", "short_side", "long_side", "exif")
+"""Fields of a data configuration that say how an image becomes the model's input."""
 
 
 @dataclass
@@ -71,13 +75,22 @@ def build_classifier(model: ModelConfig, img_size: int, num_classes: int, seed: 
     return build_vit(model, img_size, num_classes)
 
 
+def build_segmenter(
+    model: ModelConfig, head: HeadConfig, taps: Sequence[int], img_size: int, num_classes: int, seed: int
+) -> Segmenter:
+    """A freshly initialised segmenter for images of any size; the same for the same seed."""
+    seed_all(seed, INIT)
+    any_size = {"dynamic_img_size": True, "dynamic_img_pad": True}
+    return Segmenter(build_vit(replace(model, args={**model.args, **any_size}), img_size), num_classes, taps, head)
+
+
 def make_sparse(model: nn.Module, sparse: SparseConfig) -> list[str]:
     """`sparsify` as configured; does nothing for the pattern "dense"."""
     if sparse.pattern == "dense":
         return []
     if sparse.term == "gradient" and sparse.strength > 1e-3:
         warnings.warn(f"sparse.strength {sparse.strength:g} in the gradient: above 1e-3 accuracy is lost", stacklevel=2)
-    prefix = "encoder." if isinstance(model, MaskedAutoencoder) else ""
+    prefix = "encoder." if isinstance(model, MaskedAutoencoder | Segmenter) else ""
     names = sparsify(model, sparse.pattern, exclude=[prefix + glob for glob in sparse.exclude])
     if sparse.init_weights == "sparse":
         drop_pruned(model)
@@ -95,22 +108,24 @@ def mask_schedule(model: nn.Module, sparse: SparseConfig, epochs: float) -> Mask
 
 
 def describe(
-    task: str, model: nn.Module, config: ModelConfig, data: DataConfig, class_names: Sequence[str] = (), **extra: Any
+    task: str,
+    model: nn.Module,
+    config: ModelConfig,
+    data: DataConfig | MaskDataConfig,
+    class_names: Sequence[str] = (),
+    **extra: Any,
 ) -> dict[str, Any]:
     """What a weights file says of itself: enough to build the model and to prepare its input."""
+    prepared = {name: value for name, value in asdict(data).items() if name in PREPARATION}
     return {
         "version": 1,
         "task": task,
         "model": asdict(config),
         "sparse": {name: str(layer.pattern) for name, layer in iter_sparse(model)},
-        "input": {
-            "img_size": data.img_size, "mean": list(data.mean), "std": list(data.std),
-            "interpolation": data.interpolation, "eval_crop": data.eval_crop,
-            "exif": data.exif,
-        },
+        "input": {name: list(value) if isinstance(value, tuple) else value for name, value in prepared.items()},
         "class_names": list(class_names),
         **extra,
-    }  # fmt: skip
+    }
 
 
 def load_classifier(source: str | Path) -> tuple[VisionTransformer, dict[str, Any]]:
@@ -135,10 +150,25 @@ def load_autoencoder(source: str | Path) -> tuple[MaskedAutoencoder, dict[str, A
 
 def load_encoder(source: str | Path) -> tuple[VisionTransformer, dict[str, Any]]:
     """The ViT of a pretrained or a finetuned model, as `load_classifier`."""
-    if read_weights(find_weights(source))[1].get("task") != "pretrain":
+    if task_of(source) != "pretrain":
         return load_classifier(source)
     model, description = load_autoencoder(source)
     return model.encoder, description
+
+
+def load_segmenter(source: str | Path) -> tuple[Segmenter, dict[str, Any]]:
+    """A finetuned segmenter, as `load_classifier`."""
+    path, state, description = _read(source, "segment")
+    config, head = ModelConfig(**description["model"]), HeadConfig(**description["head"])
+    classes, size = len(description["class_names"]), description["input"]["img_size"]
+    model = build_segmenter(config, head, description["taps"], size, classes, seed=0)
+    return _filled(model, path, state, description), description
+
+
+def task_of(source: str | Path) -> str | None:
+    """What a weights file or a run is for, as it says itself; None: it is not ours."""
+    task: str | None = read_description(source).get("task")
+    return task
 
 
 def _read(source: str | Path, task: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:

@@ -1,5 +1,7 @@
 """What in a classification data set would break or spoil a run: every image is read, once, in parallel.
 
+The command takes images with masks, too: `check_masks` reads those.
+
 Files are found and decoded as training does it, so that what passes here passes there; in tars and other containers
 each image goes by the path that `Source.filename` gives it. Mean and deviation are exact:
 sums of integers over all pixels of the training split's readable images at their own size, where a large image weighs
@@ -25,7 +27,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from sparsemae.data.classification import UNREADABLE, decode_rgb
 from sparsemae.data.exclude import read_exclude, write_exclude
+from sparsemae.data.segmentation import MaskSourceConfig
 from sparsemae.data.sources import Source, SourceConfig, open_source, split_folders
+from sparsemae.tasks.check_masks import MaskReport, check_masks
 from sparsemae.training.logs import RunLog
 
 FILES_PER_TURN = 64
@@ -39,6 +43,8 @@ class CheckConfig:
 
     data: SourceConfig = field(default_factory=lambda: SourceConfig(source="folder", workers=os.cpu_count() or 1))
     """The data set; workers: processes that read, 0 for none but this one."""
+    masks: MaskSourceConfig | None = None
+    """Images with masks to check, for segmentation, in place of `data`: --masks.source, --masks.root ..."""
     smallest: int = 16
     """Shortest side that an image may have: the model's patch, px."""
     unlabelled: bool = False
@@ -168,8 +174,13 @@ class Report:
             yield f"not read by training: {endings} (it reads {', '.join(get_img_extensions())})"
 
 
-def check(config: CheckConfig) -> Report:
+def check(config: CheckConfig) -> Report | MaskReport:
     """Print what is in a data set, and write the list to exclude. Raises ValueError if something would break a run."""
+    if config.masks is not None:
+        for name, value in (("write_exclude", config.write_exclude), ("data.root", config.data.root)):
+            if value is not None:
+                raise ValueError(f"{name}: wanted none with images and masks to check, got {value}")
+        return check_masks(config.masks)
     target = config.write_exclude
     if target is not None and not Path(target).absolute().parent.is_dir():
         raise ValueError(f"write_exclude: {target}: wanted a file in a folder that exists")

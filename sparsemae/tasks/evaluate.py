@@ -1,4 +1,7 @@
-"""Accuracy of a classifier on a labelled set, each image counted once on any number of processes."""
+"""Accuracy of a classifier on a labelled set, each image counted once on any number of processes.
+
+The command takes segmenters, too: `segment_evaluate` has their scores.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +17,22 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from sparsemae.data.classification import ImageDataset, UnreadableImages, batches
 from sparsemae.data.sampling import EvaluationSampler
+from sparsemae.data.segmentation import MaskSourceConfig
 from sparsemae.data.sources import SourceConfig, open_source
 from sparsemae.data.transforms import evaluation_transform, normalize
 from sparsemae.packing.format import is_packed
 from sparsemae.runtime import load
 from sparsemae.sparsity import densify, freeze, iter_sparse
-from sparsemae.tasks.build import load_classifier
+from sparsemae.tasks.build import load_classifier, task_of
 from sparsemae.tasks.probe import probe
+from sparsemae.tasks.segment_evaluate import InferenceConfig, evaluate_segmenter
 
 EVALUATION_BATCH = 256
 
 
 @dataclass
 class EvaluateConfig:
-    """Accuracy of a finetuned model, or of a probe on a pretrained one."""
+    """Accuracy of a finetuned classifier or of a probe on a pretrained model, or mIoU of a segmenter."""
 
     model: str
     """The model: a packed file, a run folder, or its model.safetensors."""
@@ -35,6 +40,10 @@ class EvaluateConfig:
     """Where the validation split lies; preparation of the images comes from the model's file."""
     probe: Literal["knn", "linear"] | None = None
     """Instead of the model's own head: a k-nearest-neighbour vote, or a linear classifier, on its frozen features."""
+    masks: MaskSourceConfig = field(default_factory=MaskSourceConfig)
+    """Of a segmenter: where the images and masks lie, in place of `data`."""
+    inference: InferenceConfig | None = None
+    """Of a segmenter: how it looks at an image; None: as its recipe says."""
     accelerator: str = "auto"
     """Where to run: auto, cpu, cuda, mps."""
 
@@ -51,7 +60,7 @@ class _Subject:
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
-    """Print and return top-1, top-5 and the standard error of top-1, as shares."""
+    """Print and return top-1, top-5 and the standard error of top-1, or a segmenter's scores, as shares."""
     packed = is_packed(config.model)
     try:
         fabric = Fabric(accelerator="cpu" if packed else config.accelerator, devices=1)
@@ -63,6 +72,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         metrics = probe(config.probe, config.model, config.data, fabric)
         print(f"{config.model}: {config.probe} probe, {_shares(metrics)}")
         return metrics
+    if not packed and task_of(config.model) == "segment":
+        return evaluate_segmenter(fabric, config.model, config.masks, config.inference).metrics()
     subject = _packed(config.model) if packed else _trained(config.model, fabric)
     prepared = subject.input
     source = open_source(config.data, "val")

@@ -1,4 +1,4 @@
-"""Predictions for image files, by a packed file (without torch) or by a run's model."""
+"""Predictions for image files, by a packed file (without torch) or by a run's model, a segmenter's as pictures."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from PIL import Image
 from sparsemae.packing.format import is_packed
 
 Ranking = list[tuple[str, float]]
-"""Classes with their probabilities, best first."""
+"""Classes with their probabilities, or a segmenter's with their shares of the pixels, best first."""
 
 
 @dataclass
 class PredictConfig:
-    """Classify images."""
+    """Classify images, or with a segmenter their pixels."""
 
     model: str
     """The model: a packed file, a run folder, or its model.safetensors."""
@@ -24,15 +24,27 @@ class PredictConfig:
     """Image files, or folders of them."""
     top_k: int = 3
     """Classes to name for each image."""
+    out: str = "predictions"
+    """Of a segmenter: folder for NAME.png, the mask as a palette PNG, and NAME-overlay.png with its legend."""
 
 
 def predict(config: PredictConfig) -> dict[str, Ranking]:
-    """Print and return, per file, the ``top_k`` classes with their probabilities."""
+    """Print and return, per file, the ``top_k`` classes with their probabilities or shares."""
     if config.top_k < 1:
         raise ValueError(f"top_k: wanted at least 1, got {config.top_k}")
     files = [file for path in config.images for file in _image_files(Path(path))]
-    rank = _by_packed if is_packed(config.model) else _by_torch
-    results = dict(zip(map(str, files), rank(config.model, files, config.top_k), strict=True))
+    if is_packed(config.model):
+        rankings = _by_packed(config.model, files, config.top_k)
+    else:
+        # imported here: a packed file must not load torch
+        from sparsemae.tasks.build import task_of
+        from sparsemae.tasks.predict_masks import predict_masks
+
+        if task_of(config.model) == "segment":
+            rankings = [ranking[: config.top_k] for ranking in predict_masks(config.model, files, Path(config.out))]
+        else:
+            rankings = _by_torch(config.model, files, config.top_k)
+    results = dict(zip(map(str, files), rankings, strict=True))
     for file, ranking in results.items():
         print(f"{file}: " + ", ".join(f"{name} {share:.1%}" for name, share in ranking))
     return results
@@ -45,7 +57,6 @@ def _by_packed(model: str, files: Sequence[Path], top_k: int) -> list[Ranking]:
 
 
 def _by_torch(model: str, files: Sequence[Path], top_k: int) -> list[Ranking]:
-    # imported here: a packed file must not load torch
     import torch
 
     from sparsemae.data.classification import decode_rgb

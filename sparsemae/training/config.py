@@ -24,8 +24,10 @@ class TrainerConfig:
 
     epochs: float = 400.0
     """Length of the schedule, epochs."""
+    steps: int | None = None
+    """Length of the schedule in optimizer steps instead of epochs."""
     max_steps: int | None = None
-    """Stop after this many optimizer steps, the schedule unchanged; None: run all epochs."""
+    """Stop after this many optimizer steps, the schedule unchanged; None: run to its end."""
     global_batch: int = 4096
     """Images per optimizer step, over all devices and accumulation: what a recipe fixes."""
     device_batch: int | None = None
@@ -70,8 +72,8 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         at_least_one = (
-            "max_steps", "global_batch", "device_batch", "devices", "num_nodes", "log_every_steps", "save_every_steps",
-            "keep_checkpoints", "max_failed_saves", "max_bad_steps", "evaluate_every_epochs",
+            "steps", "max_steps", "global_batch", "device_batch", "devices", "num_nodes", "log_every_steps",
+            "save_every_steps", "keep_checkpoints", "max_failed_saves", "max_bad_steps", "evaluate_every_epochs",
         )  # fmt: skip
         for name in at_least_one:
             value = getattr(self, name)
@@ -85,6 +87,10 @@ class TrainerConfig:
             raise ValueError(f"trainer.loader_retries: wanted at least 0, got {self.loader_retries}")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"trainer.ema_decay: wanted 0 to 1, got {self.ema_decay:g}")
+
+    def schedule_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps from the start of the schedule to its end."""
+        return self.steps or round(self.epochs * steps_per_epoch)
 
 
 def resolved_precision(trainer: TrainerConfig) -> str:

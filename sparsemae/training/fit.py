@@ -26,7 +26,14 @@ from sparsemae.training.bad_steps import bad_record
 from sparsemae.training.checkpoint import list_checkpoints, remove_checkpoint
 from sparsemae.training.feed import Feed
 from sparsemae.training.logs import StepProgress
-from sparsemae.training.optim import OptimConfig, learning_rate, make_optimizer, scaled_to_batch, set_learning_rate
+from sparsemae.training.optim import (
+    OptimConfig,
+    in_epochs,
+    learning_rate,
+    make_optimizer,
+    scaled_to_batch,
+    set_learning_rate,
+)
 from sparsemae.training.run import Run
 from sparsemae.training.saver import Saver
 from sparsemae.training.signals import STOPPED_STATUS, StopSignals
@@ -70,16 +77,14 @@ class _Loop:
 
     def __init__(self, run: Run, task: Task, optim: OptimConfig) -> None:
         trainer, fabric = run.trainer, run.fabric
-        if optim.warmup_epochs >= trainer.epochs:
-            raise ValueError(
-                f"optim.warmup_epochs: wanted fewer than trainer.epochs={trainer.epochs:g}, got {optim.warmup_epochs:g}"
-            )
         if trainer.scale_lr:
             optim = scaled_to_batch(optim, trainer.global_batch)
-        self.run, self.task, self.optim, self.fabric = run, task, optim, fabric
         images = len(task.dataset)  # type: ignore[arg-type]
         self.plan = BatchPlan.make(images, trainer.global_batch, trainer.device_batch, fabric.world_size)
-        self.total = round(trainer.epochs * self.plan.steps_per_epoch)
+        self.total = trainer.schedule_steps(self.plan.steps_per_epoch)
+        self.epochs = self.total / self.plan.steps_per_epoch
+        optim = in_epochs(optim, self.plan.steps_per_epoch, self.total)
+        self.run, self.task, self.optim, self.fabric = run, task, optim, fabric
         self.stop = self.total if trainer.max_steps is None else min(self.total, trainer.max_steps)
         model = task.model
         if fabric.device.type == "cpu" and run.precision == "bf16":
@@ -179,7 +184,7 @@ class _Loop:
         """One optimizer step over its micro-batches, if all processes find it good."""
         state, model, strength = self.state, self.task.model, self.task.srste_strength
         epoch = state.done / self.plan.steps_per_epoch
-        set_learning_rate(self.optimizer, learning_rate(self.optim, epoch, self.run.trainer.epochs))
+        set_learning_rate(self.optimizer, learning_rate(self.optim, epoch, self.epochs))
         with state.masks.step(epoch) as sparse:
             losses, indices = self._accumulate()
             if sparse and strength and not self.task.srste_decoupled:
@@ -274,7 +279,7 @@ class _Loop:
         if done % trainer.log_every_steps == 0 or last:
             self.unreadable.settle()
             loss = {"loss": fmean(state.losses)} if state.losses else {}
-            lr = learning_rate(self.optim, (done - 1) / self.plan.steps_per_epoch, trainer.epochs)
+            lr = learning_rate(self.optim, (done - 1) / self.plan.steps_per_epoch, self.epochs)
             bad = {"bad_steps": state.bad.total} if state.bad.total else {}
             rate = {"images_per_second": progress.images_per_second(done)}
             self.run.log.write("metrics.jsonl", {**where, **loss, "lr": lr, **rate, **bad})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -22,8 +22,14 @@ class OptimConfig:
     """The global batch, in images, that lr and min_lr are given for; only trainer.scale_lr uses it."""
     min_lr: float = 1e-5
     """Learning rate at the end of the schedule."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """How the learning rate falls from its peak to min_lr."""
     warmup_epochs: float = 5.0
-    """Epochs of linear warm-up from 0."""
+    """Epochs of linear warm-up."""
+    warmup_steps: int | None = None
+    """Length of the warm-up in optimizer steps instead of epochs."""
+    warmup_start: float = 0.0
+    """Where the warm-up begins, as a share of the peak."""
     weight_decay: float = 0.05
     """Decoupled weight decay; biases, norms, positions, class and mask tokens take none."""
     layer_decay: float = 1.0
@@ -46,15 +52,30 @@ def scaled_to_batch(optim: OptimConfig, global_batch: int) -> OptimConfig:
     return replace(optim, lr=optim.lr * factor, min_lr=optim.min_lr * factor)
 
 
-def learning_rate(optim: OptimConfig, epoch: float, epochs: float) -> float:
-    """Cosine with linear warm-up, at a fraction of epochs: ``epoch = step / steps_per_epoch``.
+def in_epochs(optim: OptimConfig, steps_per_epoch: int, total_steps: int) -> OptimConfig:
+    """The same with its warm-up in epochs, where it is given in steps.
 
-    lr = peak * e / w for e < w, else min + (peak - min) * (1 + cos(pi * (e - w) / (E - w))) / 2.
+    Raises ValueError if the warm-up is not shorter than the schedule of ``total_steps``.
+    """
+    name = "warmup_epochs" if optim.warmup_steps is None else "warmup_steps"
+    steps = optim.warmup_epochs * steps_per_epoch if optim.warmup_steps is None else optim.warmup_steps
+    if steps >= total_steps:
+        raise ValueError(f"optim.{name}: wanted fewer than the schedule's {total_steps} steps, got {steps:g} steps")
+    return optim if optim.warmup_steps is None else replace(optim, warmup_epochs=steps / steps_per_epoch)
+
+
+def learning_rate(optim: OptimConfig, epoch: float, epochs: float) -> float:
+    """Linear warm-up, then cosine or linear, at a fraction of epochs: ``epoch = step / steps_per_epoch``.
+
+    For e < w, lr = start + (peak - start) * e / w; then, with p = (e - w) / (E - w),
+    min + (peak - min) * (1 + cos(pi * p)) / 2, or min + (peak - min) * (1 - p).
     """
     if epoch < optim.warmup_epochs:
-        return optim.lr * epoch / optim.warmup_epochs
-    progress = (epoch - optim.warmup_epochs) / (epochs - optim.warmup_epochs)
-    return optim.min_lr + (optim.lr - optim.min_lr) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+        start = optim.lr * optim.warmup_start
+        return start + (optim.lr - start) * epoch / optim.warmup_epochs
+    progress = min((epoch - optim.warmup_epochs) / (epochs - optim.warmup_epochs), 1.0)
+    left = 1 - progress if optim.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return optim.min_lr + (optim.lr - optim.min_lr) * left
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

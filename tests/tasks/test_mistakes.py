@@ -59,7 +59,7 @@ def test_data(refused: Callable[..., str], tmp_path: Path, image_folder: Path, j
     [
         (["--optim.lrr", "1"], "unrecognized arguments: --optim.lrr"),
         (["--optim.lr", "fast"], 'key "optim.lr"'),
-        (["--config", "no_such"], "wanted a YAML file or a recipe (demo_finetune, demo_pretrain, finetune_s"),
+        (["--config", "no_such"], "wanted a YAML file or a recipe (demo_finetune, demo_pretrain, demo_segment, finetune_s"),
         (["--sparse.pattern", "2:48"], "attn.qkv: pattern 2:48 wants in_features divisible by 48, got in_features=32"),
         (["--sparse.pattern", "33:32"], "wanted 1 <= n <= m (n kept of every m), got n=33, m=32"),
         (["--sparse.pattern", "half"], 'wanted "n:m"'),
@@ -79,7 +79,8 @@ def test_data(refused: Callable[..., str], tmp_path: Path, image_folder: Path, j
         (["--trainer.save_every_minutes", "0"], "trainer.save_every_minutes: wanted more than 0, got 0"),
         (["--trainer.loader_retries", "-1"], "trainer.loader_retries: wanted at least 0, got -1"),
         (["--trainer.ema_decay", "1"], "trainer.ema_decay: wanted 0 to 1, got 1"),
-        (["--trainer.epochs", "1"], "optim.warmup_epochs: wanted fewer than trainer.epochs=1, got 1"),
+        (["--trainer.epochs", "1"], "optim.warmup_epochs: wanted fewer than the schedule's 2 steps, got 2 steps"),
+        (["--trainer.steps", "4", "--optim.warmup_steps", "4"], "wanted fewer than the schedule's 4 steps, got 4"),
         (["--trainer.accelerator", "mps"], "trainer.accelerator: mps cannot be had here"),
         (["--seed", "-1"], "seed: wanted 0 or more, got -1"),
         (["--trainer.scale_lr", "true"], "trainer.scale_lr: wanted optim.lr_batch"),

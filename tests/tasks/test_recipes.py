@@ -1,6 +1,7 @@
 """Each recipe against the paper's tables, row by row, typed here from its appendix."""
 
 import math
+import re
 from importlib import import_module
 from typing import Any
 
@@ -10,11 +11,13 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from sparsemae.cli import JOBS
-from sparsemae.config import read_config
+from sparsemae.config import RECIPES, read_config
+from sparsemae.data.segmentation import MaskDataConfig
 from sparsemae.models.mae import random_masking
 from sparsemae.sparsity import summarize
 from sparsemae.tasks.build import build_autoencoder, build_classifier, make_sparse
-from sparsemae.training.optim import learning_rate
+from sparsemae.tasks.segment import SegmentConfig
+from sparsemae.training.optim import in_epochs, learning_rate
 
 IMAGENET = 1_281_167
 
@@ -131,3 +134,60 @@ def test_what_the_small_recipes_change() -> None:
         if job == "finetune":
             s.init = t.init
         assert s == t
+
+
+def optim_in_steps(config) -> tuple[object, int]:
+    """The optimizer's settings and the optimizer steps of an epoch of SceneParse150."""
+    steps = 20_210 // config.trainer.global_batch
+    return in_epochs(config.optim, steps, config.trainer.schedule_steps(steps)), steps
+
+
+@pytest.mark.parametrize(("size", "pattern"), [("t", "2:32"), ("s", "4:32")])
+def test_table_3(size: str, pattern: str) -> None:
+    config = recipe(f"segment_{size}")
+    text = (RECIPES / f"segment_{size}.yaml").read_text()
+    variants = set(re.findall(r"^#.*decay-([\d.]+) ", text, re.MULTILINE))
+    overrides = re.findall(r"decay-([\d.]+) +--optim.layer_decay ([\d.]+) --out", text)
+    rows = {
+        "Input resolution": (config.data.img_size, 512),
+        "Peak learning rate": (config.optim.lr, 1e-4),
+        "Fine-tuning steps": (config.trainer.steps, 160_000),
+        "Batch size": (config.trainer.global_batch, 16),
+        "Adam eps": (config.optim.eps, 1e-8),
+        "Adam beta": (config.optim.betas, (0.9, 0.999)),
+        "Layer-wise learning rate decay": (variants, {"0.65", "0.75", "0.8"}),
+        "of which as it is": (config.optim.layer_decay, 0.75),
+        "Minimal learning rate": (config.optim.min_lr, 0.0),
+        "Learning rate schedule": (config.optim.schedule, "linear"),
+        "Warmup steps": (config.optim.warmup_steps, 1500),
+        "Dropout": (config.head.dropout, 0.0),
+        "Stochastic depth": (config.model.drop_path, 0.1),
+        "Weight decay": (config.optim.weight_decay, 0.05),
+        "Sparse pattern": (config.sparse.pattern, pattern),
+    }
+    assert not {row: pair for row, pair in rows.items() if pair[0] != pair[1]}
+    assert overrides == [("0.65", "0.65"), ("0.8", "0.8")]
+    # the method's page
+    data, inference = config.data, config.inference
+    assert (config.taps, config.head.width, config.head.auxiliary_weight) == ([3, 5, 7, 11], 512, 0.4)
+    assert (data.short_side, data.long_side, data.scale, data.crop_max_share) == (512, 2048, (0.5, 2.0), 0.75)
+    assert (data.photometric, data.hflip, data.reduce_zero_label) == (True, 0.5, None)
+    assert (inference.mode, inference.stride, inference.scales, inference.flip) == ("slide", 341, [1.0], False)
+    assert config.init == f"runs/pretrain_{size}"
+    assert config.sparse.mask == "dynamic"
+    # by default the same, but for the pattern
+    config.sparse.pattern, config.out, config.init = SegmentConfig().sparse.pattern, "runs/segment", None
+    usual = SegmentConfig(data=MaskDataConfig("sceneparse", workers=8))
+    usual.optim.lr_batch, usual.trainer = 16, config.trainer
+    assert config == usual
+
+
+@pytest.mark.parametrize("name", ["segment_t", "segment_s"])
+def test_the_schedule_over_ade20k(name: str) -> None:
+    config = recipe(name)
+    optim, steps = optim_in_steps(config)
+    assert config.trainer.schedule_steps(steps) == 160_000
+    rates = {step: learning_rate(optim, step / steps, 160_000 / steps) for step in (0, 750, 1500, 80_750, 159_999)}
+    assert rates == pytest.approx(
+        {0: 1e-10, 750: 1e-4 * 0.5000005, 1500: 1e-4, 80_750: 5e-5, 159_999: 1e-4 / 158_500}, rel=1e-6
+    )

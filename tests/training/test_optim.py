@@ -5,7 +5,14 @@ import timm
 import torch
 
 from sparsemae.models import MaskedAutoencoder
-from sparsemae.training.optim import OptimConfig, learning_rate, make_optimizer, parameter_groups, set_learning_rate
+from sparsemae.training.optim import (
+    OptimConfig,
+    in_epochs,
+    learning_rate,
+    make_optimizer,
+    parameter_groups,
+    set_learning_rate,
+)
 
 
 @pytest.mark.holds("foundation.4")
@@ -60,6 +67,15 @@ def test_schedule_is_a_closed_form_between_its_ends() -> None:
     assert learning_rate(optim, 6.0, 10) == pytest.approx(2.0)
     assert learning_rate(optim, 8.0, 10) == pytest.approx(1 + (1 + math.cos(math.pi * 0.75)))
     assert learning_rate(optim, 12.0, 10) == 1.0
+
+
+def test_a_linear_schedule_in_steps() -> None:
+    optim = OptimConfig(lr=3.0, min_lr=1.0, schedule="linear", warmup_steps=20, warmup_start=0.1)
+    in_ten = in_epochs(optim, steps_per_epoch=10, total_steps=100)
+    rates = {epoch: learning_rate(in_ten, epoch, 10) for epoch in (0, 1, 2, 6, 10, 12)}
+    assert rates == pytest.approx({0: 0.3, 1: 1.65, 2: 3.0, 6: 2.0, 10: 1.0, 12: 1.0})
+    with pytest.raises(ValueError, match=r"optim\.warmup_steps: wanted fewer than the schedule's 20 steps, got 20"):
+        in_epochs(optim, 10, 20)
 
 
 def test_every_trainable_parameter_is_covered_or_it_fails() -> None:

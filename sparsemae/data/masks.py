@@ -1,0 +1,161 @@
+"""From mask files to classes and back: which value (or colour) means which class, and what is not counted.
+
+Inside the program a mask is uint8: classes from 0, and 255 for a pixel that is ignored. In files, the pixels of an
+index mask are values (8 or 16 bits; a palette PNG's are its indices, never its colours); colour masks need a table.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+IGNORED = 255
+MAX_CLASSES = 254
+SCENEPARSE150 = Path(__file__).parent / "sceneparse150.txt"
+"""The first name of each class in the data set's own list."""
+IGNORED_NAME = "ignore"
+_FULL_ADE20K = "; masks of the full ADE20K? wanted those of SceneParse150 (ADEChallengeData2016)"
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the values of mask files mean."""
+
+    class_names: list[str]
+    reduce_zero_label: bool = False
+    """0 is "not annotated" and ignored, class c is c + 1 (as in SceneParse150)."""
+    ignore_label: int = 255
+    """Value that is ignored, whatever class it would be."""
+    colours: dict[tuple[int, int, int], int] | None = None
+    """Class of a colour mask's colours, `IGNORED` among them; None: there are only index masks."""
+    full_ade20k_hint: bool = False
+    """Say, of values that are none, that they may be those of the full ADE20K."""
+
+    def decode(self, mask: np.ndarray, name: str) -> np.ndarray:
+        """What `read_mask` gives to classes, uint8 ``[H, W]``.
+
+        Raises ValueError naming the file and the first value or colour that is no class.
+        """
+        hint = _FULL_ADE20K if self.full_ade20k_hint else ""
+        if mask.ndim == 3:
+            if self.colours is None:
+                raise ValueError(f"{name}: wanted class indices, got a colour mask: it needs a table in classes{hint}")
+            return self._decode_colours(mask, name)
+        known = (mask >= 0) & (mask < len(self._table))
+        classes = self._table[np.where(known, mask, 0)]
+        wrong = ~known | (classes < 0)
+        if wrong.any():
+            highest = len(self.class_names) - 1 + self.reduce_zero_label
+            raise ValueError(
+                f"{name}: label value {int(mask[wrong][0])}: wanted 0 to {highest}, "
+                f"or {self.ignore_label} for ignored{hint}"
+            )
+        return classes.astype(np.uint8)
+
+    def encode(self, classes: np.ndarray) -> np.ndarray:
+        """Classes uint8 ``[H, W]`` to the values of an index mask."""
+        return np.where(classes == IGNORED, IGNORED, classes + self.reduce_zero_label).astype(np.uint8)
+
+    @property
+    def palette(self) -> list[tuple[int, int, int]]:
+        """One colour per class: the table's own, or made up."""
+        if self.colours is None:
+            return distinct_colours(len(self.class_names))
+        by_class = {index: colour for colour, index in self.colours.items()}
+        return [by_class[index] for index in range(len(self.class_names))]
+
+    @cached_property
+    def _table(self) -> np.ndarray:
+        """Class of each value of an index mask; -1: it is none."""
+        table = np.full(1 << 16, -1, np.int16)
+        first = int(self.reduce_zero_label)
+        table[first : first + len(self.class_names)] = np.arange(len(self.class_names))
+        if self.reduce_zero_label:
+            table[0] = IGNORED
+        table[self.ignore_label] = IGNORED
+        return table
+
+    def _decode_colours(self, mask: np.ndarray, name: str) -> np.ndarray:
+        assert self.colours is not None
+        known = sorted((_code(np.array(colour)), index) for colour, index in self.colours.items())
+        codes, classes = (np.array(column) for column in zip(*known, strict=True))
+        got = _code(mask)
+        at = np.searchsorted(codes, got).clip(max=len(codes) - 1)
+        wrong = codes[at] != got
+        if wrong.any():
+            colour = tuple(int(value) for value in mask[wrong][0])
+            raise ValueError(f"{name}: colour {colour}: wanted one of the {len(codes)} of classes")
+        found: np.ndarray = classes[at].astype(np.uint8)
+        return found
+
+
+def _code(colours: np.ndarray) -> np.ndarray:
+    """RGB ``[..., 3]`` as one number each."""
+    code: np.ndarray = colours.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
+    return code
+
+
+def read_classes(file: str | Path) -> tuple[list[str], dict[tuple[int, int, int], int] | None]:
+    """Names, and colours if there are any, of a file with one class a line: ``name``, or ``R G B name``.
+
+    The colour of a line named "ignore" is ignored. Raises ValueError, naming file and line, if it is not such a file.
+    """
+    try:
+        lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"classes: {file}: wanted a text file with one class a line: {error}") from error
+    table = [_colour_line(line) for line in lines]
+    names = lines
+    colours: dict[tuple[int, int, int], int] | None = None
+    if any(table):
+        colours, names = {}, []
+        for line, entry in zip(lines, table, strict=True):
+            if entry is None or entry[0] in colours:
+                raise ValueError(f"classes: {file}: wanted R G B NAME with a colour of its own, got {line!r}")
+            colours[entry[0]] = IGNORED if entry[1] == IGNORED_NAME else len(names)
+            names += [entry[1]] * (entry[1] != IGNORED_NAME)
+    if not 2 <= len({*names}) == len(names) <= MAX_CLASSES:
+        got = f"{len({*names})} in {len(names)} lines"
+        raise ValueError(f"classes: {file}: wanted 2 to {MAX_CLASSES} different names, got {got}")
+    return names, colours
+
+
+def _colour_line(line: str) -> tuple[tuple[int, int, int], str] | None:
+    *rgb, name = line.split(maxsplit=3)
+    if len(rgb) != 3 or not all(value.isdecimal() and int(value) < 256 for value in rgb):
+        return None
+    red, green, blue = map(int, rgb)
+    return (red, green, blue), name
+
+
+def read_mask(file: str | Path) -> np.ndarray:
+    """An index mask's values ``[H, W]``, or a colour mask's colours uint8 ``[H, W, 3]``.
+
+    Raises ValueError naming the file if it is unreadable or neither.
+    """
+    try:
+        with Image.open(file) as image:
+            if image.mode in ("RGB", "RGBA"):
+                return np.asarray(image.convert("RGB"))
+            if image.mode in ("1", "L", "P", "I") or image.mode.startswith("I;16"):
+                return np.asarray(image.convert("L") if image.mode == "1" else image).astype(np.int32)
+            mode = image.mode
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+        reason = "not an image in a known format" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"{file}: unreadable mask: {reason}") from error
+    raise ValueError(f"{file}: wanted a mask of indices or colours, got an image of mode {mode}")
+
+
+def distinct_colours(count: int) -> list[tuple[int, int, int]]:
+    """Colours whose neighbours in the list differ: hues a golden section apart, in three lightnesses."""
+    colours = []
+    for i in range(count):
+        rgb = colorsys.hsv_to_rgb(i * 0.618034 % 1, (0.85, 0.55, 0.75)[i % 3], (0.95, 0.9, 0.6)[i // 3 % 3])
+        colours.append((round(255 * rgb[0]), round(255 * rgb[1]), round(255 * rgb[2])))
+    return colours

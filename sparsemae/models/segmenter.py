@@ -1,0 +1,193 @@
+"""A segmenter: a ViT read at four depths, a pyramid of them, and UperNet's head over the pyramid.
+
+The ViT's four taps all have the patch's stride. Transposed convolutions bring the first two to a quarter and a half of
+it, max pooling the last to twice: strides 4, 8, 16, 32 for patches of 16 px (as BEiT and MAE do). The head is UperNet
+(Xiao et al., arXiv 1807.10221): pyramid pooling on the coarsest map, then a feature pyramid. An auxiliary FCN head on
+the third tap helps training and is not run otherwise. The appendix names neither the head nor its width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+POOL_SCALES = (1, 2, 3, 6)
+AUXILIARY_TAP = 2
+TAPS = 4
+
+
+@dataclass
+class HeadConfig:
+    """UperNet's head and the auxiliary one."""
+
+    width: int = 512
+    """Channels of UperNet's maps."""
+    auxiliary_width: int = 256
+    """Channels of the auxiliary head's map."""
+    auxiliary_weight: float = 0.4
+    """Weight of the auxiliary head's loss; the main one's is 1."""
+    dropout: float = 0.0
+    """Probability of dropping a channel before the last layer of each head; mmsegmentation's is 0.1."""
+
+
+class SegmenterOutput(NamedTuple):
+    """Logits float32 ``[B, C, H, W]`` at the size of the images."""
+
+    logits: Tensor
+    auxiliary: Tensor | None
+    """Of the auxiliary head, in training; else None."""
+
+
+class Segmenter(nn.Module):
+    """A timm ViT with UperNet's head.
+
+    Args:
+        encoder: a timm ViT without a head. Its last norm is taken out: all maps are read before it.
+        taps: blocks after which it is read, counted from 0; the last must be its last.
+
+    Raises:
+        ValueError: on taps that are not four ascending blocks, or a width that is not positive.
+    """
+
+    def __init__(
+        self,
+        encoder: VisionTransformer,
+        num_classes: int,
+        taps: Sequence[int] = (3, 5, 7, 11),
+        head: HeadConfig | None = None,
+    ) -> None:
+        super().__init__()
+        head = head or HeadConfig()
+        last = len(encoder.blocks) - 1
+        if len(taps) != TAPS or sorted({*taps}) != list(taps) or taps[0] < 0 or taps[-1] != last:
+            raise ValueError(f"taps: wanted {TAPS} ascending blocks that end with the last, {last}, got {list(taps)}")
+        for name in ("width", "auxiliary_width"):
+            if getattr(head, name) < 1:
+                raise ValueError(f"head.{name}: wanted at least 1, got {getattr(head, name)}")
+        encoder.norm, encoder.fc_norm = nn.Identity(), nn.Identity()
+        self.encoder, self.taps = encoder, list(taps)
+        self.pyramid = Pyramid(encoder.embed_dim)
+        self.decode_head = UperNetHead([encoder.embed_dim] * TAPS, head.width, num_classes, head.dropout)
+        self.auxiliary_head = FCNHead(encoder.embed_dim, head.auxiliary_width, num_classes, head.dropout)
+        for part in (self.decode_head, self.auxiliary_head):
+            for module in part.modules():
+                if isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            nn.init.normal_(part.classifier.weight, std=0.01)
+            assert part.classifier.bias is not None
+            nn.init.zeros_(part.classifier.bias)
+
+    def forward(self, images: Tensor) -> SegmenterOutput:
+        """Normalised images ``[B, 3, H, W]``; an encoder with dynamic_img_pad takes any size."""
+        patches = zip(images.shape[-2:], self.encoder.patch_embed.patch_size, strict=True)
+        padded = [-(-side // patch) * patch for side, patch in patches]
+
+        def to_image(logits: Tensor) -> Tensor:
+            resized = F.interpolate(logits.float(), size=padded, mode="bilinear", align_corners=False)
+            return resized[..., : images.shape[-2], : images.shape[-1]]
+
+        maps = self.forward_pyramid(images)
+        auxiliary = to_image(self.auxiliary_head(maps[AUXILIARY_TAP])) if self.training else None
+        return SegmenterOutput(to_image(self.decode_head(maps)), auxiliary)
+
+    def forward_pyramid(self, images: Tensor) -> list[Tensor]:
+        """Maps ``[B, D, h, w]`` of the tapped blocks, from a quarter of the patch's stride to twice it."""
+        maps: list[Tensor] = self.encoder.forward_intermediates(
+            images, indices=self.taps, norm=False, output_fmt="NCHW", intermediates_only=True
+        )
+        pyramid: list[Tensor] = self.pyramid(maps)
+        return pyramid
+
+
+def segmentation_loss(output: SegmenterOutput, target: Tensor, auxiliary_weight: float, ignore: int) -> Tensor:
+    """Cross-entropy of both heads, averaged over *all* pixels of ``target [B, H, W]``, ignored ones included.
+
+    So (as mmsegmentation does) neither accumulation nor the number of processes changes it, and a batch without a label
+    gives 0.
+    """
+
+    def mean(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits, target.long(), ignore_index=ignore, reduction="sum") / target.numel()
+
+    loss = mean(output.logits)
+    return loss if output.auxiliary is None else loss + auxiliary_weight * mean(output.auxiliary)
+
+
+class Pyramid(nn.Module):
+    """Four maps of one stride ``[B, D, h, w]`` to a quarter, a half, once and twice that stride."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+
+        def halve_stride() -> nn.Module:
+            return nn.ConvTranspose2d(width, width, 2, stride=2)
+
+        self.scales = nn.ModuleList(
+            [
+                nn.Sequential(halve_stride(), nn.BatchNorm2d(width), nn.GELU(), halve_stride()),
+                halve_stride(),
+                nn.Identity(),
+                nn.MaxPool2d(2, ceil_mode=True),
+            ]
+        )
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        return [scale(x) for scale, x in zip(self.scales, maps, strict=True)]
+
+
+class UperNetHead(nn.Module):
+    """Maps from fine to coarse to logits ``[B, C, h, w]`` at the finest's size."""
+
+    def __init__(self, in_channels: Sequence[int], width: int, num_classes: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        *finer, coarsest = in_channels
+        self.pooled = nn.ModuleList(
+            [nn.Sequential(nn.AdaptiveAvgPool2d(scale), _conv_norm(coarsest, width, 1)) for scale in POOL_SCALES]
+        )
+        self.bottleneck = _conv_norm(coarsest + len(POOL_SCALES) * width, width, 3)
+        self.lateral_convs = nn.ModuleList([_conv_norm(channels, width, 1) for channels in finer])
+        self.fpn_convs = nn.ModuleList([_conv_norm(width, width, 3) for _ in finer])
+        self.fpn_bottleneck = _conv_norm(len(in_channels) * width, width, 3)
+        self.dropout = nn.Dropout2d(dropout)
+        self.classifier = nn.Conv2d(width, num_classes, 1)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        *finer, coarsest = maps
+        pooled = [_resize(branch(coarsest), coarsest) for branch in self.pooled]
+        top = self.bottleneck(torch.cat([coarsest, *pooled], dim=1))
+        laterals = [conv(x) for conv, x in zip(self.lateral_convs, finer, strict=True)] + [top]
+        for i in range(len(laterals) - 1, 0, -1):
+            laterals[i - 1] = laterals[i - 1] + _resize(laterals[i], laterals[i - 1])
+        levels = [conv(x) for conv, x in zip(self.fpn_convs, laterals[:-1], strict=True)] + [top]
+        fused = self.fpn_bottleneck(torch.cat([_resize(level, levels[0]) for level in levels], dim=1))
+        logits: Tensor = self.classifier(self.dropout(fused))
+        return logits
+
+
+class FCNHead(nn.Module):
+    """One map to logits ``[B, C, h, w]`` of its size."""
+
+    def __init__(self, in_channels: int, width: int, num_classes: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.convs = _conv_norm(in_channels, width, 3)
+        self.dropout = nn.Dropout2d(dropout)
+        self.classifier = nn.Conv2d(width, num_classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(self.dropout(self.convs(x)))
+        return logits
+
+
+def _conv_norm(in_channels: int, out_channels: int, side: int) -> nn.Sequential:
+    conv = nn.Conv2d(in_channels, out_channels, side, padding=side // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU())
+
+
+def _resize(x: Tensor, like: Tensor) -> Tensor:
+    return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=False)

@@ -1,0 +1,143 @@
+"""Runs the stages of a demo: each is the very job that a user would type, and its command is printed.
+
+As many run at a time as there are cores, one thread each, which for models this small is faster than several threads on
+one. A stage that would not end within the time limit is left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import multiprocessing
+import os
+import shlex
+import shutil
+import signal
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from sparsemae.config import read_config
+
+MARKER = ".sparsemae-demo"
+DENSE = ("--sparse.pattern", "dense")
+SMALL = (*DENSE, "--model.args", "{patch_size: 7, embed_dim: 32, depth: 4, num_heads: 4}")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One job of a demo."""
+
+    name: str
+    job: str
+    title: str
+    options: tuple[str, ...] = ()
+    init: str | None = None
+    """Name of the pretraining stage it starts from."""
+    required: bool = False
+    cost: float = 1.0
+    """Time it takes, relative to the longest stage of its job."""
+    seed: int = 0
+    """Added to the demo's."""
+
+    def words(self, out: Path, seed: int) -> list[str]:
+        """Command-line words after ``sparsemae``."""
+        words = ["--config", f"demo_{self.job}", "--out", f"{out}/{self.name}", "--seed", str(seed + self.seed)]
+        if self.job != "pretrain":
+            words += ["--init", f"{out}/{self.init}" if self.init else "null"]
+        return words + list(self.options)
+
+
+PRETRAINING = [
+    Stage("pretrain-sparse", "pretrain", "sparse MAE", required=True),
+    Stage("pretrain-dense", "pretrain", "dense MAE", DENSE),
+    Stage("pretrain-small", "pretrain", "small dense MAE", SMALL, cost=0.6),
+]
+
+
+def empty(out: Path) -> None:
+    """Make the demo's folder, or empty an earlier demo's. Raises ValueError rather than remove other files."""
+    if out.exists() and any(out.iterdir()) and not (out / MARKER).is_file():
+        raise ValueError(f"--out: {out}: wanted a new folder or that of an earlier demo, got one with other files")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / MARKER).touch()
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_stages(stages: Sequence[Stage], out: Path, seed: int, until: float, console: Console) -> dict[str, float]:
+    """Run, in order of starting, what ends by ``until`` (`time.monotonic`); returns seconds by stage name."""
+    begin = time.monotonic()
+    slots, waiting = min(cores(), 4), list(stages)
+    running: dict[Future[float], Stage] = {}
+    done: dict[str, float] = {}
+    seconds: dict[str, float] = {}
+    """Of the longest stage of each job so far."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(slots, context, _leave_interrupts) as pool, console.status("") as status:
+        while waiting or running:
+            for stage in [stage for stage in waiting if stage.init is None or stage.init in done]:
+                if len(running) == slots:
+                    break
+                waiting.remove(stage)
+                if stage.required or time.monotonic() + stage.cost * seconds.get(stage.job, 0.0) < until:
+                    words = stage.words(out, seed)
+                    console.print(f"$ sparsemae {stage.job} {shlex.join(words)}", style="dim")
+                    running[pool.submit(_run_job, stage.job, words, f"{out}/{stage.name}.log")] = stage
+            if not running:
+                break  # what waits starts from a stage that was left out
+            titles = "; ".join(f"{stage.title} {_progress(out / stage.name)}" for stage in running.values())
+            status.update(f"{time.monotonic() - begin:.0f} s: {titles}")
+            try:
+                finished = wait(running, timeout=1.0, return_when=FIRST_COMPLETED).done
+            except KeyboardInterrupt:
+                for worker in multiprocessing.active_children():
+                    worker.terminate()
+                raise
+            for future in finished:
+                stage = running.pop(future)
+                done[stage.name] = future.result()
+                seconds[stage.job] = max(seconds.get(stage.job, 0.0), done[stage.name])
+                console.print(f"[{time.monotonic() - begin:3.0f} s] {stage.title}: done in {done[stage.name]:.0f} s")
+    return done
+
+
+def left_out(stages: Sequence[Stage], done: dict[str, float], minutes: float) -> str:
+    """A line that names the stages that did not run; empty if all did."""
+    titles = [stage.title for stage in stages if stage.name not in done]
+    return f"Left out, for lack of time (--minutes {minutes:g}): {'; '.join(titles)}" if titles else ""
+
+
+def _leave_interrupts() -> None:
+    """In a worker: Ctrl-C is the parent's, which ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _progress(folder: Path) -> str:
+    """Epoch that a running stage has reached, from its metrics file."""
+    try:
+        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        return f"(epoch {last['epoch']:.0f})"
+    except (OSError, ValueError, IndexError, KeyError):
+        return ""
+
+
+def _run_job(job: str, words: list[str], log: str) -> float:
+    """Run one job in this process, single-threaded, its output in a file; returns its seconds."""
+    begin = time.monotonic()
+    torch.set_num_threads(1)
+    module: Any = importlib.import_module(f"sparsemae.tasks.{job}")
+    with open(log, "w") as file, contextlib.redirect_stderr(file), contextlib.redirect_stdout(file):
+        getattr(module, job)(read_config(getattr(module, f"{job.capitalize()}Config"), words))
+    return time.monotonic() - begin

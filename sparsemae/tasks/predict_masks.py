@@ -1,0 +1,104 @@
+"""Pictures of what a segmenter sees: masks as palette PNGs, and overlays with a legend.
+
+A mask's values are those of the data set that the model was trained on: it may stand where an annotation stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.v2 import functional as transforms
+
+from sparsemae.data.classification import decode_rgb
+from sparsemae.data.masks import Labels
+from sparsemae.sparsity import hold_masks
+from sparsemae.tasks.build import load_segmenter
+from sparsemae.tasks.segment_evaluate import InferenceConfig, predict_scores
+
+Shares = list[tuple[str, float]]
+"""Classes of an image with their shares of its pixels, largest first."""
+OPACITY = 0.55
+SMALLEST_SIDE, FONT_SIZE, ROW, SWATCH, MARGIN = 320, 15, 22, 14, 10
+"""Of an overlay, px: a smaller image is magnified; the rest is its legend's."""
+
+
+def predict_masks(model: str, files: Sequence[Path], out: Path) -> list[Shares]:
+    """Write ``STEM.png`` and ``STEM-overlay.png`` for each file; returns the classes found.
+
+    Raises ValueError if two files have one stem, or a picture would be written over one of the files.
+    """
+    targets = {file: (out / f"{file.stem}.png", out / f"{file.stem}-overlay.png") for file in files}
+    written: dict[Path, Path] = {}
+    for file, pictures in targets.items():
+        for picture in pictures:
+            other = written.setdefault(picture, file)
+            if other != file or picture.resolve() in {given.resolve() for given in files}:
+                raise ValueError(f"out: {picture}: wanted a new name for the mask of {file}, got that of {other}")
+    segmenter, description = load_segmenter(model)
+    prepared, inference = description["input"], InferenceConfig(**description["inference"])
+    names, palette = description["class_names"], [tuple(colour) for colour in description["palette"]]
+    labels = Labels(names, description["reduce_zero_label"])
+    out.mkdir(parents=True, exist_ok=True)
+    found = []
+    with torch.inference_mode(), hold_masks(segmenter):
+        for file, (mask, overlay) in targets.items():
+            image = decode_rgb(file, str(file), exif=prepared["exif"])
+            pixels = transforms.pil_to_tensor(image)[None]
+            scores = predict_scores(lambda x: segmenter(x).logits, pixels, prepared, inference)
+            classes = scores[0].argmax(dim=0).numpy().astype(np.uint8)
+            palette_image(classes, labels, palette).save(mask)
+            counts = np.bincount(classes.ravel(), minlength=len(names))
+            order = [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
+            shares = [(names[index], float(counts[index] / classes.size)) for index in order]
+            overlay_image(image, classes, palette, shares, [palette[index] for index in order]).save(overlay)
+            found.append(shares)
+    return found
+
+
+def palette_image(classes: np.ndarray, labels: Labels, palette: Sequence[tuple[int, ...]]) -> Image.Image:
+    """Classes uint8 ``[H, W]`` as a palette image of the data set's own values."""
+    picture = Image.fromarray(labels.encode(classes))
+    colours = np.zeros((256, 3), np.uint8)
+    colours[labels.encode(np.arange(len(palette), dtype=np.uint8))] = palette
+    picture.putpalette(colours.tobytes())
+    return picture
+
+
+def overlay_image(
+    image: Image.Image,
+    classes: np.ndarray,
+    palette: Sequence[tuple[int, ...]],
+    shares: Shares,
+    swatches: Sequence[tuple[int, ...]],
+) -> Image.Image:
+    """The image under its classes' colours, outlines between them, and a legend of the classes at its right."""
+    factor = max(1, -(-SMALLEST_SIDE // min(image.size)))
+    size = (image.width * factor, image.height * factor)
+    classes = classes.repeat(factor, axis=0).repeat(factor, axis=1)
+    base = np.asarray(image.resize(size, Image.Resampling.NEAREST), np.float32)
+    blended = base * (1 - OPACITY) + np.array(palette, np.float32)[classes] * OPACITY
+    edge = np.zeros(classes.shape, bool)
+    edge[1:] |= classes[1:] != classes[:-1]
+    edge[:, 1:] |= classes[:, 1:] != classes[:, :-1]
+    blended[edge] = 255
+
+    font = ImageFont.load_default(FONT_SIZE)
+    room = (size[1] - 2 * MARGIN) // ROW
+    shown = len(shares) if len(shares) <= room else room - 1
+    lines = [f"{name} {share:.1%}" for name, share in shares[:shown]]
+    if shown < len(shares):
+        lines.append(f"and {len(shares) - shown} more")
+    width = max(int(font.getlength(line)) for line in lines) + SWATCH + 3 * MARGIN
+    picture = Image.new("RGB", (size[0] + width, size[1]), "white")
+    picture.paste(Image.fromarray(blended.astype(np.uint8)))
+    draw = ImageDraw.Draw(picture)
+    for row, line in enumerate(lines):
+        left, top = size[0] + MARGIN, MARGIN + row * ROW
+        if row < shown:
+            draw.rectangle((left, top, left + SWATCH, top + SWATCH), fill=swatches[row], outline="black")
+        draw.text((left + SWATCH + MARGIN, top - 2), line, fill="black", font=font)
+    return picture
