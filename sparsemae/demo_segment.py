@@ -10,6 +10,7 @@ import json
 import math
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,13 @@ def demo_segment(out: Path, seed: int, minutes: float, images: Path, console: Co
         arms.setdefault(stage.title, []).append(_result(out / stage.name))
 
     rows = _rows(arms)
-    table = Table(HEADINGS[0], title="\nOn the 10,000 test images, after 20 epochs on 1,000 labelled ones")
+    table = Table(HEADINGS[0], title="\nOn the 10,000 test images, after 10 epochs on 1,000 labelled ones")
     for heading in HEADINGS[1:]:
         table.add_column(heading, justify="right")
     for cells in rows:
         table.add_row(*cells)
     console.print(table)
-    study = paired([run["miou"] for run in arms[OURS]], [run["miou"] for run in arms[SCRATCH]])
+    study = Paired.of([run["miou"] for run in arms[OURS]], [run["miou"] for run in arms[SCRATCH]])
     console.print(study)
     console.print(f"\nMasks and overlays of test images, in {out}/predictions:")
     predict(PredictConfig(f"{out}/segment-sparse-0", [str(images)], 2, f"{out}/predictions"))
@@ -77,16 +78,30 @@ def demo_segment(out: Path, seed: int, minutes: float, images: Path, console: Co
     (out / "results.json").write_text(json.dumps({"seconds": seconds, "arms": arms}, indent=1))
 
 
-def paired(ours: list[float], theirs: list[float]) -> str:
-    """A line on the difference of runs that share a seed, with its standard error over the seeds."""
-    differences = [100 * (a - b) for a, b in zip(ours, theirs, strict=True)]
-    each = ", ".join(f"{difference:+.2f}" for difference in differences)
-    mean, error = statistics.mean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
-    verdict = "within" if abs(mean) <= 2 * error else "more than"
-    return (
-        f"{OURS} against {SCRATCH} at equal steps, {len(differences)} seeds: {mean:+.2f} ± {error:.2f} points of mIoU "
-        f"(paired, s.e.; {each}): {verdict} two standard errors."
-    )
+@dataclass(frozen=True)
+class Paired:
+    """SparseMAE less the same network from scratch, in points of mIoU, at equal steps and seeds."""
+
+    differences: list[float]
+    """One for each seed."""
+    mean: float
+    error: float
+    """Standard error of the mean over the seeds."""
+
+    @classmethod
+    def of(cls, ours: list[float], theirs: list[float]) -> Paired:
+        """From shares, in the order of the seeds."""
+        differences = [100 * (a - b) for a, b in zip(ours, theirs, strict=True)]
+        error = statistics.stdev(differences) / math.sqrt(len(differences))
+        return cls(differences, statistics.mean(differences), error)
+
+    def __str__(self) -> str:
+        each = ", ".join(f"{difference:+.2f}" for difference in self.differences)
+        verdict = "more than" if abs(self.mean) > 2 * self.error else "within"
+        return (
+            f"{OURS} against {SCRATCH}, at equal steps and {len(self.differences)} equal seeds: {self.mean:+.2f} ± "
+            f"{self.error:.2f} points of mIoU ({each}; paired, standard error): {verdict} two standard errors."
+        )
 
 
 def _result(folder: Path) -> dict[str, Any]:

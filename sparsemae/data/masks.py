@@ -153,9 +153,9 @@ def read_mask(file: str | Path) -> np.ndarray:
 
 
 def distinct_colours(count: int) -> list[tuple[int, int, int]]:
-    """Colours whose neighbours in the list differ: hues a golden section apart, in three lightnesses."""
-    colours = []
-    for i in range(count):
+    """Grey, for background or wall, then colours whose neighbours differ: hues a golden section apart."""
+    colours = [(150, 150, 150)]
+    for i in range(1, count):
         rgb = colorsys.hsv_to_rgb(i * 0.618034 % 1, (0.85, 0.55, 0.75)[i % 3], (0.95, 0.9, 0.6)[i // 3 % 3])
         colours.append((round(255 * rgb[0]), round(255 * rgb[1]), round(255 * rgb[2])))
     return colours
