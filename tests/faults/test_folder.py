@@ -40,9 +40,10 @@ def test_a_second_run_in_the_same_folder(tmp_path: Path, capfd: pytest.CaptureFi
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
-def test_another_number_of_processes(tmp_path: Path, first: int, then: int) -> None:
+def test_another_number_of_processes(tmp_path: Path, image_folder: Path, first: int, then: int) -> None:
     """Continued on 1 process instead of 2, and on 2 instead of 1: the same weights."""
     options = ["--mixup", "0.8", "--model.drop_path", "0.3", "--erasing", "0.5", "--trainer.ema_decay", "0.9"]
+    options += ["--data.source", "folder", "--data.root", str(image_folder), "--trainer.epochs", "6"]
     options += ["--trainer.device_batch", "8"] if first == 1 else []
     words = [tiny("finetune", tmp_path / name, *options) for name in ("whole", "parts")]
     assert run(words[0], first)[0] == [0] * first
