@@ -45,23 +45,28 @@ def after_step(wanted: int, do: Callable[[], None]) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.holds("survive.4")
-def test_a_worker_that_dies(tmp_path: Path, capfd: pytest.CaptureFixture[str], figure: Any) -> None:
-    """A loader worker is killed with -9 in the middle of an update: started again, the same weights."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_that_dies_or_stops(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], number: signal.Signals, figure: Any
+) -> None:
+    """A loader worker is killed, or stopped with a batch half handed over: started again, the same weights."""
     options = ["--data.workers", "1", "--trainer.epochs", "6"]
     main(tiny("pretrain", tmp_path / "whole", *options))
     before = children()
 
     def strike() -> None:
         for child in set(children()) - set(before):
-            os.kill(child, signal.SIGKILL)
+            os.kill(child, number)
         time.sleep(0.1)  # the death is told here, in the middle of an update
 
     hook = after_step(5, strike)
-    main(tiny("pretrain", tmp_path / "run", *options))
+    main(tiny("pretrain", tmp_path / "run", *options, "--trainer.loader_timeout_seconds", "2"))
     hook.remove()
-    assert "is killed by signal: Killed. ; trying again in 1 s (1 of 6)" in capfd.readouterr().err
+    errors = capfd.readouterr().err
+    assert "DataLoader" in errors
+    assert "trying again in 1 s (1 of 6)" in errors
     assert equal(tmp_path / "whole", tmp_path / "run")
-    figure("started again after 1 s, weights equal")
+    figure(f"{number.name}: started again, weights equal")
 
 
 @pytest.mark.slow

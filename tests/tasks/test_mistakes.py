@@ -59,7 +59,7 @@ def test_data(refused: Callable[..., str], tmp_path: Path, image_folder: Path, j
     [
         (["--optim.lrr", "1"], "unrecognized arguments: --optim.lrr"),
         (["--optim.lr", "fast"], 'key "optim.lr"'),
-        (["--config", "no_such"], "wanted a YAML file or a recipe (demo_finetune, demo_pretrain, demo_segment, finetune_s"),
+        (["--config", "no_such"], "wanted a YAML file or a recipe (demo_finetune, demo_pretrain, demo_segment,"),
         (["--sparse.pattern", "2:48"], "attn.qkv: pattern 2:48 wants in_features divisible by 48, got in_features=32"),
         (["--sparse.pattern", "33:32"], "wanted 1 <= n <= m (n kept of every m), got n=33, m=32"),
         (["--sparse.pattern", "half"], 'wanted "n:m"'),
