@@ -66,7 +66,7 @@ def demo_segment(out: Path, seed: int, minutes: float, images: Path, console: Co
         table.add_row(*cells)
     console.print(table)
     study = Paired.of([run["miou"] for run in arms[OURS]], [run["miou"] for run in arms[SCRATCH]])
-    console.print(study)
+    console.print(str(study), highlight=False)
     console.print(f"\nMasks and overlays of test images, in {out}/predictions:")
     predict(PredictConfig(f"{out}/segment-sparse-0", [str(images)], 2, f"{out}/predictions"))
     console.print(left_out(STAGES, done, minutes))
