@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.data.auto_augment import posterize
 from torch import Tensor
 from torchvision import transforms
 
@@ -56,10 +57,12 @@ class DataConfig(SourceConfig):
 def training_transform(data: DataConfig) -> Any:
     """PIL image to uint8 ``[3, H, W]``, drawing from the global generators."""
     if data.crop == "resized":
-        return create_transform(
+        transform = create_transform(
             data.img_size, is_training=True, scale=data.crop_scale, hflip=data.hflip, color_jitter=0.0,
             auto_augment=data.auto_augment, interpolation=data.interpolation, mean=data.mean, use_prefetcher=True,
         )  # fmt: skip
+        _mend_posterize(transform)
+        return transform
     if data.auto_augment:
         raise ValueError(f"data.auto_augment: wanted none with data.crop=shift, got {data.auto_augment}")
     return transforms.Compose(
@@ -70,6 +73,22 @@ def training_transform(data: DataConfig) -> Any:
             transforms.PILToTensor(),
         ]
     )
+
+
+def _mend_posterize(transform: Any) -> None:
+    """Let timm's policies keep 0 bits of an image, as they do at full magnitude: Pillow 13 refuses it.
+
+    ``rand-m9-mstd0.5-inc1`` draws that for one image in 700.
+    """
+    for step in transform.transforms:
+        policies = [getattr(step, "ops", ()), *getattr(step, "policy", ())]
+        for operation in (operation for policy in policies for operation in policy):
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    return posterize(image, bits) if bits else Image.new(image.mode, image.size)  # type: ignore[no-any-return]
 
 
 class _RandomShift:

@@ -221,3 +221,15 @@ def test_shift_moves_by_at_most_the_pixels_given_and_fills_with_black() -> None:
         assert len(matches) == 1
         seen.add(matches[0])
     assert len(seen) == 9
+
+
+def test_randaugment_at_full_magnitude_keeps_no_bits_as_it_did() -> None:
+    """Pillow 13 refuses to posterize to 0 bits, which timm asks of one image in 700; Pillow 12 gave black."""
+    transform = training_transform(DataConfig(auto_augment="rand-m10-inc1-n15", img_size=8))
+    image = Image.new("RGB", (8, 8), (200, 100, 50))
+    operations = [op for step in transform.transforms for op in getattr(step, "ops", ())]
+    (posterize,) = [op for op in operations if op.name == "PosterizeIncreasing"]
+    posterize.prob = 1.0
+    assert np.asarray(posterize(image)).max() == 0
+    posterize.magnitude = 5  # 2 bits
+    assert np.asarray(posterize(image))[0, 0].tolist() == [192, 64, 0]

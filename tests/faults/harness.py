@@ -105,6 +105,9 @@ def kill_repeatedly(words: list[str], kills: int, seconds: float, processes: int
             assert done < kills, (statuses, job.output.read_text()[-3000:])
             assert None in statuses, (statuses, job.output.read_text()[-3000:])
             job.kill(signal.SIGKILL, draw.randrange(processes))
+            if None in job.wait(5):  # the other one may still wait to meet it
+                for rank in range(processes):
+                    job.kill(signal.SIGTERM, rank)  # as torchrun does
             statuses = job.wait(30)
             assert None not in statuses, f"a process waits for one that was killed: {statuses}"
             done += 1
