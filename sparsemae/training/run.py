@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import yaml
 from lightning_fabric import Fabric
 
@@ -102,12 +104,18 @@ def start(config: Any, trainer: TrainerConfig, out: str, seed: int) -> Run:
     except RuntimeError as error:
         raise ValueError(f"trainer.accelerator: {trainer.accelerator} cannot be had here: {error}") from error
     fabric.launch()
+    atexit.register(_leave_process_group)  # gloo's threads, left alive, can abort a process that ends (pytorch #190489)
     folder = Path(out)
     before = _kept_config(folder)
     trainer = _with_device_batch(trainer, fabric.world_size, before, folder)
     now = {**asdict(config), "trainer": asdict(trainer)}
     changed = differences(before, now, asdict(type(config)())) if before else []
     return Run(fabric, RunLog(folder, fabric.is_global_zero), folder, trainer, seed, precision, now, changed)
+
+
+def _leave_process_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _kept_config(folder: Path) -> dict[str, Any]:
