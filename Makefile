@@ -33,10 +33,12 @@ segment: $(STAMP)
 	$(BIN)/sparsemae demo --task segment
 	$(BIN)/python docs/update.py
 
-# packed models against dense ViTs in torch, ONNX Runtime and OpenVINO; the rivals are the extra `bench`
+# packed models against dense ViTs in torch, ONNX Runtime and OpenVINO (the extra `bench`); training against timm's
 bench: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/sparsemae benchmark --batches "[1,8]" --json docs/benchmark.json
+	$(BIN)/python tests/photographs.py runs/photographs
+	$(BIN)/sparsemae benchmark --section training --images runs/photographs/folder --json docs/benchmark-training.json
 	$(BIN)/python docs/update.py
 
 # the native tests again, under the address and undefined-behaviour sanitizers

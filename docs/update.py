@@ -11,7 +11,7 @@ DOCS = (ROOT / "README.md", ROOT / "docs/results.md")
 def main() -> None:
     """Replace what stands between the marks, for each measurement whose file is there."""
     demo, bench = ROOT / "runs/demo/results.json", ROOT / "docs/benchmark.json"
-    segment = ROOT / "runs/demo-segment/results.json"
+    training, segment = ROOT / "docs/benchmark-training.json", ROOT / "runs/demo-segment/results.json"
     if demo.is_file():
         seconds = json.loads(demo.read_text())["seconds"]
         table = (ROOT / "runs/demo/results.md").read_text()
@@ -22,6 +22,8 @@ def main() -> None:
         put("segment", f"{table}\n`make segment`: {seconds:.0f} s on 2 cores.\n")
     if bench.is_file():
         put("bench", benchmark_table(json.loads(bench.read_text())))
+    if training.is_file():
+        put("bench, training", training_table(json.loads(training.read_text())))
 
 
 def benchmark_table(measured: dict) -> str:
@@ -49,6 +51,17 @@ def benchmark_table(measured: dict) -> str:
     table = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
     config = measured["config"]
     return f"{table}\n`make bench`: {config['threads']} threads, medians of {config['runs']} interleaved runs.\n"
+
+
+def training_table(measured: dict) -> str:
+    """Images per second by part and subject, and how many times the rival's that is."""
+    lines = ["| part | subject | images/s | times the rival's |", "| --- | --- | ---: | ---: |"]
+    for row in measured["results"]:
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        lines.append(f"| {row['part']} | {row['subject']} | {row['images_per_second']:.1f} | {ratio} |")
+    config = measured["config"]
+    text = f"`make bench`: {config['threads']} threads, medians of {config['runs']} interleaved runs."
+    return "\n".join([*lines, "", text, ""])
 
 
 def put(name: str, block: str) -> None:

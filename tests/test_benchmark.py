@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import photographs
 import pytest
 import reference
 
@@ -47,6 +48,19 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
     folder = tmp_path_factory.mktemp("benchmark")
     rows = benchmark(BenchmarkConfig(dense=["B", "S"], batches=[1, 8], artifacts=str(folder)))
     return {(row.engine, row.model): row for row in rows if not row.error}
+
+
+@pytest.mark.holds_only
+@pytest.mark.holds("imagenet.6")
+def test_the_input_pipeline_keeps_up_with_timms(tmp_path: Path, figure: Any) -> None:
+    photographs.make(tmp_path)
+    config = BenchmarkConfig(section="training", images=str(tmp_path / "folder"))
+    rates = {(rate.part, rate.subject): rate for rate in benchmark(config)}
+    for (part, subject), rate in rates.items():
+        figure(f"{part}: {subject}: {rate.images_per_second:.1f} images/s")
+    ratio = next(rate.ratio for (part, _), rate in rates.items() if part == "input pipeline" and rate.ratio is not None)
+    figure(f"{ratio:.2f} times timm's")
+    assert ratio >= 1
 
 
 ANY = "any engine"

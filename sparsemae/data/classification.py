@@ -162,6 +162,11 @@ class ImageDataset(Dataset[Any]):
 _OF_ONE_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR)
 
 
+def _reuse_memory(worker: int) -> None:
+    """Let Pillow keep its memory from image to image: in a worker, page faults took 3 % of the time."""
+    Image.core.set_blocks_max(8)  # type: ignore[attr-defined]
+
+
 def load_image(source: Source, index: int, smallest: int = 1, exif: bool = False) -> tuple[Image.Image, int]:
     """Decode one image to RGB.
 
@@ -237,7 +242,7 @@ def batches(
     """
     loader = DataLoader(
         dataset, batch_sampler=sampler, num_workers=workers, collate_fn=_collate, pin_memory=pin_memory,
-        timeout=timeout if workers else 0,
+        timeout=timeout if workers else 0, worker_init_fn=_reuse_memory,
         generator=torch.Generator(),  # or starting the iterator would draw from the global one
     )  # fmt: skip
     for batch in loader:

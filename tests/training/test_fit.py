@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from sparsemae.cli import main
 from sparsemae.models.weights import read_weights
 from sparsemae.sparsity import NMPattern, nm_mask
+from sparsemae.tasks.evaluate import EVALUATION_BATCH
 from sparsemae.training import fit
 from sparsemae.training.optim import OptimConfig, learning_rate
 
@@ -268,6 +269,23 @@ def test_two_processes_equal_accumulation_through_a_finetuning(tmp_path: Path, f
     assert len(list(tmp_path.glob("*.masks.*"))) == 3
     assert len(hashes) == 1
     figure("10 steps, weights and masks bit for bit")
+
+
+@pytest.mark.slow
+@pytest.mark.holds("imagenet.5")
+def test_evaluation_on_two_processes_is_that_of_one(tmp_path: Path, figure) -> None:
+    """On 10,000 images, which batch x processes does not divide: top-1, top-5 and standard error to the last bit."""
+    found = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        words = tiny("finetune", out, "--trainer.max_steps", "2", "--trainer.device_batch", "8")
+        launch(processes, "mask_hashes.py", tmp_path / f"{processes}.masks", words)
+        found.append([row for row in metrics(out) if "top1" in row])
+    assert 10_000 % (EVALUATION_BATCH * 2)
+    assert len(found[0]) == 1
+    keys = ("top1", "top5", "standard_error")
+    assert [found[1][0][key] for key in keys] == [found[0][0][key] for key in keys]
+    figure(f"10,000 images, batch {EVALUATION_BATCH}: top-1 {found[0][0]['top1']:.2%} on one process and on two")
 
 
 @pytest.mark.slow
