@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,8 +53,18 @@ def _seed_cpu(seed: int, *counters: int) -> int:
     python_seed, torch_seed = (int(word) for word in sequence.generate_state(2))
     random.seed(python_seed)
     torch.default_generator.manual_seed(torch_seed)
-    np.random.set_bit_generator(np.random.Philox(sequence))  # type: ignore[attr-defined]
+    if not isinstance(np.random.get_bit_generator(), np.random.Philox):  # type: ignore[attr-defined]
+        np.random.set_bit_generator(np.random.Philox())  # type: ignore[attr-defined]
+    np.random.set_state(_philox(sequence))  # a new generator would make its 50 methods anew
     return torch_seed
+
+
+def _philox(sequence: np.random.SeedSequence) -> dict[str, Any]:
+    """The state of ``Philox(sequence)``, in numpy's form."""
+    return {
+        "bit_generator": "Philox", "has_uint32": 0, "uinteger": 0, "buffer": np.zeros(4, np.uint64), "buffer_pos": 4,
+        "state": {"counter": np.zeros(4, np.uint64), "key": sequence.generate_state(2, np.uint64)},
+    }  # fmt: skip
 
 
 @contextmanager
@@ -63,6 +74,7 @@ def seeding() -> Iterator[Callable[..., int]]:
     numpy's generator is swapped rather than saved: copying its state takes longer than most transforms.
     """
     states = random.getstate(), torch.get_rng_state(), np.random.get_bit_generator()  # type: ignore[attr-defined]
+    np.random.set_bit_generator(np.random.Philox())  # type: ignore[attr-defined]
     try:
         yield _seed_cpu
     finally:
