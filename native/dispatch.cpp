@@ -26,7 +26,7 @@ bool request_tiles() {
 }
 
 struct Processor {
-  bool avx2 = false, avx512 = false, avx512bf16 = false, amx = false;
+  bool avx2 = false, avx512 = false, avx512bf16 = false, amx = false, avx512fp16 = false;
 
   Processor() {
     unsigned a, b, c, d;
@@ -39,9 +39,11 @@ struct Processor {
     const bool vbmi2 = bit(c, 6), amx_bits = bit(d, 22) && bit(d, 24) && bit(d, 25);  // BF16, TILE, INT8
     avx2 = ymm && fma && bit(b, 5);
     avx512 = avx2 && zmm && bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31);  // F, DQ, BW, VL
+    const bool fp16_bit = bit(d, 23);
     unsigned a1, b1, c1, d1;
     avx512bf16 = avx512 && __get_cpuid_count(7, 1, &a1, &b1, &c1, &d1) && bit(a1, 5);
     amx = avx512bf16 && vbmi2 && amx_bits && tiles && request_tiles();
+    avx512fp16 = amx && fp16_bit;
   }
 };
 #endif
@@ -52,6 +54,7 @@ std::vector<const Kernels*> usable_kernels() {
   std::vector<const Kernels*> tables;
 #if defined(SPARSEMAE_X86)
   static const Processor processor;
+  if (processor.avx512fp16) tables.push_back(avx512fp16_kernels());
   if (processor.amx) tables.push_back(amx_kernels());
   if (processor.avx512bf16) tables.push_back(avx512bf16_kernels());
   if (processor.avx512) tables.push_back(avx512_kernels());
@@ -61,14 +64,25 @@ std::vector<const Kernels*> usable_kernels() {
   return tables;
 }
 
-const Kernels* choose_kernels(const std::string& isa, bool exact, bool odd_heads) {
+static bool can_run(const Kernels& table, const Needs& needs) {
+  if (needs.exact && table.math != std::string("fp32")) return false;
+  if (needs.odd_heads && table.even_heads) return false;
+  return table.limit == 0.0f || needs.largest < table.limit;
+}
+
+// Whether one further down is not faster for such a model.
+static bool is_best(const Kernels& table, const Needs& needs) {
+  return needs.density <= table.densest && !(needs.integers && table.embedding && table.embedding()->quantise);
+}
+
+const Kernels* choose_kernels(const std::string& isa, const Needs& needs) {
   std::string names;
   bool reached = isa.empty();
   for (const Kernels* table : usable_kernels()) {
+    const bool named = isa == table->name;
     names += (names.empty() ? "" : ", ") + std::string(table->name);
-    reached = reached || isa == table->name;
-    const bool fits = !(exact && table->math != std::string("fp32")) && !(odd_heads && table->even_heads);
-    if (reached && fits) return table;
+    reached = reached || named;
+    if (reached && can_run(*table, needs) && (named || is_best(*table, needs))) return table;
   }
   throw std::invalid_argument("instruction set must be one of " + names + " on this processor, got '" + isa + "'");
 }

@@ -11,8 +11,17 @@ namespace sparsemae {
 // All that run here, fastest first. The last is always the portable one.
 std::vector<const Kernels*> usable_kernels();
 
-// The table for a model: `exact` asks for fp32 products, `isa` ("" = the best, or a table's name) caps the choice: a model that
-// the forced table cannot run exactly gets the fastest fp32 table below it. Throws std::invalid_argument for a name that is unknown or cannot run here.
-const Kernels* choose_kernels(const std::string& isa, bool exact, bool odd_heads);
+// What a model asks of a table.
+struct Needs {
+  bool exact = false;      // fp32 products
+  bool odd_heads = false;
+  bool integers = false;   // layers that may be multiplied as int8
+  float density = 0.0f;    // the largest share of weights that a layer keeps
+  float largest = 0.0f;    // a bound of what a linear layer can get as its input
+};
+
+// The table that `isa` names where it can run the model, otherwise the fastest for it among those below ("": among all). Throws
+// std::invalid_argument for a name that is unknown or cannot run here.
+const Kernels* choose_kernels(const std::string& isa, const Needs&);
 
 }  // namespace sparsemae

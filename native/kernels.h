@@ -54,10 +54,13 @@ enum class Output { activation, gelu, residual };
 
 struct Kernels {
   const char* name;
-  const char* math;  // "fp32" or "bf16": what products are made of
+  const char* math;  // "fp32", "bf16" or "fp16": what products are made of
   bool feature_major;
   bool even_heads;  // needs an even head_dim
   std::size_t head_step;  // head_dim is padded to a multiple of it
+  float densest;  // it is the best where no sparse layer keeps more than this share of its weights
+  float limit;    // sums and activations must stay below (0: no limit); vit_build.cpp sees to it
+  const Kernels* (*embedding)();  // whose patches and linear make the embedding; its residual is laid out alike. Null: its own
 
   std::size_t (*activation_bytes)(std::size_t features, const Geometry&);
   std::size_t (*scratch_bytes)(const Geometry&);
@@ -91,5 +94,6 @@ const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx512bf16_kernels();
 const Kernels* amx_kernels();
+const Kernels* avx512fp16_kernels();
 
 }  // namespace sparsemae

@@ -101,10 +101,7 @@ void patches(const Geometry& g, const float* image, void* activation, size_t fir
 void norm(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps, void* activation,
           size_t first) {
   const Moments m = moments(g, residual + first, eps);
-  const auto value = [&](size_t d) {
-    const __m512 centred = _mm512_sub_ps(_mm512_loadu_ps(residual + first + d * g.padded_tokens), m.mean);
-    return _mm512_fmadd_ps(_mm512_mul_ps(centred, m.scale), _mm512_set1_ps(weight[d]), _mm512_set1_ps(bias[d]));
-  };
+  const auto value = [&](size_t d) { return normalised(g, m, residual + first, d, weight, bias); };
   const size_t width = tiles(g.width);
   for (size_t d = 0; d < g.width; d += 2)
     _mm512_store_si512(pair_address(activation, width, d / 2, first / 16),
@@ -113,8 +110,9 @@ void norm(const Geometry& g, const float* residual, const float* weight, const f
 
 size_t token_parts(const Geometry&) { return 1; }
 
-constexpr Kernels kTable = {"amx",   "bf16", true,          true,     kRowBlock, activation_bytes, scratch_bytes, pack_block, thread_begin, thread_end,
-                            patches, norm,   norm_residual, quantise, token_parts, linear, attention,        dense_rows};
+constexpr Kernels kTable = {"amx",      "bf16",       true,       true,    kRowBlock, 1.0f,          0.0f,     nullptr,     activation_bytes, scratch_bytes,
+                            pack_block, thread_begin, thread_end, patches, norm,      norm_residual, quantise, token_parts, linear,           attention,
+                            dense_rows};
 
 }  // namespace
 

@@ -10,12 +10,11 @@ namespace {
 struct V {
   using Number = float;
   using Weight = float;
-  static constexpr std::size_t kLanes = 16;
+  static constexpr std::size_t kLanes = 16, kVectors = 4, kRows = 4;
   __m512 x;
 
   static Weight weight(float w) { return w; }
   static V zero() { return {_mm512_setzero_ps()}; }
-  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
   static V load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static void store(float* p, V v) { _mm512_storeu_ps(p, v.x); }
   static V set(float s) { return {_mm512_set1_ps(s)}; }

@@ -288,8 +288,8 @@ void no_thread_state() {}
 
 size_t token_parts(const Geometry&) { return 1; }
 
-constexpr Kernels kTable = {"avx512bf16",    "bf16",          false,   false, kRowBlock,     activation_bytes, scratch_bytes, pack_block,
-                            no_thread_state, no_thread_state, patches, norm,  norm_residual, nullptr,          token_parts, linear,        attention,  dense_rows};
+constexpr Kernels kTable = {"avx512bf16",    "bf16",          false,   false, kRowBlock,     1.0f,    0.0f,        nullptr, activation_bytes, scratch_bytes, pack_block,
+                            no_thread_state, no_thread_state, patches, norm,  norm_residual, nullptr, token_parts, linear,  attention,        dense_rows};
 
 }  // namespace
 

@@ -10,7 +10,7 @@ namespace {
 struct V {
   using Number = float;
   using Weight = float;
-  static constexpr std::size_t kLanes = 4;
+  static constexpr std::size_t kLanes = 4, kVectors = 3, kRows = 4;
 #if defined(__GNUC__)
   using Floats = float __attribute__((vector_size(16)));
   using Bits = std::uint32_t __attribute__((vector_size(16)));
@@ -36,7 +36,6 @@ struct V {
   }
   static Weight weight(float w) { return w; }
   static V zero() { return set(0.0f); }
-  static void prefetch(const void*) {}
   static V load(const float* p) {
     V r;
     std::memcpy(&r.x, p, sizeof r.x);

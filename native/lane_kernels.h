@@ -108,9 +108,9 @@ template <class Sink>
 inline void multiply_rows(const Geometry& g, const Linear& l, const void* input, size_t first_chunk, size_t last_chunk, size_t first,
                           size_t last, V* sums, const Sink& sink) {
   multiply(g, l, static_cast<const float*>(input), first_chunk, last_chunk, first, last, sums,
-           [&](size_t row, size_t chunk, size_t j, V a, V b) {
-             sink(row, chunk, j, V::fma(a, V::set(l.scale[row]), V::set(l.bias[row])));
-             sink(row + 1, chunk, j, V::fma(b, V::set(l.scale[row + 1]), V::set(l.bias[row + 1])));
+           [&](size_t block, size_t chunk, size_t vectors, const V* sum) {
+             for (size_t row = block; row < block + kRowBlock; ++row, sum += kVectors)
+               for (size_t j = 0; j < vectors; ++j) sink(row, chunk, j, V::fma(sum[j], V::set(l.scale[row]), V::set(l.bias[row])));
            });
 }
 
@@ -218,8 +218,9 @@ inline void dense_rows(const float* weight, const float* bias, const float* x, s
 inline void no_thread_state() {}
 
 constexpr sparsemae::Kernels table(const char* name) {
-  return {name,     "fp32", true,          false,  kRowBlock, activation_bytes, scratch_bytes, pack_block, no_thread_state, no_thread_state,
-          patches,  norm,   norm_residual, nullptr, token_parts, linear, attention,        dense_rows};
+  return {name,       "fp32",          true,            false,   kRowBlock, 1.0f,          0.0f,    nullptr,     activation_bytes, scratch_bytes,
+          pack_block, no_thread_state, no_thread_state, patches, norm,      norm_residual, nullptr, token_parts, linear,           attention,
+          dense_rows};
 }
 
 }  // namespace lanes

@@ -3,9 +3,9 @@
 // Activations are cut into chunks of up to kVectors vectors of tokens, [chunk][feature][kVectors]: a kept weight is one broadcast and one
 // multiply-add per vector, whatever n:m is. Inputs are taken in slabs, so that a slab of a chunk stays in the first-level cache, and each
 // slab is used by up to kPassRows rows before the next: their sums come and go through the second-level cache, which costs less than
-// fetching slabs again. Two rows at a time, because the sums of one row alone wait for their own multiply-adds.
+// fetching slabs again. kRows rows at a time, because the sums of one row alone wait for their own multiply-adds.
 //
-// V has kLanes, load, store, fma(a, b, c), zero, Number (of a token), Weight (as stored), weight(float), set(Weight) and prefetch.
+// V has kLanes, kVectors, kRows, load, store, fma(a, b, c), zero, Number (of a token), Weight (as stored), weight(float) and set(Weight).
 
 namespace lanes {
 
@@ -17,11 +17,12 @@ using sparsemae::kRowBlock;
 using sparsemae::round_up;
 using std::size_t;
 
-constexpr size_t kVectors = 4;
+constexpr size_t kVectors = V::kVectors;
+constexpr size_t kRows = V::kRows;
+constexpr size_t kGroups = kRowBlock / kRows;
 constexpr size_t kLine = kVectors * V::kLanes;  // numbers of one feature of a chunk
-constexpr size_t kSlab = 32768 / (kLine * sizeof(typename V::Number));
+constexpr size_t kSlab = 32768 / (kLine * sizeof(typename V::Number)) / 64 * 64;  // whole groups of the usual sizes
 constexpr size_t kPassBlocks = 12;
-constexpr size_t kAhead = 40;  // steps: weights are fetched about as long beforehand as a line takes to come from the third-level cache
 constexpr size_t kPassRows = kPassBlocks * kRowBlock;
 
 // How the vectors of an image's tokens are shared out among chunks: as evenly as possible.
@@ -50,78 +51,78 @@ inline size_t activation_bytes(size_t features, const Geometry& g) {
   return Chunks(g).count * features * kLine * sizeof(typename V::Number);
 }
 
-// One kept weight of each of two rows; offsets of inputs from the slab's first, in units of eight bytes.
+// One kept weight of each of kRows rows; offsets of inputs from the slab's first, in units of eight bytes.
 struct Step {
-  std::uint16_t offset[2];
-  typename V::Weight weight[2];
+  std::uint16_t offset[kRows];
+  typename V::Weight weight[kRows];
 };
 
 inline size_t slabs_of(size_t columns) { return (columns + kSlab - 1) / kSlab; }
-inline size_t header_bytes(size_t columns) { return round_up(slabs_of(columns) * kRowBlock / 2 * sizeof(std::uint16_t), 64); }
+inline size_t header_bytes(size_t columns) { return round_up(slabs_of(columns) * kGroups * sizeof(std::uint16_t), 64); }
 
-// Block: the number of steps of every slab and pair of rows (uint16), then the steps in this order. The shorter row of a pair is
+// Block: the number of steps of every slab and group of rows (uint16), then the steps in this order. The shorter rows of a group are
 // filled up with zeros.
 inline size_t pack_block(const RowSource& source, size_t columns, size_t block, bool, void* out) {
+  Row rows[kRowBlock];
+  for (size_t r = 0; r < kRowBlock; ++r) rows[r] = source.row(source.context, block * kRowBlock + r);
   auto* counts = static_cast<std::uint16_t*>(out);
+  auto* step = reinterpret_cast<Step*>(static_cast<char*>(out) + header_bytes(columns));
   size_t total = 0;
   size_t cursor[kRowBlock] = {};
   for (size_t s = 0; s < slabs_of(columns); ++s)
-    for (size_t pair = 0; pair < kRowBlock / 2; ++pair) {
-      Row rows[2];
-      size_t kept[2] = {};
-      for (size_t r = 0; r < 2; ++r) {
-        rows[r] = source.row(source.context, block * kRowBlock + pair * 2 + r);
-        const size_t first = cursor[pair * 2 + r];
-        while (first + kept[r] < rows[r].count && rows[r].index[first + kept[r]] / kSlab == s) ++kept[r];
+    for (size_t group = 0; group < kRowBlock; group += kRows) {
+      size_t kept[kRows] = {}, steps = 0;
+      for (size_t r = 0; r < kRows; ++r) {
+        const Row& row = rows[group + r];
+        const size_t first = cursor[group + r];
+        while (first + kept[r] < row.count && row.index[first + kept[r]] / kSlab == s) ++kept[r];
+        if (kept[r] > steps) steps = kept[r];
       }
-      const size_t steps = kept[0] > kept[1] ? kept[0] : kept[1];
-      if (out) {
-        *counts++ = static_cast<std::uint16_t>(steps);
-        auto* step = reinterpret_cast<Step*>(static_cast<char*>(out) + header_bytes(columns)) + total;
-        for (size_t i = 0; i < steps; ++i, ++step)
-          for (size_t r = 0; r < 2; ++r) {
-            const size_t at = cursor[pair * 2 + r] + i;
-            const bool real = i < kept[r];
-            const size_t offset = real ? rows[r].index[at] % kSlab * kLine * sizeof(typename V::Number) / 8 : 0;
-            step->offset[r] = static_cast<std::uint16_t>(offset);
-            step->weight[r] = V::weight(real ? rows[r].value[at] : 0.0f);
-          }
-      }
-      for (size_t r = 0; r < 2; ++r) cursor[pair * 2 + r] += kept[r];
+      if (out) *counts++ = static_cast<std::uint16_t>(steps);
+      for (size_t i = 0; out && i < steps; ++i, ++step)
+        for (size_t r = 0; r < kRows; ++r) {
+          const Row& row = rows[group + r];
+          const size_t at = cursor[group + r] + i;
+          const bool real = i < kept[r];
+          const size_t offset = real ? row.index[at] % kSlab * kLine * sizeof(typename V::Number) / 8 : 0;
+          step->offset[r] = static_cast<std::uint16_t>(offset);
+          step->weight[r] = V::weight(real ? row.value[at] : 0.0f);
+        }
+      for (size_t r = 0; r < kRows; ++r) cursor[group + r] += kept[r];
       total += steps;
     }
   return round_up(header_bytes(columns) + total * sizeof(Step), 64);
 }
 
-// sums[2 rows][kVectors] += the steps' weights times their inputs; x is the slab.
+// sums[kRowBlock][kVectors] += the weights of a block's slab times their inputs, of which x is the first. Returns the end of the steps.
 template <size_t J>
-inline const Step* accumulate(const Step* step, size_t count, const typename V::Number* x, V* sums, bool fresh) {
+inline const Step* accumulate(const Step* step, const std::uint16_t* counts, const typename V::Number* x, V* sums, bool fresh) {
   const auto* bytes = reinterpret_cast<const char*>(x);
-  V sum[2][J];
-  for (size_t r = 0; r < 2; ++r)
-    for (size_t j = 0; j < J; ++j) sum[r][j] = fresh ? V::zero() : sums[r * kVectors + j];
-  for (; count; --count, ++step) {
-    V::prefetch(step + kAhead);
-    std::uint32_t offsets;
-    std::memcpy(&offsets, step->offset, sizeof offsets);
-    for (size_t r = 0; r < 2; ++r, offsets >>= 16) {
-      const V w = V::set(step->weight[r]);
-      const auto* from = reinterpret_cast<const typename V::Number*>(bytes + size_t{8} * (offsets & 0xFFFF));
-      for (size_t j = 0; j < J; ++j) sum[r][j] = V::fma(w, V::load(from + j * V::kLanes), sum[r][j]);
+  for (size_t group = 0; group < kGroups; ++group, sums += kRows * kVectors) {
+    V sum[kRows][J];
+    for (size_t r = 0; r < kRows; ++r)
+      for (size_t j = 0; j < J; ++j) sum[r][j] = fresh ? V::zero() : sums[r * kVectors + j];
+    for (size_t count = counts[group]; count; --count, ++step) {
+      for (size_t r = 0; r < kRows; ++r) {
+        const V w = V::set(step->weight[r]);
+        const auto* from = reinterpret_cast<const typename V::Number*>(bytes + size_t{8} * step->offset[r]);
+        for (size_t j = 0; j < J; ++j) sum[r][j] = V::fma(w, V::load(from + j * V::kLanes), sum[r][j]);
+      }
     }
+    for (size_t r = 0; r < kRows; ++r)
+      for (size_t j = 0; j < J; ++j) sums[r * kVectors + j] = sum[r][j];
   }
-  for (size_t r = 0; r < 2; ++r)
-    for (size_t j = 0; j < J; ++j) sums[r * kVectors + j] = sum[r][j];
   return step;
 }
 
-using Accumulate = const Step* (*)(const Step*, size_t, const typename V::Number*, V*, bool);
-constexpr Accumulate kAccumulate[kVectors] = {accumulate<1>, accumulate<2>, accumulate<3>, accumulate<4>};
+using Accumulate = const Step* (*)(const Step*, const std::uint16_t*, const typename V::Number*, V*, bool);
+constexpr Accumulate kAccumulate[] = {accumulate<1>, accumulate<2>, accumulate<3>, accumulate<4>};
+static_assert(kVectors <= sizeof kAccumulate / sizeof *kAccumulate && kRowBlock % kRows == 0);
 
 inline size_t sums_bytes() { return kPassRows * kVectors * sizeof(V); }
 
-// Multiplies blocks [first, last) of a layer with chunks [chunk, last chunk) of the tokens. sink(row, chunk, j, a, b) gets the sums of rows `row` and `row` + 1
-// for vector j of a chunk. `sums` has sums_bytes(), aligned.
+// Multiplies blocks [first, last) of a layer with chunks [first chunk, last chunk) of the tokens. sink(row, chunk, vectors, sums) gets the
+// sums of kRowBlock rows from `row` on, [rows][kVectors], for the vectors of a chunk. `sums` has sums_bytes(), aligned.
 template <class Sink>
 inline void multiply(const Geometry& g, const Linear& l, const typename V::Number* x, size_t first_chunk, size_t last_chunk,
                      size_t first, size_t last, V* sums, const Sink& sink) {
@@ -136,15 +137,10 @@ inline void multiply(const Geometry& g, const Linear& l, const typename V::Numbe
       for (size_t s = 0; s < slabs; ++s)
         for (size_t b = 0; b < blocks; ++b) {
           const char* data = static_cast<const char*>(l.data) + l.offsets[first + b];
-          const auto* counts = reinterpret_cast<const std::uint16_t*>(data) + s * kRowBlock / 2;
           if (s == 0) next[b] = reinterpret_cast<const Step*>(data + header_bytes(l.columns));
           V* to = sums + b * kRowBlock * kVectors;
-          for (size_t pair = 0; pair < kRowBlock / 2; ++pair, to += 2 * kVectors) {
-            next[b] = run(next[b], counts[pair], x + (chunk * l.columns + s * kSlab) * kLine, to, s == 0);
-            if (s + 1 < slabs) continue;
-            for (size_t j = 0; j < vectors; ++j)
-              sink((first + b) * kRowBlock + pair * 2, chunk, j, to[j], to[kVectors + j]);
-          }
+          next[b] = run(next[b], reinterpret_cast<const std::uint16_t*>(data) + s * kGroups, x + (chunk * l.columns + s * kSlab) * kLine, to, s == 0);
+          if (s + 1 == slabs) sink((first + b) * kRowBlock, chunk, vectors, to);
         }
     }
   }

@@ -103,9 +103,9 @@ void Vit::forward_image(Workspace& w, Stages& stages, const float* image, float*
   stages.run(token_units, 1, [&](std::size_t first, std::size_t last) {
     std::copy(base_.get() + residual_size_ * first / token_units, base_.get() + residual_size_ * last / token_units,
               w.residual.get() + residual_size_ * first / token_units);
-    for (std::size_t u = first; u < last; ++u) kernels_->patches(g, image, w.patches.get(), u * kTokenUnit);
+    for (std::size_t u = first; u < last; ++u) embedding_->patches(g, image, w.patches.get(), u * kTokenUnit);
   });
-  run_linear(stages, embed_, w.patches.get(), Output::residual, w.residual.get(), scratch);
+  run_linear(stages, *embedding_, embed_, w.patches.get(), Output::residual, w.residual.get(), scratch);
   if (norm_pre_)
     stages.run(token_units, 1, [&](std::size_t first, std::size_t last) {
       for (std::size_t u = first; u < last; ++u)
@@ -116,13 +116,14 @@ void Vit::forward_image(Workspace& w, Stages& stages, const float* image, float*
   finish(w, stages, out, features);
 }
 
-void Vit::run_linear(Stages& stages, const Layer& layer, const void* input, Output kind, void* output, void* scratch) const {
+void Vit::run_linear(Stages& stages, const Kernels& kernels, const Layer& layer, const void* input, Output kind, void* output,
+                     void* scratch) const {
   const Geometry& g = geometry_;
-  const std::size_t parts = kernels_->token_parts(g), blocks = layer.view.rows / kRowBlock, ranges = stages.ranges(blocks, parts);
+  const std::size_t parts = kernels.token_parts(g), blocks = layer.view.rows / kRowBlock, ranges = stages.ranges(blocks, parts);
   stages.run(parts * ranges, 1, [&](std::size_t first, std::size_t last) {
     for (std::size_t unit = first; unit < last; ++unit) {
       const std::size_t range = unit % ranges;
-      kernels_->linear(g, layer.view, input, kind, output, unit / ranges, blocks * range / ranges, blocks * (range + 1) / ranges, scratch);
+      kernels.linear(g, layer.view, input, kind, output, unit / ranges, blocks * range / ranges, blocks * (range + 1) / ranges, scratch);
     }
   });
 }
@@ -148,7 +149,7 @@ void Vit::forward_block(Workspace& w, Stages& stages, const Block& block, void* 
     return w.quantised.get();
   };
   const auto linear = [&](const Layer& layer, const void* input, Output kind, void* output) {
-    run_linear(stages, layer, input, kind, output, scratch);
+    run_linear(stages, *kernels_, layer, input, kind, output, scratch);
   };
   const char* normed = norm(block.norm1, block.qkv);
   stages.run(g.heads, 1, [&](std::size_t first, std::size_t last) {

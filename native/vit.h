@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -34,6 +35,13 @@ struct Weights {
   const std::int8_t* int8 = nullptr;
   const float* row_scale = nullptr;  // with int8
   bool integers = false;             // int8 values that may be multiplied as such
+
+  std::size_t kept() const { return n ? columns / m * n : columns; }  // values of a row
+  float value(std::size_t at) const {
+    if (fp32) return fp32[at];
+    if (int8) return static_cast<float>(int8[at]);
+    return std::bit_cast<float>(std::uint32_t{bf16[at]} << 16);
+  }
 };
 
 struct FreeAligned {
@@ -78,18 +86,18 @@ class Vit {
   struct Stages;     // how the threads of one image share its stages
 
   using Vectors = std::map<std::string, std::vector<float>>;
-  Layer build_layer(const Weights&, const std::vector<std::int64_t>& rows, const std::vector<float>* bias,
-                    const std::vector<float>* gain) const;
+  Layer build_layer(const Kernels&, const Weights&, const std::vector<std::int64_t>& rows, const std::vector<float>* bias,
+                    const std::vector<float>* gain, float input_bound) const;
   void build_base(const Vectors&);
   Workspace& workspace(std::size_t index);
   void forward_image(Workspace&, Stages&, const float* image, float* out, bool features, void* scratch) const;
   void forward_block(Workspace&, Stages&, const Block&, void* scratch) const;
-  void run_linear(Stages&, const Layer&, const void* input, Output, void* output, void* scratch) const;
+  void run_linear(Stages&, const Kernels&, const Layer&, const void* input, Output, void* output, void* scratch) const;
   void finish(Workspace&, Stages&, float* out, bool features) const;
 
   VitConfig config_;
   Geometry geometry_;
-  const Kernels* kernels_;
+  const Kernels *kernels_, *embedding_;  // of the blocks, and of the patch embedding
   ThreadPool pool_;
   std::mutex mutex_;
   Layer embed_;

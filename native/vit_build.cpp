@@ -7,6 +7,7 @@
 #include <new>
 #include <stdexcept>
 
+#include "bounds.h"
 #include "codes.h"
 #include "dispatch.h"
 #include "vit.h"
@@ -18,17 +19,14 @@ void FreeAligned::operator()(void* p) const { ::operator delete[](p, std::align_
 
 namespace {
 
-float from_bf16(std::uint16_t bits) {
-  const std::uint32_t wide = static_cast<std::uint32_t>(bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, sizeof value);
-  return value;
-}
+constexpr const char* kEmbedding = "patch_embed.proj.weight";
 
 // Rows of a weight matrix in the order of the kernels' physical rows. The rows of one block are decoded when it is first asked for.
 class Reader {
  public:
-  Reader(const Weights& weights, const std::vector<std::int64_t>& rows) : weights_(weights), rows_(rows) {
+  // `largest`: how large the sum of a row's magnitudes may become; 0: values are handed on as they are.
+  Reader(const Weights& weights, const std::vector<std::int64_t>& rows, float largest)
+      : weights_(weights), rows_(rows), largest_(largest), scale_(rows.size()) {
     if (weights.n)
       positions_ = decode_positions(weights.codes, weights.code_bytes, weights.rows * (weights.columns / weights.m), weights.n,
                                     weights.m);
@@ -36,6 +34,8 @@ class Reader {
   RowSource source() {
     return {this, [](void* self, std::size_t row) { return static_cast<Reader*>(self)->row(row); }};
   }
+  // What the values of a physical row, which has been read, are to be multiplied by.
+  float scale(std::size_t physical) const { return scale_[physical]; }
 
  private:
   Row row(std::size_t physical) {
@@ -62,13 +62,24 @@ class Reader {
       for (std::size_t j = 0; j < per_group; ++j, ++i)
         index[i] = static_cast<std::uint32_t>(weights_.n ? g * weights_.m + positions_[first + i] : j);
     for (std::size_t i = 0; i < count; ++i)
-      value[i] = weights_.fp32   ? weights_.fp32[first + i]
-                 : weights_.bf16 ? from_bf16(weights_.bf16[first + i])
-                                 : static_cast<float>(weights_.int8[first + i]);
+      value[i] = weights_.value(first + i);
+    scale_[physical] = weights_.row_scale ? weights_.row_scale[rows_[physical]] : 1.0f;
+    if (largest_ > 0.0f) enlarge(value, scale_[physical]);
+  }
+
+  // Multiplies with the scale and a power of two, which becomes the scale. It is limited, so that fp16 can hold its inverse.
+  void enlarge(std::vector<float>& values, float& scale) const {
+    float sum = 0.0f;
+    for (const float v : values) sum += std::abs(v * scale);
+    const int exponent = sum > 0.0f ? std::min(14, std::ilogb(largest_ / sum)) : 0;
+    for (float& v : values) v = std::ldexp(v * scale, exponent);
+    scale = std::ldexp(1.0f, -exponent);
   }
 
   const Weights& weights_;
   const std::vector<std::int64_t>& rows_;
+  const float largest_;
+  std::vector<float> scale_;
   std::vector<std::uint8_t> positions_;
   std::size_t block_ = static_cast<std::size_t>(-1);
   std::vector<std::uint32_t> index_[kRowBlock];
@@ -116,23 +127,24 @@ void run_all(ThreadPool& pool, const std::vector<std::function<void()>>& tasks) 
 
 }  // namespace
 
-Vit::Layer Vit::build_layer(const Weights& weights, const std::vector<std::int64_t>& rows, const std::vector<float>* bias,
-                            const std::vector<float>* gain) const {
-  Reader reader(weights, rows);
+Vit::Layer Vit::build_layer(const Kernels& kernels, const Weights& weights, const std::vector<std::int64_t>& rows,
+                            const std::vector<float>* bias, const std::vector<float>* gain, float input_bound) const {
+  // the weights themselves stay below the limit, too
+  Reader reader(weights, rows, kernels.limit / std::max(1.0f, input_bound));
   const RowSource source = reader.source();
   Layer layer;
   const std::size_t blocks = rows.size() / kRowBlock;
-  const bool int8 = layer.view.int8 = weights.integers && kernels_->quantise;
+  const bool int8 = layer.view.int8 = weights.integers && kernels.quantise;
   std::size_t total = 0, capacity = 0;
   for (std::size_t block = 0; block < blocks; ++block) {  // one at a time, so that its rows are decoded once
-    const std::size_t bytes = kernels_->pack_block(source, weights.columns, block, int8, nullptr);
+    const std::size_t bytes = kernels.pack_block(source, weights.columns, block, int8, nullptr);
     if (total + bytes > capacity) {
       capacity = block ? 2 * (total + bytes) : bytes * blocks;  // blocks are alike: the first guess is nearly always right
       auto larger = aligned_array<char>(capacity);
       std::copy_n(layer.data.get(), total, larger.get());
       layer.data = std::move(larger);
     }
-    kernels_->pack_block(source, weights.columns, block, int8, layer.data.get() + total);
+    kernels.pack_block(source, weights.columns, block, int8, layer.data.get() + total);
     layer.offsets.push_back(total);
     total += bytes;
   }
@@ -142,7 +154,7 @@ Vit::Layer Vit::build_layer(const Weights& weights, const std::vector<std::int64
     if (rows[r] < 0) continue;
     const auto from = static_cast<std::size_t>(rows[r]);
     const float factor = gain ? (*gain)[from] : 1.0f;
-    layer.scale[r] = (weights.row_scale ? weights.row_scale[from] : 1.0f) * factor;
+    layer.scale[r] = reader.scale(r) * factor;
     layer.bias[r] = bias ? (*bias)[from] * factor : 0.0f;
   }
   layer.view.rows = rows.size();
@@ -179,8 +191,6 @@ void Vit::build_base(const Vectors& vectors) {
 Vit::Vit(const VitConfig& config, const std::map<std::string, Weights>& weights, const Vectors& vectors, std::size_t threads,
          const std::string& isa)
     : config_(config), pool_(threads), counters_(threads * (kStagesPerImage + kStagesPerBlock * config.depth)) {
-  bool exact = false;
-  for (const auto& [name, w] : weights) exact = exact || (w.n && w.fp32);
   Geometry& g = geometry_;
   g.width = config.embed_dim;
   g.heads = config.num_heads;
@@ -192,7 +202,21 @@ Vit::Vit(const VitConfig& config, const std::map<std::string, Weights>& weights,
   g.prefix = config.reg_tokens + (config.class_token ? 1 : 0);
   g.tokens = g.prefix + (g.image_height / g.patch) * (g.image_width / g.patch);
   g.padded_tokens = std::max<std::size_t>(round_up(g.tokens, kTokenUnit), 2 * kTokenUnit);
-  kernels_ = choose_kernels(isa, exact, g.head_dim % 2 != 0);
+  Needs needs;
+  needs.odd_heads = g.head_dim % 2 != 0;
+  for (const auto& [name, w] : weights) {
+    if (name == kEmbedding) continue;
+    needs.exact = needs.exact || (w.n && w.fp32);
+    needs.integers = needs.integers || w.integers;
+    needs.density = std::max(needs.density, w.n ? static_cast<float>(w.n) / static_cast<float>(w.m) : 1.0f);
+  }
+  std::vector<InputBounds> bounds;
+  for (std::size_t i = 0; i < config.depth; ++i) {
+    bounds.push_back(input_bounds(weights, vectors, "blocks." + std::to_string(i) + ".", g.width));
+    needs.largest = std::max(needs.largest, bounds.back().largest());
+  }
+  kernels_ = choose_kernels(isa, needs);
+  embedding_ = kernels_->embedding ? kernels_->embedding() : kernels_;
   g.padded_head_dim = round_up(g.head_dim, kernels_->head_step);
   residual_size_ = g.width * g.padded_tokens;
 
@@ -207,13 +231,13 @@ Vit::Vit(const VitConfig& config, const std::map<std::string, Weights>& weights,
 
   blocks_.resize(config.depth);
   std::vector<std::function<void()>> layers;
-  layers.emplace_back([&] { embed_ = build_layer(weights.at("patch_embed.proj.weight"), wide, nullptr, nullptr); });
+  layers.emplace_back([&] { embed_ = build_layer(*embedding_, weights.at(kEmbedding), wide, nullptr, nullptr, 0.0f); });
   for (std::size_t i = 0; i < config.depth; ++i) {
     const std::string block = "blocks." + std::to_string(i) + ".";
-    const auto layer = [&](Layer& to, const std::string& name, const auto& rows, const std::vector<float>* gain) {
-      layers.emplace_back([&to, &rows, gain, name = block + name, &weights, &optional_vector, this] {
+    const auto layer = [&](Layer& to, const std::string& name, const auto& rows, const std::vector<float>* gain, float bound) {
+      layers.emplace_back([&to, &rows, gain, bound, name = block + name, &weights, &optional_vector, this] {
         try {
-          to = build_layer(weights.at(name + ".weight"), rows, optional_vector(name + ".bias"), gain);
+          to = build_layer(*kernels_, weights.at(name + ".weight"), rows, optional_vector(name + ".bias"), gain, bound);
         } catch (const std::invalid_argument& error) {
           throw std::invalid_argument(name + ".weight: " + error.what());
         }
@@ -221,10 +245,10 @@ Vit::Vit(const VitConfig& config, const std::map<std::string, Weights>& weights,
     };
     blocks_[i].norm1 = norm(block + "norm1");
     blocks_[i].norm2 = norm(block + "norm2");
-    layer(blocks_[i].qkv, "attn.qkv", qkv_rows, &query_gain);
-    layer(blocks_[i].proj, "attn.proj", wide, optional_vector(block + "ls1.gamma"));
-    layer(blocks_[i].fc1, "mlp.fc1", hidden, nullptr);
-    layer(blocks_[i].fc2, "mlp.fc2", wide, optional_vector(block + "ls2.gamma"));
+    layer(blocks_[i].qkv, "attn.qkv", qkv_rows, &query_gain, bounds[i].qkv);
+    layer(blocks_[i].proj, "attn.proj", wide, optional_vector(block + "ls1.gamma"), bounds[i].proj);
+    layer(blocks_[i].fc1, "mlp.fc1", hidden, nullptr, bounds[i].fc1);
+    layer(blocks_[i].fc2, "mlp.fc2", wide, optional_vector(block + "ls2.gamma"), bounds[i].fc2);
   }
   run_all(pool_, layers);
   build_base(vectors);

@@ -14,7 +14,7 @@ from sparsemae.runtime import _native
 from sparsemae.runtime.model import _build
 
 ISAS = _native.usable_isas()
-LIMIT = {"fp32": 2e-5, "bf16": 4e-2}
+LIMIT = {"fp32": 2e-5, "bf16": 4e-2, "fp16": 4e-2}
 """Largest error over the standard deviation of the outputs. Narrow models average out little of bf16's rounding."""
 
 SHAPES: dict[str, tuple[str | None, dict[str, Any]]] = {
@@ -83,6 +83,22 @@ def test_any_batch_and_thread_count_gives_the_same_bits(isa: str) -> None:
 def test_fp32_files_are_computed_in_fp32() -> None:
     for isa in ISAS:
         assert _build(reference.random_model(reference.TINY, dtype="fp32"), 1, isa).math == "fp32"
+
+
+@pytest.mark.skipif("avx512fp16" not in ISAS, reason="needs AVX512-FP16")
+def test_fp16_is_taken_where_it_is_fastest_and_cannot_overflow() -> None:
+    model = reference.random_model(reference.TINY)
+    images = images_for(model, 2)
+    assert _build(model, 1, "").isa == "avx512fp16"
+    assert _build(reference.random_model(reference.TINY, "4:32"), 1, "").isa == "amx"
+    assert _build(reference.random_model(reference.TINY, dtype="int8"), 1, "").isa == "amx"
+    for factor, isa in ((300.0, "avx512fp16"), (1e5, "amx")):
+        outlier = reference.random_model(reference.TINY)
+        outlier.tensors["blocks.0.norm2.weight"][3] = factor
+        for name in ("", "avx512fp16"):
+            native = _build(outlier, 1, name)
+            assert native.isa == isa
+            assert error(native(images, False), reference.forward(outlier, images)) <= LIMIT[native.math]
 
 
 def test_unknown_instruction_set_is_named() -> None:
