@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import timm
+import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from sparsemae.models.mae import sincos_positions
 from sparsemae.models.weights import Loaded, load_weights, read_weights, to_public_names
 
 NEW = ("head.*", "fc_norm.*", "*.weight_mask")
 """Never taken over: the head and its norm are new in each stage, and a frozen mask moves again."""
 WANTED_SHARE = 0.9
+MAE_LICENCE = "weights published by MAE's authors are under CC BY-NC 4.0: not for commercial use"
 
 
 @dataclass
@@ -47,7 +51,7 @@ def start_from(model: nn.Module, source: str) -> Start:
     """
     encoder = model if isinstance(model, VisionTransformer) else model.encoder
     assert isinstance(encoder, VisionTransformer)
-    state, foreign = _state(source)
+    state, licence = _state(source)
     resized = _resample_positions(state, encoder)
     wanted = {
         name: parameter.shape
@@ -63,33 +67,55 @@ def start_from(model: nn.Module, source: str) -> Start:
         )
     unfit = [name for name in wanted if name in state and name not in fits]
     loaded = load_weights(model, state, ignore=[*NEW, *unfit])
-    notes = []
-    if foreign and "mask_token" in state:
-        notes.append("weights published by MAE's authors are under CC BY-NC 4.0: not for commercial use")
-    return Start(loaded, share, resized, notes)
+    return Start(loaded, share, resized, [licence] if licence else [])
 
 
-def _state(source: str) -> tuple[dict[str, Tensor], bool]:
-    """Tensors under public names, and whether they come from elsewhere."""
+def _state(source: str) -> tuple[dict[str, Tensor], str]:
+    """Tensors under public names, and what to say of their licence."""
     name = source.removeprefix("timm:")
     if name == source:
         tensors, description = read_weights(source)
-        return to_public_names(tensors), not description
+        state = to_public_names(tensors)
+        return state, MAE_LICENCE if not description and _is_of_mae(state) else ""
     if not timm.is_model(name):
         raise ValueError(f"{source}: wanted a timm model after timm:, got {name!r}")
     create: Callable[..., nn.Module] = timm.create_model
-    return dict(create(name, pretrained=True).state_dict()), True
+    model = create(name, pretrained=True)
+    licence = getattr(model, "pretrained_cfg", {}).get("license")
+    return dict(model.state_dict()), f"licence of {source}, as timm names it: {licence}" if licence else ""
+
+
+def _is_of_mae(state: Mapping[str, Tensor]) -> bool:
+    """A decoder's mask token, or in a file of the encoder alone positions that are still MAE's fixed ones."""
+    positions = state.get("pos_embed")
+    if "mask_token" in state or positions is None or positions.ndim != 3 or positions.shape[-1] % 4:
+        return "mask_token" in state
+    side = math.isqrt(positions.shape[1] - 1)
+    if side * side != positions.shape[1] - 1:
+        return False
+    return torch.allclose(positions.float(), sincos_positions((side, side), positions.shape[-1]), atol=1e-3)
 
 
 def _resample_positions(state: dict[str, Tensor], encoder: VisionTransformer) -> list[str]:
-    """Bring a square grid of positions to the encoder's own, as timm does (bicubic, antialiased)."""
+    """Bring a square grid of positions to the encoder's own, as timm does (bicubic, antialiased).
+
+    Before it stand positions of as many other tokens as leave a square: one for a class token, two in distilled DeiTs,
+    none where tokens take no positions (DeiT III), which is as good as a zero. What does not fit is left as it is.
+    """
     positions, own = state.get("pos_embed"), encoder.pos_embed
     if positions is None or own is None or positions.shape == own.shape or positions.shape[-1] != own.shape[-1]:
         return []
+    tokens = [state[name].shape[1] for name in ("cls_token", "dist_token", "reg_token") if name in state]
+    sides = {before: math.isqrt(positions.shape[1] - before) for before in (0, sum(tokens[:1]), sum(tokens))}
+    before = next((before for before, side in sides.items() if side**2 == positions.shape[1] - before), None)
     prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
+    if before is None or prefix > max(before, 1):
+        return []
+    first = positions[:, :prefix] if before else positions.new_zeros(1, prefix, positions.shape[-1])
     state["pos_embed"] = resample_abs_pos_embed(
-        positions, new_size=list(encoder.patch_embed.grid_size), num_prefix_tokens=prefix
-    )
+        torch.cat((first, positions[:, before:]), dim=1), new_size=list(encoder.patch_embed.grid_size),
+        old_size=[sides[before]] * 2, num_prefix_tokens=prefix,
+    )  # fmt: skip
     return ["pos_embed"]
 
 

@@ -11,13 +11,14 @@ from typing import Any, Literal, TypeVar
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from sparsemae.data.sampling import INIT, seed_all
+from sparsemae.data.sampling import INIT, BatchPlan, seed_all
 from sparsemae.data.segmentation import MaskDataConfig
 from sparsemae.data.transforms import DataConfig
 from sparsemae.models import MaskedAutoencoder, ModelConfig, build_vit
 from sparsemae.models.segmenter import HeadConfig, Segmenter
 from sparsemae.models.weights import find_weights, load_weights, read_description, read_weights
 from sparsemae.sparsity import MaskSchedule, drop_pruned, freeze, iter_sparse, sparsify
+from sparsemae.training.config import TrainerConfig
 
 Model = TypeVar("Model", bound=nn.Module)
 PREPARATION = ("img_size", "mean", "std", "interpolation", "eval_crop", "short_side", "long_side", "exif")
@@ -99,8 +100,9 @@ def make_sparse(model: nn.Module, sparse: SparseConfig) -> list[str]:
     return names
 
 
-def mask_schedule(model: nn.Module, sparse: SparseConfig, epochs: float) -> MaskSchedule:
-    """The schedule of the masks over a training of ``epochs``."""
+def mask_schedule(model: nn.Module, sparse: SparseConfig, trainer: TrainerConfig, plan: BatchPlan) -> MaskSchedule:
+    """The schedule of the masks over a training, whose length may be given in optimizer steps."""
+    epochs = trainer.schedule_steps(plan.steps_per_epoch) / plan.steps_per_epoch
     gradual = sparse.gradual_epochs if sparse.gradual_epochs is not None else epochs / 2
     return MaskSchedule(
         model, sparse.dense_epochs, gradual if sparse.schedule == "gradual" else 0.0, sparse.freeze_epoch

@@ -101,7 +101,7 @@ def finetune(config: FinetuneConfig) -> Path:
         model, dataset, loss_of, description, "finetuning", workers=data.workers, max_unreadable=data.max_unreadable,
         filename=train.filename, evaluate=evaluate, best_by="top1",
         srste_strength=sparse.strength, srste_decoupled=sparse.term == "decoupled",
-        masks=mask_schedule(model, sparse, config.trainer.epochs),
+        masks=mask_schedule(model, sparse, trainer, plan),
     )  # fmt: skip
     metrics = fit(run, task, config.optim)
     if sparse.pattern != "dense":

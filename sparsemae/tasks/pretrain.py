@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsemae.data.classification import ImageDataset
+from sparsemae.data.sampling import BatchPlan
 from sparsemae.data.sources import open_source
 from sparsemae.data.transforms import DataConfig, normalize, training_transform
 from sparsemae.models import MaskedAutoencoder, ModelConfig
@@ -86,6 +87,8 @@ def pretrain(config: PretrainConfig) -> Path:
     )  # fmt: skip
 
     run = start(config, config.trainer, config.out, config.seed)
+    trainer = run.trainer  # device_batch resolved
+    plan = BatchPlan.make(len(dataset), trainer.global_batch, trainer.device_batch, run.fabric.world_size)
     if config.init is not None:
         run.log.say(f"{config.init}: {start_from(model, config.init)}")
     make_sparse(model, sparse)
@@ -98,7 +101,7 @@ def pretrain(config: PretrainConfig) -> Path:
         decoder=asdict(config.decoder),
         mask_ratio=config.mask_ratio,
         norm_pix_loss=config.norm_pix_loss,
-        ema_decay=config.trainer.ema_decay,
+        ema_decay=trainer.ema_decay,
     )
 
     def loss_of(forward: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -109,7 +112,7 @@ def pretrain(config: PretrainConfig) -> Path:
         model, dataset, loss_of, description, "pretraining", workers=data.workers, max_unreadable=data.max_unreadable,
         filename=source.filename,
         srste_strength=sparse.strength, srste_decoupled=sparse.term == "decoupled",
-        masks=mask_schedule(model, sparse, config.trainer.epochs),
+        masks=mask_schedule(model, sparse, trainer, plan),
         forward=ConcurrentLoss(model, config.dense_loss_weight),
     )  # fmt: skip
     fit(run, task, config.optim)

@@ -75,7 +75,7 @@ def segment(config: SegmentConfig) -> Path:
     description = describe(
         "segment", model, config.model, data, names, head=asdict(config.head), taps=config.taps,
         inference=asdict(config.inference), palette=train.labels.palette,
-        reduce_zero_label=train.labels.reduce_zero_label,
+        reduce_zero_label=train.labels.reduce_zero_label, ema_decay=trainer.ema_decay,
     )  # fmt: skip
 
     def loss_of(forward: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -87,12 +87,11 @@ def segment(config: SegmentConfig) -> Path:
         scores = score(run.fabric, model, validation, description["input"], config.inference, data.workers)
         return scores.metrics()
 
-    epochs = trainer.schedule_steps(plan.steps_per_epoch) / plan.steps_per_epoch
     task = Task(
         model, dataset, loss_of, description, "segmentation", workers=data.workers, filename=train.names.__getitem__,
         evaluate=evaluate, best_by="miou",
         srste_strength=sparse.strength, srste_decoupled=sparse.term == "decoupled",
-        masks=mask_schedule(model, sparse, epochs),
+        masks=mask_schedule(model, sparse, trainer, plan),
     )  # fmt: skip
     metrics = fit(run, task, config.optim)
     if sparse.pattern != "dense":

@@ -178,6 +178,7 @@ class _Loop:
             self._evaluate()
         if state.average is not None:
             self.task.model.load_state_dict(state.average.module.state_dict())
+            run.log.say(f"the weights written are the moving average of trainer.ema_decay {run.trainer.ema_decay:g}")
         return self.metrics
 
     def _step(self) -> None:

@@ -58,7 +58,7 @@ class TrainingState:
         training = {"optimizer": optimizer, "topology": topology, "masks": self.masks.state_dict()}
         files = {WEIGHTS: public_state(self.model), TRAINING: flatten(training)}
         weights = {**description, "step": self.done}
-        metadata = {WEIGHTS: weights, TRAINING: self._counters()}
+        metadata = {WEIGHTS: {**weights, "ema_decay": None}, TRAINING: self._counters()}
         if self.average is not None:
             files[AVERAGE], metadata[AVERAGE] = public_state(self.average.module), weights
         return files, metadata

@@ -43,6 +43,33 @@ def test_positions_are_resampled_as_timm_does(tmp_path: Path, size: int | tuple[
     assert "resampled: pos_embed" in str(result)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "before"),
+    [
+        ("deit3_base_patch16_224", {}, 0),
+        ("deit_base_distilled_patch16_224", {}, 2),
+        ("vit_base_patch16_224", {"reg_tokens": 4}, 5),
+        ("vit_base_patch16_224", {"class_token": False, "global_pool": "avg"}, 0),
+    ],
+)
+def test_positions_of_other_tokens_are_told_from_those_of_patches(
+    tmp_path: Path, name: str, options: dict, before: int
+) -> None:
+    small = {"patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    source, model = timm.create_model(name, img_size=28, **small, **options), vit()
+    result = start_from(model, save(tmp_path, source.state_dict()))
+    assert result.resized == ["pos_embed"]
+    assert "pos_embed" in result.loaded.used
+    assert torch.equal(model.pos_embed[:, 1:], source.pos_embed[:, before:])
+    assert torch.equal(model.pos_embed[:, :1], source.pos_embed[:, :1] * bool(before))
+
+
+def test_positions_of_no_square_are_left_new_and_named(tmp_path: Path) -> None:
+    result = start_from(vit(), save(tmp_path, vit((28, 56)).state_dict()))
+    assert not result.resized
+    assert "pos_embed" in result.loaded.missing
+
+
 @pytest.mark.parametrize("full", [True, False])
 def test_mae_files_full_and_encoder_only(tmp_path: Path, full: bool) -> None:
     source = MaskedAutoencoder(vit(num_classes=0), 16, 1, 2)
@@ -51,7 +78,15 @@ def test_mae_files_full_and_encoder_only(tmp_path: Path, full: bool) -> None:
         state = {key: value for key, value in state.items() if not key.startswith(("decoder", "mask_token"))}
     result = start_from(vit(global_pool="avg"), save(tmp_path, {"model": state}))
     assert result.share == 1.0
-    assert ("CC BY-NC" in str(result)) == full
+    assert "under CC BY-NC 4.0: not for commercial use" in str(result)
+
+
+def test_the_licence_of_timms_weights_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, model = vit(), vit(global_pool="avg")
+    source.pretrained_cfg = {"license": "cc-by-nc-4.0"}
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: source)
+    result = start_from(model, "timm:vit_base_patch16_224.mae")
+    assert "licence of timm:vit_base_patch16_224.mae, as timm names it: cc-by-nc-4.0" in str(result)
 
 
 def test_another_architecture_is_refused_with_the_share_matched(tmp_path: Path) -> None:
