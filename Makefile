@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test check holds bench sanitize format results segment
+.PHONY: demo test check holds bench fuzz sanitize format results segment
 
 demo: $(STAMP)
 	$(BIN)/sparsemae demo
@@ -38,6 +38,10 @@ bench: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/sparsemae benchmark --batches "[1,8]" --json docs/benchmark.json
 	$(BIN)/python docs/update.py
+
+# 10,000 mutated checkpoint files; the tests take 500 of them
+fuzz: $(STAMP)
+	SPARSEMAE_TEST_FUZZ=10000 $(TESTS) --holds survive tests/faults/test_fuzz.py
 
 # the native tests again, under the address and undefined-behaviour sanitizers
 sanitize: $(STAMP)

@@ -43,12 +43,17 @@ def start_from(model: nn.Module, source: str) -> Start:
             timm's pretrained weights, which are downloaded.
 
     Raises:
-        ValueError: fewer than 90 % of the encoder's parameters match by name and shape (says how many).
+        ValueError: the source cannot be read, or used, or fewer than 90 % of the encoder's parameters match by name and
+            shape (says how many); names the source.
     """
     encoder = model if isinstance(model, VisionTransformer) else model.encoder
     assert isinstance(encoder, VisionTransformer)
-    state, foreign = _state(source)
-    resized = _resample_positions(state, encoder)
+    tensors, foreign = _state(source)
+    try:
+        state = to_public_names(tensors)
+        resized = _resample_positions(state, encoder)
+    except (ValueError, RuntimeError) as error:  # torch's, on positions that are no grid of numbers
+        raise ValueError(f"{source}: {error}") from error
     wanted = {
         name: parameter.shape
         for name, parameter in encoder.named_parameters()
@@ -62,7 +67,7 @@ def start_from(model: nn.Module, source: str) -> Start:
             f"parameters, matched {share:.1%}; {_difference(state, wanted, fits)}"
         )
     unfit = [name for name in wanted if name in state and name not in fits]
-    loaded = load_weights(model, state, ignore=[*NEW, *unfit])
+    loaded = load_weights(model, state, ignore=[*NEW, *unfit], name=source)
     notes = []
     if foreign and "mask_token" in state:
         notes.append("weights published by MAE's authors are under CC BY-NC 4.0: not for commercial use")
@@ -70,11 +75,11 @@ def start_from(model: nn.Module, source: str) -> Start:
 
 
 def _state(source: str) -> tuple[dict[str, Tensor], bool]:
-    """Tensors under public names, and whether they come from elsewhere."""
+    """Tensors, and whether they come from elsewhere."""
     name = source.removeprefix("timm:")
     if name == source:
         tensors, description = read_weights(source)
-        return to_public_names(tensors), not description
+        return tensors, not description
     if not timm.is_model(name):
         raise ValueError(f"{source}: wanted a timm model after timm:, got {name!r}")
     create: Callable[..., nn.Module] = timm.create_model
@@ -84,7 +89,9 @@ def _state(source: str) -> tuple[dict[str, Tensor], bool]:
 def _resample_positions(state: dict[str, Tensor], encoder: VisionTransformer) -> list[str]:
     """Bring a square grid of positions to the encoder's own, as timm does (bicubic, antialiased)."""
     positions, own = state.get("pos_embed"), encoder.pos_embed
-    if positions is None or own is None or positions.shape == own.shape or positions.shape[-1] != own.shape[-1]:
+    if positions is None or own is None or positions.dim() != 3 or positions.shape[-1] != own.shape[-1]:
+        return []
+    if positions.shape == own.shape:
         return []
     prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
     state["pos_embed"] = resample_abs_pos_embed(
