@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test check holds bench fuzz sanitize format results segment
+.PHONY: demo test check holds bench fuzz saving sanitize format results segment
 
 demo: $(STAMP)
 	$(BIN)/sparsemae demo
@@ -37,6 +37,11 @@ segment: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/sparsemae benchmark --batches "[1,8]" --json docs/benchmark.json
+	$(BIN)/python docs/update.py
+
+# what a checkpoint of ViT-B costs the loop, its table into docs/
+saving: $(STAMP)
+	$(BIN)/sparsemae benchmark --section saving --json docs/saving.json
 	$(BIN)/python docs/update.py
 
 # 10,000 mutated checkpoint files; the tests take 500 of them

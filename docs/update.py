@@ -1,4 +1,4 @@
-"""Put measured tables into README.md and docs/: of `make results`, `make segment` and `make bench`."""
+"""Put measured tables into README.md and docs/: of `make results`, `make segment`, `make bench` and `make saving`."""
 
 import json
 import re
@@ -11,7 +11,7 @@ DOCS = (ROOT / "README.md", ROOT / "docs/results.md")
 def main() -> None:
     """Replace what stands between the marks, for each measurement whose file is there."""
     demo, bench = ROOT / "runs/demo/results.json", ROOT / "docs/benchmark.json"
-    segment = ROOT / "runs/demo-segment/results.json"
+    segment, saving = ROOT / "runs/demo-segment/results.json", ROOT / "docs/saving.json"
     if demo.is_file():
         seconds = json.loads(demo.read_text())["seconds"]
         table = (ROOT / "runs/demo/results.md").read_text()
@@ -22,6 +22,8 @@ def main() -> None:
         put("segment", f"{table}\n`make segment`: {seconds:.0f} s on 2 cores.\n")
     if bench.is_file():
         put("bench", benchmark_table(json.loads(bench.read_text())))
+    if saving.is_file():
+        put("saving", saving_table(json.loads(saving.read_text())))
 
 
 def benchmark_table(measured: dict) -> str:
@@ -49,6 +51,24 @@ def benchmark_table(measured: dict) -> str:
     table = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
     config = measured["config"]
     return f"{table}\n`make bench`: {config['threads']} threads, medians of {config['runs']} interleaved runs.\n"
+
+
+def saving_table(measured: dict) -> str:
+    """Seconds that a checkpoint takes, and that it takes from the loop."""
+    head = ["recipe", "files, GB", "blocking save, s", "loop held up, s", "share", "at the first save, s",
+            "steps lose while it is written, s", "a step, s"]  # fmt: skip
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for row in measured["results"]:
+        names = ("blocking", "held", "first", "slowed", "step")
+        blocking, held, *rest = (row[f"{name}_seconds"] for name in names)
+        seconds = [f"{value:.2f}" for value in (row["gigabytes"], blocking, held, *rest)]
+        lines.append([row["subject"], *seconds[:3], f"{held / blocking:.0%}", *seconds[3:]])
+    table = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    config = measured["config"]
+    said = (
+        f"{config['threads']} threads, {config['step_batch']} images a step, medians of {config['runs']} runs in turn"
+    )
+    return f"{table}\n`make saving`: {said}.\n"
 
 
 def put(name: str, block: str) -> None:
