@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test check holds bench fuzz saving sanitize format results segment
+.PHONY: demo test check holds bench fuzz saving reliability sanitize format results segment
 
 demo: $(STAMP)
 	$(BIN)/sparsemae demo
@@ -42,6 +42,12 @@ bench: $(STAMP)
 # what a checkpoint of ViT-B costs the loop, its table into docs/
 saving: $(STAMP)
 	$(BIN)/sparsemae benchmark --section saving --json docs/saving.json
+	$(BIN)/python docs/update.py
+
+# every fault and every kind of resume, what came out into docs/reliability.md
+reliability: $(STAMP)
+	mkdir -p runs
+	SPARSEMAE_TEST_FUZZ=10000 $(TESTS) -m "" --rows runs/reliability.json tests/faults
 	$(BIN)/python docs/update.py
 
 # 10,000 mutated checkpoint files; the tests take 500 of them

@@ -1,11 +1,11 @@
-"""Put measured tables into README.md and docs/: of `make results`, `make segment`, `make bench` and `make saving`."""
+"""Put measured tables into README.md and docs/: of `make results`, `segment`, `bench`, `saving` and `reliability`."""
 
 import json
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-DOCS = (ROOT / "README.md", ROOT / "docs/results.md")
+DOCS = (ROOT / "README.md", ROOT / "docs/results.md", ROOT / "docs/reliability.md")
 
 
 def main() -> None:
@@ -24,6 +24,11 @@ def main() -> None:
         put("bench", benchmark_table(json.loads(bench.read_text())))
     if saving.is_file():
         put("saving", saving_table(json.loads(saving.read_text())))
+    reliability = ROOT / "runs/reliability.json"
+    if reliability.is_file():
+        told = json.loads(reliability.read_text())
+        put("reliability", fault_table(told["fault"]))
+        put("reliability: resumed", resume_table(told["resume"]))
 
 
 def benchmark_table(measured: dict) -> str:
@@ -65,10 +70,27 @@ def saving_table(measured: dict) -> str:
         lines.append([row["subject"], *seconds[:3], f"{held / blocking:.0%}", *seconds[3:]])
     table = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
     config = measured["config"]
-    said = (
-        f"{config['threads']} threads, {config['step_batch']} images a step, medians of {config['runs']} runs in turn"
-    )
+    said = f"{config['threads']} threads, {config['step_batch']} images a step, medians of {config['runs']} runs"
     return f"{table}\n`make saving`: {said}.\n"
+
+
+def fault_table(rows: list[dict]) -> str:
+    """What was done to runs, and what came of it."""
+    lines = [["fault", "how it is made", "times", "exit status", "what it says", "weights"], ["---"] * 6]
+    for row in rows:
+        weights = {None: "", True: "equal", False: "DIFFER"}[row["equal"]]
+        cells = [row["fault"], row["made"], f"{row['times']:,}", str(row["status"]), row["said"], weights]
+        lines.append([cell.replace("|", "\\|") for cell in cells])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def resume_table(rows: list[dict]) -> str:
+    """Runs that were stopped and continued, each equal to one that was not."""
+    lines = [["job", "source", "stopped at step", "of", "loader processes", "processes"], ["---"] * 6]
+    for row in rows:
+        parts = [", ".join(map(str, row[name])) for name in ("stops", "workers", "processes")]
+        lines.append([row["job"], row["source"], parts[0], str(row["steps"]), *parts[1:]])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def put(name: str, block: str) -> None:
