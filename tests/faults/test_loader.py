@@ -1,5 +1,6 @@
 """A loader whose worker dies or hangs, and a source that goes away: started again, or a clear end with a checkpoint."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -27,7 +28,7 @@ def equal(one: Path, other: Path) -> bool:
 
 def children() -> list[int]:
     """Loader processes of this one."""
-    return [int(word) for word in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+    return [process.pid for process in multiprocessing.active_children() if process.pid is not None]
 
 
 def after_step(wanted: int, do: Callable[[], None]) -> Any:
