@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test check holds bench sanitize format results segment
+.PHONY: demo test check holds bench fuzz reliability sanitize format results segment
 
 demo: $(STAMP)
 	$(BIN)/sparsemae demo
@@ -33,13 +33,25 @@ segment: $(STAMP)
 	$(BIN)/sparsemae demo --task segment
 	$(BIN)/python docs/update.py
 
-# packed models against dense ViTs in torch, ONNX Runtime and OpenVINO (the extra `bench`); training against timm's
+# packed models against dense ViTs in torch, ONNX Runtime and OpenVINO (the extra `bench`); training against timm's;
+# background against blocking saves
 bench: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/sparsemae benchmark --batches "[1,8]" --json docs/benchmark.json
 	$(BIN)/python tests/photographs.py runs/photographs
 	$(BIN)/sparsemae benchmark --section training --images runs/photographs/folder --json docs/benchmark-training.json
+	$(BIN)/sparsemae benchmark --section saving --json docs/benchmark-saving.json
 	$(BIN)/python docs/update.py
+
+# every fault and every kind of resume, what came out into docs/reliability.md
+reliability: $(STAMP)
+	mkdir -p runs
+	SPARSEMAE_TEST_FUZZ=10000 $(TESTS) -m "" --rows runs/reliability.json tests/faults
+	$(BIN)/python docs/update.py
+
+# 10,000 mutated checkpoint files; the tests take 500 of them
+fuzz: $(STAMP)
+	SPARSEMAE_TEST_FUZZ=10000 $(TESTS) --holds survive tests/faults/test_fuzz.py
 
 # the native tests again, under the address and undefined-behaviour sanitizers
 sanitize: $(STAMP)

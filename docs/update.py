@@ -1,67 +1,35 @@
-"""Put measured tables into README.md and docs/: of `make results`, `make segment` and `make bench`."""
+"""Put measured tables into README.md and docs/: of `make results`, `segment`, `bench` and `reliability`."""
 
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
-DOCS = (ROOT / "README.md", ROOT / "docs/results.md")
+DOCS = (ROOT / "README.md", ROOT / "docs/results.md", ROOT / "docs/reliability.md")
 
 
 def main() -> None:
     """Replace what stands between the marks, for each measurement whose file is there."""
-    demo, bench = ROOT / "runs/demo/results.json", ROOT / "docs/benchmark.json"
-    training, segment = ROOT / "docs/benchmark-training.json", ROOT / "runs/demo-segment/results.json"
-    if demo.is_file():
-        seconds = json.loads(demo.read_text())["seconds"]
-        table = (ROOT / "runs/demo/results.md").read_text()
-        put("results", f"{table}\n`make results`: {seconds:.0f} s on 2 cores.\n")
-    if segment.is_file():
-        seconds = json.loads(segment.read_text())["seconds"]
-        table = (ROOT / "runs/demo-segment/results.md").read_text()
-        put("segment", f"{table}\n`make segment`: {seconds:.0f} s on 2 cores.\n")
-    if bench.is_file():
-        put("bench", benchmark_table(json.loads(bench.read_text())))
-    if training.is_file():
-        put("bench, training", training_table(json.loads(training.read_text())))
+    for target, folder in {"results": "runs/demo", "segment": "runs/demo-segment"}.items():
+        if measured := read(f"{folder}/results.json"):
+            rows = (ROOT / folder / "results.md").read_text()
+            put(target, f"{rows}\n`make {target}`: {measured['seconds']:.0f} s on 2 cores.\n")
+    if measured := read("docs/benchmark.json"):
+        put("bench", benchmark_table(measured))
+    if measured := read("docs/benchmark-training.json"):
+        put("bench: training", training_table(measured))
+    if measured := read("docs/benchmark-saving.json"):
+        put("bench: saving", saving_table(measured))
+    if told := read("runs/reliability.json"):
+        put("reliability", fault_table(told["fault"]))
+        put("reliability: resumed", resume_table(told["resume"]))
 
 
-def benchmark_table(measured: dict) -> str:
-    """Milliseconds per call by engine and model, and the first packed model's lead over each at batch 1."""
-    batches = [str(batch) for batch in measured["config"]["batches"]]
-    rows = [row for row in measured["results"] if not row["error"]]
-    ours = rows[0]["milliseconds"]["1"]
-    head = [
-        "engine",
-        "model",
-        *(f"batch {batch}, ms" for batch in batches),
-        "cold start, s",
-        "resident, MB",
-        "batch 1, times the first",
-    ]
-    lines = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
-    for row in rows:
-        times = [f"{row['milliseconds'][batch]:.1f}" for batch in batches]
-        rest = [
-            f"{row['cold_start_seconds']:.2f}",
-            f"{row['resident_mb']:.0f}",
-            f"{row['milliseconds']['1'] / ours:.2f}",
-        ]
-        lines.append([row["engine"], row["model"], *times, *rest])
-    table = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-    config = measured["config"]
-    return f"{table}\n`make bench`: {config['threads']} threads, medians of {config['runs']} interleaved runs.\n"
-
-
-def training_table(measured: dict) -> str:
-    """Images per second by part and subject, and how many times the rival's that is."""
-    lines = ["| part | subject | images/s | times the rival's |", "| --- | --- | ---: | ---: |"]
-    for row in measured["results"]:
-        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
-        lines.append(f"| {row['part']} | {row['subject']} | {row['images_per_second']:.1f} | {ratio} |")
-    config = measured["config"]
-    text = f"`make bench`: {config['threads']} threads, medians of {config['runs']} interleaved runs."
-    return "\n".join([*lines, "", text, ""])
+def read(path: str) -> Any:
+    """A file of figures; None if it was not made."""
+    file = ROOT / path
+    return json.loads(file.read_text()) if file.is_file() else None
 
 
 def put(name: str, block: str) -> None:
@@ -69,6 +37,81 @@ def put(name: str, block: str) -> None:
     marks = re.compile(rf"(<!-- table of make {name} -->\n).*?(<!-- end -->)", re.DOTALL)
     for file in DOCS:
         file.write_text(marks.sub(lambda match: f"{match[1]}\n{block}\n{match[2]}", file.read_text()))
+
+
+def table(head: list[str], rows: list[list[str]], texts: int) -> str:
+    """Markdown; the first ``texts`` columns hold words, the others numbers."""
+    lines = [head, ["---" if i < texts else "---:" for i in range(len(head))], *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n" for cells in lines)
+
+
+def benchmark_table(measured: dict) -> str:
+    """Milliseconds per call by engine and model, and the first packed model's lead over each at batch 1."""
+    batches = [str(batch) for batch in measured["config"]["batches"]]
+    rows = [row for row in measured["results"] if not row["error"]]
+    ours = rows[0]["milliseconds"]["1"]
+    times = [f"batch {batch}, ms" for batch in batches]
+    head = ["engine", "model", *times, "cold start, s", "resident, MB", "batch 1, times the first"]
+    lines = [
+        [
+            row["engine"], row["model"], *(f"{row['milliseconds'][batch]:.1f}" for batch in batches),
+            f"{row['cold_start_seconds']:.2f}", f"{row['resident_mb']:.0f}", f"{row['milliseconds']['1'] / ours:.2f}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    config = measured["config"]
+    said = f"{config['threads']} threads, medians of {config['runs']} interleaved runs"
+    return f"{table(head, lines, 2)}\n`make bench`: {said}.\n"
+
+
+def training_table(measured: dict) -> str:
+    """Images per second by part and subject, and how many times the rival's that is."""
+    lines = [
+        [
+            row["part"], row["subject"], f"{row['images_per_second']:.1f}",
+            "" if row["ratio"] is None else f"{row['ratio']:.2f}",
+        ]
+        for row in measured["results"]
+    ]  # fmt: skip
+    config = measured["config"]
+    said = f"{config['threads']} threads, {config['step_batch']} images a step, medians of {config['runs']} interleaved runs"
+    return f"{table(['part', 'subject', 'images/s', 'times the rival'], lines, 2)}\n`make bench`: {said}.\n"
+
+
+def saving_table(measured: dict) -> str:
+    """Seconds that a checkpoint takes, and that it takes from the loop."""
+    head = ["recipe", "files, GB", "blocking save, s", "loop held up, s", "share", "at the first save, s",
+            "steps lose while it is written, s", "a step, s"]  # fmt: skip
+    lines = []
+    for row in measured["results"]:
+        names = ("blocking", "held", "first", "slowed", "step")
+        blocking, held, *rest = (row[f"{name}_seconds"] for name in names)
+        seconds = [f"{value:.2f}" for value in (row["gigabytes"], blocking, held, *rest)]
+        lines.append([row["subject"], *seconds[:3], f"{held / blocking:.0%}", *seconds[3:]])
+    config = measured["config"]
+    said = f"{config['threads']} threads, {config['step_batch']} images a step, medians of {config['runs']} runs"
+    return f"{table(head, lines, 1)}\n`make bench`: {said}.\n"
+
+
+def fault_table(rows: list[dict]) -> str:
+    """What was done to runs, and what came of it."""
+    head = ["fault", "how it is made", "times", "exit status", "what it says", "weights"]
+    weights = {None: "", True: "equal", False: "DIFFER"}
+    lines = [
+        [row["fault"], row["made"], f"{row['times']:,}", str(row["status"]), row["said"], weights[row["equal"]]]
+        for row in rows
+    ]
+    return table(head, lines, 6)
+
+
+def resume_table(rows: list[dict]) -> str:
+    """Runs that were stopped and continued, each equal to one that was not."""
+    head = ["job", "source", "stopped at step", "of", "loader processes", "processes"]
+    lines = []
+    for row in rows:
+        parts = [", ".join(map(str, row[name])) for name in ("stops", "workers", "processes")]
+        lines.append([row["job"], row["source"], parts[0], str(row["steps"]), *parts[1:]])
+    return table(head, lines, 6)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # tests/reference.py
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--holds", metavar="WORD", help="run only the tests of an issue's numbered requirements")
+    parser.addoption("--rows", metavar="FILE", help="write what tests say of faults and resumed runs, as JSON")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -45,6 +46,11 @@ def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Any:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if config.getoption("--rows") is not None:
+        passed = sorted(terminalreporter.stats.get("passed", ()), key=lambda report: report.nodeid)
+        told = [(name, value) for report in passed for name, value in report.user_properties]
+        kinds = {kind: [value for name, value in told if name == kind] for kind in ("fault", "resume")}
+        Path(config.getoption("--rows")).write_text(json.dumps(kinds, indent=1))
     if config.getoption("--holds") is None:
         return
     rows = {row for reports in terminalreporter.stats.values() for r in reports for row in getattr(r, "held", ())}
@@ -58,6 +64,35 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 def figure(record_property: Any) -> Any:
     """Call with a measured figure: `make holds` prints it."""
     return lambda text: record_property("figure", text)
+
+
+@pytest.fixture
+def came_out(record_property: Any, figure: Any, tmp_path: Path) -> Any:
+    """Call with a fault and what came of it: a row of docs/reliability.md, and a figure.
+
+    ``status`` is that of the run that met the fault; ``said`` what it said, in which our own folder is left out;
+    ``equal`` whether the weights in the end are those of a run without it; ``times`` how often it was made.
+    """
+
+    def note(fault: str, made: str, status: Any, said: str = "", equal: bool | None = None, times: int = 1) -> None:
+        said = " ".join(said.replace(f"{tmp_path}/", "").split())
+        row = {"fault": fault, "made": made, "status": status, "said": said, "equal": equal, "times": times}
+        record_property("fault", row)
+        same = "" if equal is None else f", weights {'equal' if equal else 'differ'}"
+        figure(f"{fault}, {times} times: status {status}{same}" + (f", {said!r}" if said else ""))
+
+    return note
+
+
+@pytest.fixture
+def resumed(record_property: Any) -> Any:
+    """Call with a run that was continued and proved equal: another row of docs/reliability.md."""
+
+    def note(job: str, source: str, stops: Any, steps: int, workers: Any, processes: Any) -> None:
+        row = {"job": job, "source": source, "stops": stops, "steps": steps, "workers": workers, "processes": processes}
+        record_property("resume", row)
+
+    return note
 
 
 @pytest.fixture
@@ -105,6 +140,8 @@ def tiny(job: str, out: Path, *options: str) -> list[str]:
     ]  # fmt: skip
     if job == "pretrain":
         words += ["--decoder", "{embed_dim: 16, depth: 1, num_heads: 2}"]
+    elif job == "segment":
+        words += ["--trainer.evaluate_every_epochs", "100"]
     else:
         words += ["--init", "null", "--trainer.evaluate_every_epochs", "100"]
     return words + list(options)

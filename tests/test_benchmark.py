@@ -7,10 +7,15 @@ from typing import Any
 import photographs
 import pytest
 import reference
+import torch
 
+from sparsemae.benchmark import saving
 from sparsemae.benchmark.command import BenchmarkConfig, benchmark
 from sparsemae.benchmark.packed import DENSE, Measurement, table
+from sparsemae.models import ModelConfig
 from sparsemae.packing.format import write
+from sparsemae.tasks.build import SparseConfig, build_classifier, make_sparse
+from sparsemae.training.optim import OptimConfig, make_optimizer
 
 SHAPE = {"patch_size": 16, "image_height": 224, "image_width": 224, "depth": 1}
 
@@ -40,6 +45,45 @@ def test_table_names_what_is_missing() -> None:
     assert "5.00" in lines[1]
     assert "200.0" in lines[1]
     assert lines[2].endswith("-- No module named 'openvino'")
+
+
+def test_saving_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def small(batch: int, pattern: str) -> saving.Subject:
+        model = build_classifier(ModelConfig(args={"embed_dim": 32, "depth": 1, "num_heads": 2}), 224, 2, seed=0)
+        make_sparse(model, SparseConfig(pattern=pattern))
+        optimizer = make_optimizer(model, OptimConfig())
+
+        def step() -> None:
+            model(torch.zeros(batch, 3, 224, 224)).sum().backward()
+            optimizer.step()
+
+        return saving.Subject(model, optimizer, step)
+
+    monkeypatch.setattr(saving, "SUBJECTS", {"small": small})
+    config = BenchmarkConfig(section="saving", step_batch=1, threads=1, runs=1, artifacts=str(tmp_path),
+                             json=str(tmp_path / "out.json"))  # fmt: skip
+    (row,) = benchmark(config)
+    parameters = sum(parameter.numel() for parameter in small(1, "2:32").model.parameters())
+    assert 12 * parameters < 1e9 * row.gigabytes < 13 * parameters + 20_000
+    assert min(row.blocking_seconds, row.first_seconds, row.held_seconds, row.step_seconds) > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+    assert json.loads((tmp_path / "out.json").read_text())["results"][0]["subject"] == "small"
+    assert saving.table([row]).splitlines()[1].startswith("small ")
+
+
+@pytest.mark.holds_only
+@pytest.mark.holds("survive.2")
+def test_the_loop_is_held_up_by_a_quarter_of_a_save_at_most(figure: Any) -> None:
+    """Saving ViT-B with AdamW's state: what the loop is held up by, of the time of a blocking save."""
+    rows = benchmark(BenchmarkConfig(section="saving"))
+    for row in rows:
+        figure(
+            f"{row.subject}, {row.gigabytes:.2f} GB: {row.held_seconds:.2f} s of {row.blocking_seconds:.2f} s, "
+            f"{row.held_share:.0%} (wanted 25%)"
+        )
+    assert all(row.held_share <= 0.25 for row in rows)
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,12 @@ from sparsemae.benchmark.packed import DENSE, ENGINES
 
 @dataclass
 class BenchmarkConfig:
-    """Measure packed models against dense ones in other engines, or training against timm's."""
+    """Measure packed models against dense ones in other engines, training against timm's, or what saving costs."""
 
-    section: Literal["packed", "training"] = "packed"
+    section: Literal["packed", "training", "saving"] = "packed"
     """packed: latency, throughput, memory and cold start of packed files and their rivals; training: images per second
-    of the input pipeline and of optimizer steps, beside timm's loader and its dense ViT-B."""
+    of the input pipeline and of optimizer steps, beside timm's loader and its dense ViT-B; saving: what a checkpoint of
+    ViT-B with AdamW's state costs the loop, beside a save that blocks it."""
     files: list[str] = field(default_factory=list)
     """Packed files; none: SparseMAE-T and -S at ViT-B/16 size with random weights, bf16 and int8."""
     engines: list[str] = field(default_factory=lambda: list(ENGINES))
@@ -30,13 +31,14 @@ class BenchmarkConfig:
     images: str | None = None
     """Folder of JPEGs for the training section, as for data.source=folder; none: its steps alone are measured."""
     step_batch: int = 8
-    """Images per optimizer step of the training section; 0: its input pipeline alone is measured."""
+    """Images per optimizer step of the training and saving sections; 0: the input pipeline alone is measured."""
     threads: int = 2
     """Threads of every engine, and of a step."""
     runs: int = 5
     """Timed runs of each subject, in turn with the others, of which the median counts."""
     artifacts: str = ""
-    """Folder that keeps exported models for the next time; none: a temporary one."""
+    """Folder that keeps exported models for the next time, or on whose disk checkpoints are written; none: a temporary
+    one."""
     json: str = ""
     """File to write all figures to."""
 
@@ -49,6 +51,11 @@ def benchmark(config: BenchmarkConfig) -> Sequence[Any]:
             config.files, config.engines, config.dense, config.batches, config.threads, config.runs, config.artifacts
         )
         print(packed.table(rows, config.batches))
+    elif config.section == "saving":
+        from sparsemae.benchmark import saving
+
+        rows = saving.measure(config.step_batch, config.threads, config.runs, config.artifacts)
+        print(saving.table(rows))
     else:
         from sparsemae.benchmark import training  # loads torch, which packed files do not want
 

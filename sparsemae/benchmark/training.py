@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm import create_model
@@ -41,6 +41,15 @@ LOADER_BATCH = 32
 _PREFETCHED = 2  # batches that a loader process makes ahead
 _PASSES = 6  # over the images, in one timed run
 _RIVAL_STEP = "timm's dense ViT-B/16, classification"
+
+
+class Subject(NamedTuple):
+    """Something to train."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: Callable[[], None]
+    """An optimizer step on random images, at learning rate 0."""
 
 
 @dataclass
@@ -183,11 +192,11 @@ def _stages(data: DataConfig, source: Source, runs: int) -> list[Rate]:
 
 def _steps(batch: int, runs: int) -> list[Rate]:
     subjects = {
-        "pretrain_t, 147 + 1 tokens and the decoder": _pretraining(batch, "2:32"),
-        "the same, dense": _pretraining(batch, "dense"),
-        "finetune_t, 196 + 1 tokens": _finetuning(batch, "2:32"),
-        "the same, dense ": _finetuning(batch, "dense"),
-        _RIVAL_STEP: _timm_step(batch),
+        "pretrain_t, 147 + 1 tokens and the decoder": pretraining(batch, "2:32").step,
+        "the same, dense": pretraining(batch, "dense").step,
+        "finetune_t, 196 + 1 tokens": finetuning(batch, "2:32").step,
+        "the same, dense ": finetuning(batch, "dense").step,
+        _RIVAL_STEP: _timm(batch).step,
     }
     times: dict[str, list[float]] = {name: [] for name in subjects}
     for turn in range(runs + 1):
@@ -203,26 +212,28 @@ def _steps(batch: int, runs: int) -> list[Rate]:
     ]
 
 
-def _pretraining(batch: int, pattern: str) -> Callable[[], None]:
+def pretraining(batch: int, pattern: str) -> Subject:
+    """pretrain_t with another pattern, and random images."""
     config = read_config(PretrainConfig, ["--config", "pretrain_t", "--sparse.pattern", pattern])
     model = build_autoencoder(config.model, config.decoder, config.data.img_size, config.seed)
     make_sparse(model, config.sparse)
     images, noise = torch.randn(batch, 3, 224, 224), torch.rand(batch, 196)
     loss = lambda: model(images, config.mask_ratio, noise).loss  # noqa: E731
-    return _step_of(model, loss, make_optimizer(model, config.optim), config.sparse.strength)
+    return _subject(model, loss, make_optimizer(model, config.optim), config.sparse.strength)
 
 
-def _finetuning(batch: int, pattern: str) -> Callable[[], None]:
+def finetuning(batch: int, pattern: str) -> Subject:
+    """finetune_t with another pattern, and random images."""
     config = read_config(FinetuneConfig, ["--config", "finetune_t", "--sparse.pattern", pattern])
     model = build_classifier(config.model, config.data.img_size, 1000, config.seed)
     make_sparse(model, config.sparse)
-    return _step_of(model, _classify(model, batch), make_optimizer(model, config.optim), config.sparse.strength)
+    return _subject(model, _classify(model, batch), make_optimizer(model, config.optim), config.sparse.strength)
 
 
-def _timm_step(batch: int) -> Callable[[], None]:
+def _timm(batch: int) -> Subject:
     model = create_model("vit_base_patch16_224")
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
-    return _step_of(model, _classify(model, batch), optimizer, 0.0)
+    return _subject(model, _classify(model, batch), optimizer, 0.0)
 
 
 def _classify(model: nn.Module, batch: int) -> Callable[[], Tensor]:
@@ -230,9 +241,9 @@ def _classify(model: nn.Module, batch: int) -> Callable[[], Tensor]:
     return lambda: nn.functional.cross_entropy(model(images).float(), target)
 
 
-def _step_of(
+def _subject(
     model: nn.Module, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, strength: float
-) -> Callable[[], None]:
+) -> Subject:
     """The loop's optimizer step, at learning rate 0, in the precision that is best here."""
     model.train()
     precision = resolved_precision(TrainerConfig(accelerator="cpu"))
@@ -253,4 +264,4 @@ def _step_of(
             optimizer.step()
         optimizer.zero_grad()
 
-    return step
+    return Subject(model, optimizer, step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,7 +113,7 @@ def open_masks(data: MaskSourceConfig, split: Literal["train", "val"], limit: in
     if data.source == "embedded":
         reader, masks = embedded.EmbeddedReader(split), embedded.masks(split)
         names = [reader.filename(index) for index in range(len(reader))[:limit]]
-        return MaskSource(labels, names, lambda index: (reader[index][0].convert("RGB"), masks[index]), True)
+        return MaskSource(labels, names, partial(_embedded_pair, reader, masks), True)
     found = find_pairs(data, split)
     for alone, what in ((found.images_alone, "images without masks"), (found.masks_alone, "masks without images")):
         if alone:
@@ -120,9 +121,17 @@ def open_masks(data: MaskSourceConfig, split: Literal["train", "val"], limit: in
     pairs = found.pairs
     if limit is not None:
         pairs = [pairs[i] for i in sorted(stream(0, HOLDOUT, 1).permutation(len(pairs))[:limit])]
-    return MaskSource(
-        labels, [str(image) for image, _ in pairs], lambda index: read_pair(*pairs[index], labels, data.exif), False
-    )
+    names = [str(image) for image, _ in pairs]
+    return MaskSource(labels, names, partial(_listed_pair, pairs, labels, data.exif), False)
+
+
+# functions with names: loader processes that are not forked are sent them
+def _embedded_pair(reader: embedded.EmbeddedReader, masks: Any, index: int) -> tuple[Image.Image, Any]:
+    return reader[index][0].convert("RGB"), masks[index]
+
+
+def _listed_pair(pairs: Sequence[tuple[Path, Path]], labels: Labels, exif: bool, index: int) -> Any:
+    return read_pair(*pairs[index], labels, exif)
 
 
 def open_labels(data: MaskSourceConfig) -> Labels:

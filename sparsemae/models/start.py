@@ -47,12 +47,22 @@ def start_from(model: nn.Module, source: str) -> Start:
             timm's pretrained weights, which are downloaded.
 
     Raises:
-        ValueError: fewer than 90 % of the encoder's parameters match by name and shape (says how many).
+        ValueError: the source cannot be read, or used, or fewer than 90 % of the encoder's parameters match by name and
+            shape (says how many); names the source.
     """
     encoder = model if isinstance(model, VisionTransformer) else model.encoder
     assert isinstance(encoder, VisionTransformer)
+<<<<<<< HEAD
     state, licence = _state(source)
     resized = _resample_positions(state, encoder)
+=======
+    tensors, foreign = _state(source)
+    try:
+        state = to_public_names(tensors)
+        resized = _resample_positions(state, encoder)
+    except (ValueError, RuntimeError) as error:  # torch's, on positions that are no grid of numbers
+        raise ValueError(f"{source}: {error}") from error
+>>>>>>> survive
     wanted = {
         name: parameter.shape
         for name, parameter in encoder.named_parameters()
@@ -66,6 +76,7 @@ def start_from(model: nn.Module, source: str) -> Start:
             f"parameters, matched {share:.1%}; {_difference(state, wanted, fits)}"
         )
     unfit = [name for name in wanted if name in state and name not in fits]
+<<<<<<< HEAD
     loaded = load_weights(model, state, ignore=[*NEW, *unfit])
     return Start(loaded, share, resized, [licence] if licence else [])
 
@@ -77,6 +88,21 @@ def _state(source: str) -> tuple[dict[str, Tensor], str]:
         tensors, description = read_weights(source)
         state = to_public_names(tensors)
         return state, MAE_LICENCE if not description and _is_of_mae(state) else ""
+=======
+    loaded = load_weights(model, state, ignore=[*NEW, *unfit], name=source)
+    notes = []
+    if foreign and "mask_token" in state:
+        notes.append("weights published by MAE's authors are under CC BY-NC 4.0: not for commercial use")
+    return Start(loaded, share, resized, notes)
+
+
+def _state(source: str) -> tuple[dict[str, Tensor], bool]:
+    """Tensors, and whether they come from elsewhere."""
+    name = source.removeprefix("timm:")
+    if name == source:
+        tensors, description = read_weights(source)
+        return tensors, not description
+>>>>>>> survive
     if not timm.is_model(name):
         raise ValueError(f"{source}: wanted a timm model after timm:, got {name!r}")
     create: Callable[..., nn.Module] = timm.create_model
@@ -103,7 +129,9 @@ def _resample_positions(state: dict[str, Tensor], encoder: VisionTransformer) ->
     none where tokens take no positions (DeiT III), which is as good as a zero. What does not fit is left as it is.
     """
     positions, own = state.get("pos_embed"), encoder.pos_embed
-    if positions is None or own is None or positions.shape == own.shape or positions.shape[-1] != own.shape[-1]:
+    if positions is None or own is None or positions.dim() != 3 or positions.shape[-1] != own.shape[-1]:
+        return []
+    if positions.shape == own.shape:
         return []
     tokens = [state[name].shape[1] for name in ("cls_token", "dist_token", "reg_token") if name in state]
     sides = {before: math.isqrt(positions.shape[1] - before) for before in (0, sum(tokens[:1]), sum(tokens))}

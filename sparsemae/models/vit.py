@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,9 @@ import timm
 from timm.models import is_model_in_modules
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+
+ARGUMENTS = inspect.signature(VisionTransformer).parameters.keys()
+"""What ``model.args`` may name; timm's factory would take more, and read or fetch weights."""
 
 
 @dataclass
@@ -33,6 +37,8 @@ def build_vit(model: ModelConfig, img_size: int, num_classes: int = 0) -> Vision
         raise ValueError(f"model.name: wanted a timm model, got {model.name!r}")
     if not is_model_in_modules(model.name, ("vision_transformer", "deit")):
         raise ValueError(f"model.name: wanted a timm VisionTransformer, got {model.name}")
+    if foreign := sorted(model.args.keys() - ARGUMENTS):
+        raise ValueError(f"model.args: {model.name} does not take {model.args}: has no {', '.join(foreign)}")
     args = {"img_size": img_size, "drop_path_rate": model.drop_path, **model.args}
     patch = args.get("patch_size") or _patch_size(model.name)
     if patch is not None and img_size < patch:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,6 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from sparsemae.models.torch_file import load_torch_file
 
 
 @dataclass
@@ -48,7 +51,11 @@ def public_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_weights(
-    model: nn.Module, source: str | Path | Mapping[str, Tensor], ignore: Sequence[str] = (), strict: bool = False
+    model: nn.Module,
+    source: str | Path | Mapping[str, Tensor],
+    ignore: Sequence[str] = (),
+    strict: bool = False,
+    name: str | Path | None = None,
 ) -> Loaded:
     """Copy weights into ``model`` by public name: MAE, timm, HF ViTMAE and our own files.
 
@@ -56,22 +63,35 @@ def load_weights(
         source: a file (.safetensors, or a torch file of tensors only), a run folder, or a state dict.
         ignore: glob patterns on public names to leave out.
         strict: refuse missing and unexpected keys as well.
+        name: what messages call a state dict.
 
     Raises:
-        ValueError: nothing fits, or a tensor's shape differs; names the source and the keys.
+        ValueError: nothing fits, a tensor's shape or kind of number differs, or a value is not finite; names the source
+            and the keys.
     """
-    name = "state dict" if isinstance(source, Mapping) else str(source)
-    state = to_public_names(source if isinstance(source, Mapping) else read_weights(source)[0])
+    if not isinstance(source, Mapping):
+        name = source
+    elif name is None:
+        name = "state dict"
+    found = source if isinstance(source, Mapping) else read_weights(source)[0]
+    try:
+        state = to_public_names(found)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     ignored = [key for key in state if any(fnmatchcase(key, glob) for glob in ignore)]
     state = {key: value for key, value in state.items() if key not in ignored}
 
     own = {key.removeprefix("encoder."): key for key in model.state_dict()}
-    shapes = {key: value.shape for key, value in public_state(model).items()}
+    wanted = public_state(model)
+    shapes = {key: value.shape for key, value in wanted.items()}
     wrong = [key for key in state if key in shapes and state[key].shape != shapes[key]]
     if wrong:
         first = ", ".join(f"{key} {list(state[key].shape)} for {list(shapes[key])}" for key in wrong[:3])
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(f"{name}: checkpoint of another architecture: got {first}{more}")
+    for key in state.keys() & wanted.keys():
+        if reason := _unusable(state[key], wanted[key].dtype):
+            raise ValueError(f"{name}: {key}: {reason}")
     prefix = "encoder." if any(key.startswith("encoder.") for key in own.values()) else ""
     translated = {own.get(key, _own_name(key, prefix)): value for key, value in state.items()}
     missing = [key for key in shapes if key not in state]
@@ -82,11 +102,24 @@ def load_weights(
             f"{name}: no weight fits the model; wanted keys like {', '.join(list(shapes)[:3])}, "
             f"got {', '.join(list(state)[:3]) or 'none'}"
         )
-    result = model.load_state_dict(translated, strict=False)
+    try:
+        result = model.load_state_dict(translated, strict=False)
+    except (ValueError, RuntimeError) as error:  # a mask that does not hold, or has no place
+        raise ValueError(f"{name}: {error}") from error
     unexpected = [key.removeprefix(prefix) for key in result.unexpected_keys]
     if strict and unexpected:
         raise ValueError(f"{name}: checkpoint of another architecture: has no place for {', '.join(unexpected[:3])}")
     return Loaded([key for key in state if key not in unexpected], missing, unexpected + ignored)
+
+
+def _unusable(value: Tensor, dtype: torch.dtype) -> str | None:
+    """Why a tensor cannot be one of ``dtype``: another kind of number, or values that are not finite."""
+    kinds = [(kind.is_floating_point, kind.is_complex, kind == torch.bool) for kind in (value.dtype, dtype)]
+    if kinds[0] != kinds[1]:
+        return f"wanted {dtype}, got {value.dtype}"
+    if dtype.is_floating_point and not value.to(dtype).isfinite().all():
+        return "wanted finite values, got NaN or infinite ones"
+    return None
 
 
 def _own_name(key: str, prefix: str) -> str:
@@ -156,12 +189,10 @@ def find_weights(source: str | Path) -> Path:
 def read_description(source: str | Path) -> dict[str, Any]:
     """What a weights file says of itself; empty for foreign ones. Raises ValueError if there is no file."""
     path = find_weights(source)
-    try:
-        with safe_open(path, framework="pt") as file:
-            description: dict[str, Any] = json.loads((file.metadata() or {}).get("sparsemae", "{}"))
-    except (SafetensorError, json.JSONDecodeError):
+    if path.suffix != ".safetensors":
         return {}
-    return description
+    with _opened(path) as file:
+        return _description(file)
 
 
 def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -170,31 +201,33 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     Raises ValueError, naming the file, if it cannot be read as tensors.
     """
     path = find_weights(source)
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt") as file:
-                description = json.loads((file.metadata() or {}).get("sparsemae", "{}"))
-                tensors = {key: file.get_tensor(key) for key in list(file.keys())}
-        except (SafetensorError, json.JSONDecodeError, RecursionError, OSError) as error:
-            raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
-        if not isinstance(description, dict):
-            raise ValueError(f"{path}: wanted a description in the metadata entry sparsemae, got {description!r:.60}")
-        return tensors, description
+    if path.suffix != ".safetensors":
+        return load_torch_file(path), {}
+    with _opened(path) as file:
+        return {key: file.get_tensor(key) for key in list(file.keys())}, _description(file)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file; what is wrong with it is a ValueError that names it."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises pickle, zip, end-of-file and runtime errors alike
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"needs {code[1]} to load (convert it to safetensors)" if code else "cannot be read"
-        raise ValueError(f"{path}: wanted a torch file of tensors only, got one that {reason}") from error
-    for key in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    tensors = (
-        {key: value for key, value in content.items() if isinstance(value, Tensor)} if isinstance(content, dict) else {}
-    )
-    if not tensors:
-        raise ValueError(f"{path}: wanted a state dict, got no tensors")
-    return tensors, {}
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            header = int.from_bytes(stream.read(8), "little")
+        most = 2**16 + size // 16  # a byte of header may make twenty of tensors without values
+        if most < header < size:
+            raise ValueError(f"its header of {header:,} bytes is too large beside its data")
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, ValueError, RecursionError, OSError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
+
+
+def _description(file: Any) -> dict[str, Any]:
+    description = json.loads((file.metadata() or {}).get("sparsemae", "{}"))
+    if not isinstance(description, dict):
+        raise ValueError(f"wanted a description in the metadata entry sparsemae, got {description!r:.60}")
+    return description
 
 
 # HF ViTMAE -> MAE. Both the names of transformers >= 5 and the older ones of the published files.
@@ -221,7 +254,10 @@ _HF_NAMES: list[tuple[str, Any]] = [
 
 
 def to_public_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict under MAE's and timm's names; those of HF ViTMAE are translated, q, k and v fused."""
+    """A state dict under MAE's and timm's names; those of HF ViTMAE are translated, q, k and v fused.
+
+    Raises ValueError if these three are not there, or not alike.
+    """
     if not any("embeddings.patch_embeddings" in key for key in state):
         return {key.removeprefix("encoder."): value for key, value in state.items()}
     renamed = {}
@@ -231,6 +267,9 @@ def to_public_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             name = re.sub(pattern, replacement, name)
         renamed[name] = value
     for key in [key for key in renamed if ".attn.query." in key]:
-        parts = [renamed.pop(key.replace("query", part)) for part in ("query", "key", "value")]
+        names = [key.replace("query", part) for part in ("query", "key", "value")]
+        parts = [renamed.pop(name) for name in names if name in renamed]
+        if len(parts) < 3 or len({(part.shape, part.dtype) for part in parts}) > 1 or not parts[0].dim():
+            raise ValueError(f"checkpoint of another architecture: wanted {', '.join(names)} of one shape and type")
         renamed[key.replace("query", "qkv")] = torch.cat(parts)
     return renamed

@@ -76,9 +76,16 @@ def pack_masks(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def unpack_masks(bits: Mapping[str, Tensor], layers: Mapping[str, NMLinear]) -> dict[str, Tensor]:
-    """Inverse of `pack_masks`, each mask in its layer's shape and on its device."""
+    """Inverse of `pack_masks`, each mask in its layer's shape and on its device.
+
+    Raises ValueError, naming the layer, if its bits are missing or of another number.
+    """
     masks = {}
     for name, layer in layers.items():
+        wanted, got = torch.Size([(layer.weight.numel() + 7) // 8]), bits.get(name)
+        if got is None or got.dtype != torch.uint8 or got.shape != wanted:
+            found = "none" if got is None else f"{got.dtype} {list(got.shape)}"
+            raise ValueError(f"mask of {name}: wanted {torch.uint8} {list(wanted)}, got {found}")
         mask = np.unpackbits(bits[name].numpy(), count=layer.weight.numel()).view(bool)
         masks[name] = torch.from_numpy(mask).view_as(layer.weight).to(layer.weight.device)
     return masks

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -135,19 +136,25 @@ def load_classifier(source: str | Path) -> tuple[VisionTransformer, dict[str, An
 
     Raises ValueError if the file is foreign, of another task, or does not fit its own description.
     """
-    path, state, description = _read(source, "classify")
-    config, classes = ModelConfig(**description["model"]), len(description["class_names"])
-    model = build_classifier(config, description["input"]["img_size"], classes, seed=0)
-    return _filled(model, path, state, description), description
+
+    def build(says: dict[str, Any]) -> VisionTransformer:
+        return build_classifier(
+            ModelConfig(**says["model"]), says["input"]["img_size"], len(says["class_names"]), seed=0
+        )
+
+    return _load(source, "classify", build)
 
 
 def load_autoencoder(source: str | Path) -> tuple[MaskedAutoencoder, dict[str, Any]]:
     """A pretrained autoencoder, as `load_classifier`."""
-    path, state, description = _read(source, "pretrain")
-    config, decoder = ModelConfig(**description["model"]), DecoderConfig(**description["decoder"])
-    model = build_autoencoder(config, decoder, description["input"]["img_size"], seed=0)
-    model.norm_pix_loss = description["norm_pix_loss"]
-    return _filled(model, path, state, description), description
+
+    def build(says: dict[str, Any]) -> MaskedAutoencoder:
+        config, decoder = ModelConfig(**says["model"]), DecoderConfig(**says["decoder"])
+        model = build_autoencoder(config, decoder, says["input"]["img_size"], seed=0)
+        model.norm_pix_loss = says["norm_pix_loss"]
+        return model
+
+    return _load(source, "pretrain", build)
 
 
 def load_encoder(source: str | Path) -> tuple[VisionTransformer, dict[str, Any]]:
@@ -160,11 +167,12 @@ def load_encoder(source: str | Path) -> tuple[VisionTransformer, dict[str, Any]]
 
 def load_segmenter(source: str | Path) -> tuple[Segmenter, dict[str, Any]]:
     """A finetuned segmenter, as `load_classifier`."""
-    path, state, description = _read(source, "segment")
-    config, head = ModelConfig(**description["model"]), HeadConfig(**description["head"])
-    classes, size = len(description["class_names"]), description["input"]["img_size"]
-    model = build_segmenter(config, head, description["taps"], size, classes, seed=0)
-    return _filled(model, path, state, description), description
+
+    def build(says: dict[str, Any]) -> Segmenter:
+        config, head, classes = ModelConfig(**says["model"]), HeadConfig(**says["head"]), len(says["class_names"])
+        return build_segmenter(config, head, says["taps"], says["input"]["img_size"], classes, seed=0)
+
+    return _load(source, "segment", build)
 
 
 def task_of(source: str | Path) -> str | None:
@@ -173,25 +181,39 @@ def task_of(source: str | Path) -> str | None:
     return task
 
 
-def _read(source: str | Path, task: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+def _load(source: str | Path, task: str, build: Callable[[dict[str, Any]], Model]) -> tuple[Model, dict[str, Any]]:
+    """Build what a file describes, and fill it; only once it is known to be as large as what the file holds."""
     path = find_weights(source)
     state, description = read_weights(path)
     if description.get("version") != 1:
         raise ValueError(f"{path}: wanted a sparsemae weights file of version 1, got one without our description")
-    if description["task"] != task:
-        raise ValueError(f"{path}: wanted a model for {task}, got one for {description['task']}")
-    description["input"].setdefault("exif", False)  # files written before the option
-    return path, state, description
-
-
-def _filled(model: Model, path: Path, state: dict[str, Tensor], description: dict[str, Any]) -> Model:
-    for pattern in sorted(set(description["sparse"].values())):
-        sparsify(model, pattern, include=[name for name, own in description["sparse"].items() if own == pattern])
+    if description.get("task") != task:
+        raise ValueError(f"{path}: wanted a model for {task}, got one for {description.get('task')}")
     try:
-        load_weights(model, state, strict=True)
+        description["input"].setdefault("exif", False)  # files written before the option
+        _check_depth(state, description["model"]["args"], "blocks")
+        _check_depth(state, description.get("decoder", {}), "decoder_blocks")
+        with torch.device("meta"):
+            described = sum(parameter.numel() for parameter in build(description).parameters())
+        if described > (held := sum(value.numel() for value in state.values())):
+            raise ValueError(f"wanted {described:,} parameters, as its description says, got {held:,}")
+        model = build(description)
+        for pattern in sorted(set(description["sparse"].values())):
+            sparsify(model, pattern, include=[name for name, own in description["sparse"].items() if own == pattern])
+        load_weights(model, state, strict=True, name=path)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        said = " ".join(str(error).split())  # torch's go over many lines
+        raise ValueError(f"{path}: {said.removeprefix(f'{path}: ')}") from error
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"{path}: wanted a model that can be built as described, got {error!r:.200}") from error
     moving = [name for name, layer in iter_sparse(model) if not layer.frozen]
     if description.get("frozen") and moving:
         raise ValueError(f"{path}: wanted a frozen model, as its description says, got no mask for {moving[0]}")
-    return model.eval()
+    return model.eval(), description
+
+
+def _check_depth(state: dict[str, Tensor], says: dict[str, Any], blocks: str) -> None:
+    """A depth from a file is how often something is built: that many blocks it must hold."""
+    held = len({key.split(".")[1] for key in state if key.startswith(f"{blocks}.")})
+    if says.get("depth", held) != held:
+        raise ValueError(f"wanted {blocks} as its description says, {says['depth']!r:.40}, got {held}")

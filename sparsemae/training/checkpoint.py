@@ -103,7 +103,8 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
     Raises ValueError, naming the checkpoint and the file, if one is missing or altered.
     """
     try:
-        sums = json.loads((path / "sha256.json").read_text())
+        with (path / "sha256.json").open() as stream:
+            sums = json.loads(stream.read(10_000))  # what it can be at most, and much more
         names = {file.removesuffix(".safetensors") for file in sums}
         if not {WEIGHTS, TRAINING} <= names <= {WEIGHTS, AVERAGE, TRAINING}:
             raise ValueError(f"sha256.json names {', '.join(map(str, sums)) or 'nothing'}")

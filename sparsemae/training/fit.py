@@ -165,7 +165,7 @@ class _Loop:
                     self._step()
         except torch.OutOfMemoryError as error:
             self._save_in_need()
-            raise ValueError(self._memory_advice()) from error
+            raise ValueError(f"{self._memory_advice()}; {self._last_checkpoint()}") from error
         except Exception:
             self._save_in_need()
             raise
@@ -351,12 +351,15 @@ class _Loop:
             trouble, signal = trouble or theirs[0], signal or theirs[1]
         if not self.fabric.is_global_zero:
             raise SystemExit(0)  # another status has launchers kill the first process
-        kept = list_checkpoints(self.run.checkpoints)
-        last = f"{unsaved}; the last checkpoint is {kept[-1] if kept else 'none'}"
+        last = f"{unsaved}; {self._last_checkpoint()}"
         if signal is None or unsaved or self.saver.failed:
             raise ValueError(f"{trouble or signal}{last}")
         self.run.log.say(f"ended by {signal} at step {self.state.done}{last}; the same command goes on")
         raise SystemExit(STOPPED_STATUS)
+
+    def _last_checkpoint(self) -> str:
+        kept = list_checkpoints(self.run.checkpoints)
+        return f"the last checkpoint is {kept[-1] if kept else 'none'}"
 
     def _memory_advice(self) -> str:
         batch, share = self.plan.micro_batch, self.plan.micro_batch * self.plan.accumulate

@@ -86,9 +86,14 @@ class Saver:
         except Exception as error:  # it comes out in the main thread
             self._error = error
 
+    @property
+    def writing(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
     def look(self) -> None:
         """Report on a write that has ended; does not wait."""
-        if self._thread is not None and not self._thread.is_alive():
+        if not self.writing:
             self.wait()
 
     def wait(self) -> None:

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
 from sparsemae.models.weights import load_weights, public_state
 from sparsemae.sparsity import MaskSchedule, Topology, iter_sparse
@@ -76,20 +77,39 @@ class TrainingState:
         """
         files, counters = load_checkpoint(path)
         try:
-            load_weights(self.model, files[WEIGHTS], strict=True)
+            load_weights(self.model, files[WEIGHTS], strict=True, name=WEIGHTS)
             if self.average is not None and AVERAGE in files:
-                load_weights(self.average.module, files[AVERAGE], strict=True)
+                load_weights(self.average.module, files[AVERAGE], strict=True, name=AVERAGE)
             elif self.average is not None:  # an average that begins here
                 self.average.set(self.model)
             training = unflatten(files[TRAINING])
-            moments = {int(index): state for index, state in training.get("optimizer", {}).items()}
             groups = self.optimizer.state_dict()["param_groups"]  # the configuration's; the checkpoint has none
+            moments = {int(index): state for index, state in training.get("optimizer", {}).items()}
+            self._check_moments(moments)
             self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
             self.masks.load_state_dict(training.get("masks", {}))
             if self.topology is not None:
                 self.topology.load_state_dict(training["topology"])
-            self.bad = BadSteps(**counters["bad"])
-            self.done, self.booked = int(counters["done"]), int(counters["booked"])
-            self.losses, self.best = list(counters["losses"]), counters["best"]
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            self._set_counters(counters)
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
             raise ValueError(f"{path}: wanted a checkpoint of this run: {error}") from error
+
+    def _check_moments(self, moments: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """torch would take anything, and fail, or make weights that are not finite, in the step."""
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for index, state in moments.items():
+            shapes = {"step": torch.Size(), "exp_avg": parameters[index].shape, "exp_avg_sq": parameters[index].shape}
+            got = {name: value.shape for name, value in state.items() if value.dtype.is_floating_point}
+            if index < 0 or got != shapes:
+                raise ValueError(f"moments of parameter {index}: wanted numbers of {shapes}, got {got}")
+            finite = all(value.isfinite().all() for value in state.values())
+            if not finite or state["step"] < 0 or (state["exp_avg_sq"] < 0).any():
+                raise ValueError(f"moments of parameter {index}: wanted finite ones, no step and no square below 0")
+
+    def _set_counters(self, counters: Mapping[str, Any]) -> None:
+        self.bad = BadSteps(**{name: int(value) for name, value in counters["bad"].items()})
+        self.done, self.booked = int(counters["done"]), int(counters["booked"])
+        self.losses, best = [float(loss) for loss in counters["losses"]], counters["best"]
+        self.best = None if best is None else {name: best[name] + 0 for name in ("step", "value")}
+        if not 0 <= self.booked <= self.done:
+            raise ValueError(f"counters: wanted 0 <= booked <= done, got {self.booked} and {self.done}")

@@ -24,8 +24,13 @@ import pytest
 from sparsemae.cli import main
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["sparsemae.tasks.pretrain", "sparsemae.tasks.finetune"])
+SERVER.set_forkserver_preload(["sparsemae.tasks.pretrain", "sparsemae.tasks.finetune", "sparsemae.tasks.segment"])
 LONGEST_SECONDS = 120
+EVERYTHING = [
+    "--mixup", "0.8", "--cutmix", "1.0", "--erasing", "0.25", "--data.crop", "resized", "--data.auto_augment",
+    "rand-m9-mstd0.5-inc1", "--model.drop_path", "0.3", "--trainer.ema_decay", "0.9",
+]  # fmt: skip
+"""Options of a finetuning with all that is random."""
 
 
 class Job:

@@ -31,7 +31,7 @@ def fill(file: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.holds("survive.4")
-def test_a_disk_that_is_full_for_a_while(tmp_path: Path, capfd: pytest.CaptureFixture[str], figure: Any) -> None:
+def test_a_disk_that_is_full_for_a_while(tmp_path: Path, capfd: pytest.CaptureFixture[str], came_out: Any) -> None:
     """The disk is full from step 2 to step 4 of 6: warned, tried again; the run's end is that of an undisturbed one."""
     main(tiny("pretrain", tmp_path / "whole"))
     with small_disk(tmp_path / "disk", 4) as disk:
@@ -48,11 +48,13 @@ def test_a_disk_that_is_full_for_a_while(tmp_path: Path, capfd: pytest.CaptureFi
         assert [row["step"] for row in metrics(out)] == [1, 2, 3, 4, 5, 6]
         whole, other = read_weights(tmp_path / "whole")[0], read_weights(out)[0]
     assert all(torch.equal(whole[key], other[key]) for key in whole)
-    figure(f"{errors.count('could not be written: ')} writes failed, the run ended with the same weights")
+    warnings = [line for line in errors.splitlines() if "could not be written: " in line]
+    made = "a tmpfs of 4 MB that another file fills from step 2 to step 4 of 6, a checkpoint each step"
+    came_out("full disk, for a while", made, 0, warnings[0], equal=True, times=len(warnings))
 
 
 @pytest.mark.slow
-def test_a_disk_that_stays_full(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_disk_that_stays_full(tmp_path: Path, capfd: pytest.CaptureFixture[str], came_out: Any) -> None:
     """The disk is full from step 2 on: after 3 failed checkpoints the run ends, naming the last good one."""
     with small_disk(tmp_path / "disk", 4) as disk:
         out = disk / "run"
@@ -67,6 +69,7 @@ def test_a_disk_that_stays_full(tmp_path: Path, capfd: pytest.CaptureFixture[str
         assert f"the last checkpoint is {last}" in error
         assert load_checkpoint(last)[1]["done"] == step_of(last)
         assert not list(out.glob("checkpoints/.*"))
+    came_out("full disk, for good", "the same from step 3 on", exit_.value.code, error)
 
 
 def watch_steps(at: dict[int, Any]) -> Any:

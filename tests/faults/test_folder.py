@@ -17,7 +17,7 @@ from sparsemae.models.weights import read_weights
 
 @pytest.mark.slow
 @pytest.mark.holds("survive.4")
-def test_a_second_run_in_the_same_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str], figure: Any) -> None:
+def test_a_second_run_in_the_same_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str], came_out: Any) -> None:
     """A second run in a folder in use is refused, naming the process; after a kill -9 the lock counts as stale."""
     words = tiny("pretrain", tmp_path / "run", "--trainer.epochs", "2000")
     job = Job([*words, "--data.workers", "2"])
@@ -27,20 +27,26 @@ def test_a_second_run_in_the_same_folder(tmp_path: Path, capfd: pytest.CaptureFi
         main(words)
     assert exit_.value.code == 2
     pid, host = job.processes[0].pid, os.uname().nodename
-    assert f"in use by process {pid} on {host}" in capfd.readouterr().err
+    refusal = capfd.readouterr().err.splitlines()[-1]
+    assert f"in use by process {pid} on {host}" in refusal
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*.yaml")}
     job.kill(signal.SIGKILL)
     job.wait()
     main([*words, "--trainer.max_steps", "2"])  # at once: the loader's processes still live
-    assert f"the lock is stale: process {pid} on {host} ended without" in capfd.readouterr().err
+    stale = next(line for line in capfd.readouterr().err.splitlines() if "stale" in line)
+    assert f"the lock is stale: process {pid} on {host} ended without" in stale
     main([*words, "--trainer.max_steps", "2"])
     assert "stale" not in capfd.readouterr().err
-    figure("refused with process and host, nothing changed; the lock of a killed run is stale")
+    refusal, stale = (
+        line.replace(f"process {pid}", "process PID").replace(f"on {host}", "on HOST") for line in (refusal, stale)
+    )
+    came_out("second run in the same folder", "started while the first one trains", exit_.value.code, refusal)
+    came_out("stale lock", "the first one killed with -9, the second started at once", 0, stale)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
-def test_another_number_of_processes(tmp_path: Path, image_folder: Path, first: int, then: int) -> None:
+def test_another_number_of_processes(tmp_path: Path, image_folder: Path, first: int, then: int, resumed: Any) -> None:
     """Continued on 1 process instead of 2, and on 2 instead of 1: the same weights."""
     options = ["--mixup", "0.8", "--model.drop_path", "0.3", "--erasing", "0.5", "--trainer.ema_decay", "0.9"]
     options += ["--data.source", "folder", "--data.root", str(image_folder), "--trainer.epochs", "6"]
@@ -56,6 +62,8 @@ def test_another_number_of_processes(tmp_path: Path, image_folder: Path, first: 
     assert [row.get("loss") for row in metrics(tmp_path / "whole")] == [
         row.get("loss") for row in metrics(tmp_path / "parts") if row["step"] != 3 or "loss" in row
     ]
+    steps = metrics(tmp_path / "whole")[-1]["step"]
+    resumed("finetune", "folder", [3], steps, workers=[2, 2], processes=[first, then])
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """A loader whose worker dies or hangs, and a source that goes away: started again, or a clear end with a checkpoint."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -27,7 +28,7 @@ def equal(one: Path, other: Path) -> bool:
 
 def children() -> list[int]:
     """Loader processes of this one."""
-    return [int(word) for word in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+    return [process.pid for process in multiprocessing.active_children() if process.pid is not None]
 
 
 def after_step(wanted: int, do: Callable[[], None]) -> Any:
@@ -47,7 +48,7 @@ def after_step(wanted: int, do: Callable[[], None]) -> Any:
 @pytest.mark.holds("survive.4")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_worker_that_dies_or_stops(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], number: signal.Signals, figure: Any
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], number: signal.Signals, came_out: Any
 ) -> None:
     """A loader worker is killed, or stopped with a batch half handed over: started again, the same weights."""
     options = ["--data.workers", "1", "--trainer.epochs", "6"]
@@ -66,13 +67,15 @@ def test_a_worker_that_dies_or_stops(
     assert "DataLoader" in errors
     assert "trying again in 1 s (1 of 6)" in errors
     assert equal(tmp_path / "whole", tmp_path / "run")
-    figure(f"{number.name}: started again, weights equal")
+    said = next(line for line in errors.splitlines() if "trying again" in line)
+    kind = {"SIGKILL": "dies", "SIGSTOP": "stops half-way"}[number.name]
+    came_out(f"loader process that {kind}", f"{number.name} in the middle of an update", 0, said, equal=True)
 
 
 @pytest.mark.slow
 @pytest.mark.holds("survive.4")
 def test_a_worker_that_hangs(
-    tmp_path: Path, image_folder: Path, capfd: pytest.CaptureFixture[str], figure: Any
+    tmp_path: Path, image_folder: Path, capfd: pytest.CaptureFixture[str], came_out: Any
 ) -> None:
     """A loader worker hangs in opening a file (a pipe nobody writes to): started again, the same weights."""
     words = on(image_folder, "1")
@@ -88,15 +91,17 @@ def test_a_worker_that_hangs(
     hook = after_step(4, strike)
     main([*words(tmp_path / "run"), "--trainer.loader_timeout_seconds", "2"])
     hook.remove()
-    assert "DataLoader timed out after 2.0 seconds; trying again in 1 s (1 of 6)" in capfd.readouterr().err
+    errors = capfd.readouterr().err
+    assert "DataLoader timed out after 2.0 seconds; trying again in 1 s (1 of 6)" in errors
     assert equal(tmp_path / "whole", tmp_path / "run")
-    figure("started again after the time-out, weights equal")
+    said = next(line for line in errors.splitlines() if "trying again" in line)
+    came_out("loader process that hangs", "a pipe that nobody writes to in place of an image", 0, said, equal=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_source_that_comes_back(
-    tmp_path: Path, image_folder: Path, capfd: pytest.CaptureFixture[str], workers: str
+    tmp_path: Path, image_folder: Path, capfd: pytest.CaptureFixture[str], workers: str, came_out: Any
 ) -> None:
     """The folder of the images is away for a second: waited for, the same weights."""
     words = on(image_folder, workers)
@@ -113,12 +118,16 @@ def test_a_source_that_comes_back(
     errors = capfd.readouterr().err
     assert "No such file or directory; trying again in 1 s (1 of 6)" in errors
     assert equal(tmp_path / "whole", tmp_path / "run")
+    said = next(line for line in errors.splitlines() if "trying again" in line)
+    made = f"the images' folder renamed for 1.5 s, {workers} loader processes"
+    came_out("source that goes away for a while", made, 0, said, equal=True)
 
 
 @pytest.mark.slow
 def test_a_source_that_stays_away(
-    tmp_path: Path, image_folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path: Path, image_folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    came_out: Any,
+) -> None:  # fmt: skip
     """The folder of the images goes for good: one line, and a checkpoint of the last step, from which it goes on."""
     words = on(image_folder, "0")
     main(words(tmp_path / "whole"))
@@ -139,6 +148,8 @@ def test_a_source_that_stays_away(
     away.rename(image_folder)
     main(words(tmp_path / "run"))
     assert equal(tmp_path / "whole", tmp_path / "run")
+    made = "the folder renamed for good; then back, and the run continued"
+    came_out("source that goes away for good", made, "2, then 0", error, equal=True)
 
 
 def on(folder: Path, workers: str) -> Callable[[Path], list[str]]:

@@ -48,7 +48,7 @@ def poison_all() -> None:
 
 @pytest.mark.slow
 @pytest.mark.holds("survive.4")
-def test_a_nan_skips_the_step_on_all_processes(tmp_path: Path, figure: Any) -> None:
+def test_a_nan_skips_the_step_on_all_processes(tmp_path: Path, came_out: Any) -> None:
     """One image NaN, on one process and on two, of which one sees it: the step is skipped and named, alike."""
     options = ["--trainer.device_batch", "8", "--trainer.ema_decay", "0.5"]
     outputs = []
@@ -73,11 +73,13 @@ def test_a_nan_skips_the_step_on_all_processes(tmp_path: Path, figure: Any) -> N
     assert metrics(tmp_path / "one")[-1]["bad_steps"] == 3
     losses = {row["step"]: row.get("loss") for row in metrics(tmp_path / "one")}
     assert [step for step, loss in losses.items() if loss is None] == [record["step"] for record in records[0]]
-    figure("3 of 6 steps skipped, weights finite and equal on 1 and 2 processes, 8 images named each time")
+    said = next(line for line in outputs[0].splitlines() if "step skipped" in line)
+    made = "one image made NaN, on 1 and on 2 processes, of which one sees it"
+    came_out("NaN in a batch", made, 0, said, equal=True, times=len(records[0]))
 
 
 @pytest.mark.slow
-def test_too_many_in_a_row_end_the_run_with_the_last_good_state_saved(tmp_path: Path) -> None:
+def test_too_many_in_a_row_end_the_run_with_the_last_good_state_saved(tmp_path: Path, came_out: Any) -> None:
     """All images NaN from step 3 on: after 3 bad steps the run ends, the weights of step 2 being saved."""
     run(tiny("pretrain", tmp_path / "good", "--trainer.max_steps", "2"))
     words = tiny("pretrain", tmp_path / "run", "--trainer.max_bad_steps", "3")
@@ -89,6 +91,8 @@ def test_too_many_in_a_row_end_the_run_with_the_last_good_state_saved(tmp_path: 
     assert f"the last checkpoint is {last}" in output
     weights, good = load_checkpoint(last)[0]["model"], read_weights(tmp_path / "good")[0]
     assert all(torch.equal(weights[key], good[key]) for key in good)
+    made = "all images NaN from step 3 on, trainer.max_bad_steps 3"
+    came_out("NaN for good", made, statuses[0], output.splitlines()[-1], equal=True, times=3)
 
 
 def test_the_images_of_a_bad_gradient_are_all_of_the_step() -> None:

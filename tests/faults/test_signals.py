@@ -32,12 +32,13 @@ def words(tmp_path: Path, *options: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "processes"), [("SIGTERM", 1), ("SIGUSR1", 2), ("SIGINT", 1)])
-def test_the_step_is_finished_and_saved(tmp_path: Path, number: str, processes: int) -> None:
+def test_the_step_is_finished_and_saved(tmp_path: Path, number: str, processes: int, came_out: Any) -> None:
     """SIGTERM, SIGINT; SIGUSR1 to the second of two processes: all save the same step and end with the status 75."""
     job = Job(words(tmp_path, "--trainer.device_batch", "8"), processes)
     wait_for(lambda: steps(job) > 3)
     job.kill(signal.Signals[number], rank=processes - 1)
-    assert job.wait() == [STOPPED_STATUS, 0][:processes]
+    statuses = job.wait()
+    assert statuses == [STOPPED_STATUS, 0][:processes]
     (last,) = list_checkpoints(tmp_path / "run" / "checkpoints")
     assert step_of(last) == load_checkpoint(last)[1]["done"] == steps(job)
     assert f"{number} at step {steps(job)}" in job.output.read_text()
@@ -46,10 +47,13 @@ def test_the_step_is_finished_and_saved(tmp_path: Path, number: str, processes: 
         assert run(tiny("pretrain", tmp_path / name, *options))[0] == [0]
     stopped, whole = read_weights(tmp_path / "run")[0], read_weights(tmp_path / "whole")[0]
     assert all(torch.equal(whole[key], stopped[key]) for key in whole)
+    said = next(line for line in job.output.read_text().splitlines() if f"ended by {number}" in line)
+    made = "to the run, which is then continued" if processes == 1 else "to the second of 2 processes, then continued"
+    came_out(number, made, f"{statuses[0]}, then 0", said, equal=True)
 
 
 @pytest.mark.slow
-def test_a_second_sigint_stops_at_once(tmp_path: Path) -> None:
+def test_a_second_sigint_stops_at_once(tmp_path: Path, came_out: Any) -> None:
     """SIGINT twice: ends at once, with 130, saving nothing."""
     job = Job(words(tmp_path), before=slow_steps)
     wait_for(lambda: steps(job) > 1)
@@ -58,6 +62,7 @@ def test_a_second_sigint_stops_at_once(tmp_path: Path) -> None:
     job.kill(signal.SIGINT)
     assert job.wait(5) == [130]
     assert not list_checkpoints(tmp_path / "run" / "checkpoints")
+    came_out("SIGINT twice", "the second while the step is finished", 130, job.output.read_text().splitlines()[-1])
 
 
 def slow_steps() -> None:
@@ -66,7 +71,7 @@ def slow_steps() -> None:
 
 @pytest.mark.slow
 @pytest.mark.holds("survive.4")
-def test_sigterm_in_the_middle_of_saving(tmp_path: Path, figure: Any) -> None:
+def test_sigterm_in_the_middle_of_saving(tmp_path: Path, came_out: Any) -> None:
     """SIGTERM while a checkpoint is being written: it is finished, then the last step is saved, too."""
     job = Job(words(tmp_path, "--trainer.save_every_steps", "4"), before=slow_writes)
     folder = tmp_path / "run" / "checkpoints"
@@ -78,7 +83,13 @@ def test_sigterm_in_the_middle_of_saving(tmp_path: Path, figure: Any) -> None:
     assert [path.name for path in kept] == sorted(path.name for path in folder.iterdir())
     assert step_of(kept[0]) == 4
     assert load_checkpoint(kept[-1])[1]["done"] == steps(job)
-    figure(f"steps {', '.join(str(step_of(path)) for path in kept)} are whole, nothing else is there")
+    said = next(line for line in job.output.read_text().splitlines() if "ended by" in line)
+    came_out(
+        "SIGTERM while saving",
+        "between two files of a checkpoint, which is whole, as is the next",
+        STOPPED_STATUS,
+        said,
+    )
 
 
 def slow_writes() -> None:

@@ -360,15 +360,25 @@ def test_a_checkpoint_with_pickled_arguments_is_refused_naming_them(tmp_path):
         read_weights(tmp_path / "args.pth")
 
 
-@pytest.mark.parametrize("content", ["empty", "text", "truncated"])
+DAMAGES = {
+    "empty": r"pickle exhausted before seeing STOP",
+    "text": r"at position 0, opcode b'<' unknown",
+    "truncated": "File is not a zip file",
+    "flipped": r"damaged/data/\d+ differs from its checksum",
+}
+
+
+@pytest.mark.parametrize("content", DAMAGES)
 def test_a_damaged_torch_file(tmp_path, content):
     path = tmp_path / "damaged.pth"
     torch.save(public_state(make_mae()), path)
     whole = path.read_bytes()
-    path.write_bytes({"empty": b"", "text": b"<html>not found</html>", "truncated": whole[: len(whole) // 2]}[content])
-    with pytest.raises(
-        ValueError, match=r"damaged\.pth: wanted a torch file of tensors only, got one that cannot be read$"
-    ):
+    half = len(whole) // 2
+    flipped = whole[:half] + bytes([whole[half] ^ 1]) + whole[half + 1 :]
+    damaged = {"empty": b"", "text": b"<html>not found</html>", "truncated": whole[:half], "flipped": flipped}
+    path.write_bytes(damaged[content])
+    wanted = rf"damaged\.pth: wanted a torch file of tensors only, got one that cannot be read: {DAMAGES[content]}$"
+    with pytest.raises(ValueError, match=wanted):
         read_weights(path)
 
 

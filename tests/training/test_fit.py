@@ -76,21 +76,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, job: str, sto
     assert topologies[0] == topologies[1]
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
-    main(tiny("pretrain", tmp_path / "whole"))
-    words = tiny("pretrain", tmp_path / "run", "--trainer.save_every_steps", "1", "--trainer.max_steps", "4")
-    main(words)
-    last = tmp_path / "run" / "checkpoints" / "step-00000004"
-    (last / "training.safetensors").write_bytes((last / "training.safetensors").read_bytes()[:-9])
-    main([*words, "--trainer.max_steps", "6"])
-    errors = capfd.readouterr().err
-    assert "step-00000004: damaged checkpoint: training.safetensors" in errors
-    assert "continuing" in errors
-    assert "at step 3" in errors
-    assert not last.exists()
-    assert_identical(tmp_path / "whole", tmp_path / "run")
-
-
 def test_a_run_without_an_unharmed_checkpoint_does_not_start_over(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,102 @@
+"""Foreign torch files (.pth, .pt, .bin), looked through before torch unpickles them.
+
+``weights_only=True`` runs no code, but it believes what it reads: an array of any size can be asked for in a few bytes,
+a zip may unfold, and no checksum is looked at. So a file is taken only if its pickles name nothing but what a state
+dict is made of, are small beside the data, and its zip is stored plainly and unharmed; and torch maps it, so that no
+storage can reach beyond it. Files from before torch 1.6 are no zips; torch compares their storages with the data.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import re
+import zipfile
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import Tensor
+
+PLAIN = re.compile(
+    r"collections (OrderedDict|Counter|defaultdict)|(__builtin__|builtins) (set|dict|int|complex)|_codecs encode"
+    r"|torch\.nn\.parameter Parameter|torch(\.storage)? \w+Storage|torch\._utils _rebuild_(tensor(_v2)?|parameter)"
+    r"|torch\._tensor _rebuild_from_type_v2|torch Tensor"
+    r"|torch (Size|device|b?float\d+\w*|u?int\d+|bool|complex\d+)"
+)
+"""What a pickle may name; weights_only refuses some of it in turn."""
+ZIP = b"PK\x03\x04"  # what torch goes by
+LEGACY_PICKLES = 5  # magic number, protocol, system, content, storage keys
+
+
+def load_torch_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of a state dict, which may lie under ``model`` or ``state_dict``. Never runs pickled code.
+
+    Raises ValueError, naming the file, if it is damaged, needs more than tensors to load, or holds none.
+    """
+    wanted = f"{path}: wanted a torch file of tensors only, got one that"
+    try:
+        names, zipped = _names(path)
+    except Exception as error:  # zip, pickle and end-of-file errors alike
+        raise ValueError(f"{wanted} cannot be read: {_line(error)}") from error
+    if code := sorted(name for name in names if not PLAIN.fullmatch(name)):
+        raise ValueError(f"{wanted} needs {code[0].replace(' ', '.')} to load (convert it to safetensors)")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:
+        raise ValueError(f"{wanted} cannot be read: {_line(error)}") from error
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    tensors = {}
+    if isinstance(content, dict):
+        tensors = {key: value.detach() for key, value in content.items() if type(value) in (Tensor, torch.nn.Parameter)}
+    if not tensors or not all(isinstance(key, str) for key in tensors):
+        raise ValueError(f"{path}: wanted a state dict, got no tensors")
+    if strange := [key for key, value in tensors.items() if value.layout != torch.strided or value.is_meta]:
+        raise ValueError(f"{path}: wanted plain tensors, got {strange[0]} without values of its own")
+    held, size = sum(value.nbytes for value in tensors.values()), path.stat().st_size
+    if held > 2 * size:  # views that repeat themselves; tied weights are named twice
+        raise ValueError(f"{path}: wanted tensors that lie in the file, got {held:,} bytes from a file of {size:,}")
+    return tensors
+
+
+def _names(path: Path) -> tuple[set[str], bool]:
+    """All that the pickles name, as ``module name``, and whether the file is a zip."""
+    size = path.stat().st_size
+    most = 2**16 + size // 64  # a byte of pickle may make a hundred of Python
+    with path.open("rb") as stream:
+        if stream.read(len(ZIP)) != ZIP:
+            stream.seek(0)
+            return set().union(*(_globals(stream, most) for _ in range(LEGACY_PICKLES))), False
+        with zipfile.ZipFile(stream) as archive:
+            entries = archive.infolist()
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise ValueError("its zip is compressed")
+            if sum(entry.file_size for entry in entries) > size:
+                raise ValueError("its zip says to hold more than itself")
+            if harmed := archive.testzip():
+                raise ValueError(f"{harmed} differs from its checksum")
+            pickles = [entry for entry in entries if entry.filename.lower().endswith(".pkl")]
+            names = set()
+            for entry in pickles:
+                with archive.open(entry) as content:
+                    names |= _globals(content, most)
+            return names, True
+
+
+def _globals(stream: IO[bytes], most: int) -> set[str]:
+    """What one pickle names; leaves the stream at its end."""
+    names, begin = set(), stream.tell()
+    for operation, argument, position in pickletools.genops(stream):
+        if operation.name in ("GLOBAL", "INST"):
+            names.add(str(argument))
+        elif operation.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
+            raise ValueError(f"its pickle has the operation {operation.name}")
+        if position is not None and position - begin > most:
+            raise ValueError("its pickle is too large beside its data")
+    return names
+
+
+def _line(error: Exception) -> str:
+    """The first sentence of what torch has to say, or the kind of error."""
+    return str(error).strip().split("\n")[0].split(". ")[0][:200] or type(error).__name__
