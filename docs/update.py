@@ -74,7 +74,7 @@ def training_table(measured: dict) -> str:
         for row in measured["results"]
     ]  # fmt: skip
     config = measured["config"]
-    said = f"{config['threads']} threads, {config['step_batch']} images a step, medians of {config['runs']} interleaved runs"
+    said = f"{config['threads']} threads, {config['step_batch']} images a step, medians of {config['runs']} turns"
     return f"{table(['part', 'subject', 'images/s', 'times the rival'], lines, 2)}\n`make bench`: {said}.\n"
 
 

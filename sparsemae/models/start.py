@@ -52,17 +52,11 @@ def start_from(model: nn.Module, source: str) -> Start:
     """
     encoder = model if isinstance(model, VisionTransformer) else model.encoder
     assert isinstance(encoder, VisionTransformer)
-<<<<<<< HEAD
-    state, licence = _state(source)
-    resized = _resample_positions(state, encoder)
-=======
-    tensors, foreign = _state(source)
     try:
-        state = to_public_names(tensors)
+        state, licence = _state(source)
         resized = _resample_positions(state, encoder)
-    except (ValueError, RuntimeError) as error:  # torch's, on positions that are no grid of numbers
+    except RuntimeError as error:  # torch's, on positions that are no grid of numbers
         raise ValueError(f"{source}: {error}") from error
->>>>>>> survive
     wanted = {
         name: parameter.shape
         for name, parameter in encoder.named_parameters()
@@ -76,8 +70,7 @@ def start_from(model: nn.Module, source: str) -> Start:
             f"parameters, matched {share:.1%}; {_difference(state, wanted, fits)}"
         )
     unfit = [name for name in wanted if name in state and name not in fits]
-<<<<<<< HEAD
-    loaded = load_weights(model, state, ignore=[*NEW, *unfit])
+    loaded = load_weights(model, state, ignore=[*NEW, *unfit], name=source)
     return Start(loaded, share, resized, [licence] if licence else [])
 
 
@@ -86,23 +79,11 @@ def _state(source: str) -> tuple[dict[str, Tensor], str]:
     name = source.removeprefix("timm:")
     if name == source:
         tensors, description = read_weights(source)
-        state = to_public_names(tensors)
+        try:
+            state = to_public_names(tensors)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
         return state, MAE_LICENCE if not description and _is_of_mae(state) else ""
-=======
-    loaded = load_weights(model, state, ignore=[*NEW, *unfit], name=source)
-    notes = []
-    if foreign and "mask_token" in state:
-        notes.append("weights published by MAE's authors are under CC BY-NC 4.0: not for commercial use")
-    return Start(loaded, share, resized, notes)
-
-
-def _state(source: str) -> tuple[dict[str, Tensor], bool]:
-    """Tensors, and whether they come from elsewhere."""
-    name = source.removeprefix("timm:")
-    if name == source:
-        tensors, description = read_weights(source)
-        return tensors, not description
->>>>>>> survive
     if not timm.is_model(name):
         raise ValueError(f"{source}: wanted a timm model after timm:, got {name!r}")
     create: Callable[..., nn.Module] = timm.create_model
