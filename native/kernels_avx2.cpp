@@ -10,7 +10,7 @@ namespace {
 struct V {
   using Number = float;
   using Weight = float;
-  static constexpr std::size_t kLanes = 8, kVectors = 3, kRows = 4;
+  static constexpr std::size_t kLanes = 8, kVectors = 4, kRows = 2;
   __m256 x;
 
   static Weight weight(float w) { return w; }
