@@ -55,7 +55,8 @@ fuzz: $(STAMP)
 
 # the native tests again, under the address and undefined-behaviour sanitizers
 sanitize: $(STAMP)
-	SPARSEMAE_TEST_SANITIZE=1 $(TESTS) tests/native/test_sanitize.py
+	$(BIN)/pip install --quiet --constraint constraints.txt cmake nanobind
+	PATH="$(CURDIR)/$(BIN):$$PATH" SPARSEMAE_TEST_SANITIZE=1 $(TESTS) tests/native/test_sanitize.py
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -134,3 +134,13 @@ def test_times_as_fast_as_dense(
     ratio = dense[against] / measured["packed", model].milliseconds[batch]
     figure(f"{model} at batch {batch}: {ratio:.1f} times as fast as dense {size} in {against}, wanted {wanted}")
     assert ratio >= wanted
+
+
+@pytest.mark.holds_only
+@pytest.mark.holds("packed.5")
+def test_avx2_is_five_times_as_fast_as_dense_in_torch(monkeypatch: pytest.MonkeyPatch, figure: Any) -> None:
+    monkeypatch.setenv("SPARSEMAE_ISA", "avx2")
+    ours, *_, dense = benchmark(BenchmarkConfig(engines=["torch fp32"], dense=["B"], batches=[1]))
+    ratio = dense.milliseconds[1] / ours.milliseconds[1]
+    figure(f"{ours.model} forced to AVX2 {ours.milliseconds[1]:.1f} ms, torch fp32 at its best {ratio:.1f} times that")
+    assert ratio >= 5
