@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def came_out(record_property: Any, figure: Any, tmp_path: Path) -> Any:
     """
 
     def note(fault: str, made: str, status: Any, said: str = "", equal: bool | None = None, times: int = 1) -> None:
-        said = " ".join(said.replace(f"{tmp_path}/", "").split())
+        said = re.sub(r"\bpid \d+", "pid N", " ".join(said.replace(f"{tmp_path}/", "").split()))
         row = {"fault": fault, "made": made, "status": status, "said": said, "equal": equal, "times": times}
         record_property("fault", row)
         same = "" if equal is None else f", weights {'equal' if equal else 'differ'}"

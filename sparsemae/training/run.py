@@ -73,8 +73,9 @@ class Run:
             if self.trainer.resume == "never":
                 raise ValueError(f"{folder}: holds a run already; wanted a new folder with trainer.resume=never")
             if self.changed and self.trainer.resume != "anyway":
+                more = f" and {len(self.changed) - 4} more" if len(self.changed) > 4 else ""
                 raise ValueError(
-                    f"{folder}: holds a run with another configuration ({', '.join(self.changed[:4])}); "
+                    f"{folder}: holds a run with another configuration ({', '.join(self.changed[:4])}{more}); "
                     "choose another --out, or go on with --trainer.resume anyway"
                 )
         elif not (folder / "environment.json").is_file() and folder.exists():

@@ -74,6 +74,7 @@ class Job:
 
 
 def _run(words: list[str], output: Path, environment: dict[str, str], before: Callable[[], None] | None) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # loader processes are the run's own, and end with it
     os.environ.update(environment, PYTHONWARNINGS="ignore")
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)

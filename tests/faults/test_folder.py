@@ -63,7 +63,8 @@ def test_another_number_of_processes(tmp_path: Path, image_folder: Path, first: 
         row.get("loss") for row in metrics(tmp_path / "parts") if row["step"] != 3 or "loss" in row
     ]
     steps = metrics(tmp_path / "whole")[-1]["step"]
-    resumed("finetune", "folder", [3], steps, workers=[2, 2], processes=[first, then])
+    workers = yaml.safe_load((tmp_path / "parts" / "config.yaml").read_text())["data"]["workers"]
+    resumed("finetune", "folder", [3], steps, workers=[workers] * 2, processes=[first, then])
 
 
 @pytest.mark.slow

@@ -36,9 +36,9 @@ def compare(
     topology = [(tmp_path / name / "topology.jsonl").read_text() for name in ("whole", "killed")]
     assert topology[0] == topology[1]
     where = {"pretrain": "pretraining", "finetune": "finetuning with all that is random, and an average"}[job]
-    where += f" on {processes} processes, one of which is killed," if processes > 1 else ""
+    where += f" on {processes} processes, one of which is killed" if processes > 1 else ""
     steps = logs[0][-1]["step"]
-    made = f"{where} at random moments of {steps} steps ({seconds:.0f} s undisturbed), and continued each time"
+    made = f"{where}, at random moments of {steps} steps ({seconds:.0f} s undisturbed), and continued each time"
     came_out("kill -9", made, "-9, at last 0", equal=True, times=kills)
 
 
