@@ -346,3 +346,14 @@ def test_an_overlays_legend_is_as_large_as_its_picture_asks(size: tuple[int, int
     assert swatch == pytest.approx(13 * max(1, min(size) / 700), abs=1)
     outline = (picture[:, : size[0] * magnified] == 255).all(-1)[-1].sum()
     assert outline == max(1, round(min(size) / 700))
+
+
+def test_a_binary_mask_of_0_and_255_is_spoken_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind, pixels in (("images", np.arange(1024)), ("masks", np.arange(1024) % 2 * 255)):
+        (tmp_path / kind).mkdir()
+        for i in range(6):
+            Image.fromarray(pixels.reshape(32, 32).astype(np.uint8)).save(tmp_path / kind / f"{i}.png")
+    (tmp_path / "classes.txt").write_text("ground\ncrack\n")
+    options = ["--data.source", "folder", "--data.root", str(tmp_path), "--data.classes", str(tmp_path / "classes.txt")]
+    main(tiny_segment(tmp_path / "run", *options, "--data.train_images", "null", "--trainer.global_batch", "2"))
+    assert "masks with one class only: ground (a binary mask has 0 and 1, not 0 and 255" in capsys.readouterr().err
