@@ -22,6 +22,7 @@ from sparsemae.data.classification import Unreadable, decode_rgb
 from sparsemae.data.masks import IGNORED, SCENEPARSE150, Labels, read_classes, read_mask
 from sparsemae.data.sampling import HOLDOUT, SAMPLE, Key, seeding, stream
 from sparsemae.data.sources import SPLIT_FOLDERS
+from sparsemae.limits import ABOVE_0, AT_LEAST_1, SHARE, UP_TO_1, check_limits
 
 MASK_FOLDERS = ("annotations", "masks", "labels")
 CROP_TRIES = 10
@@ -73,6 +74,10 @@ class MaskDataConfig(MaskSourceConfig):
     """Channel means, for pixels in 0 to 1."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Channel standard deviations, for pixels in 0 to 1."""
+
+    def __post_init__(self) -> None:
+        sides = {"img_size": AT_LEAST_1, "short_side": AT_LEAST_1, "long_side": AT_LEAST_1}
+        check_limits(self, "data.", std=ABOVE_0, crop_max_share=UP_TO_1, hflip=SHARE, **sides)
 
 
 @dataclass(frozen=True)
