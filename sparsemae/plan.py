@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsemae.config import read_config
+from sparsemae.data.embedded import TRAIN_IMAGES
 from sparsemae.data.masks import IGNORED
 from sparsemae.data.sampling import BatchPlan
 from sparsemae.data.transforms import normalize
@@ -33,6 +34,8 @@ Recipe = PretrainConfig | FinetuneConfig | SegmentConfig
 KINDS: dict[str, type[Recipe]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "segment": SegmentConfig}
 DATA_SETS = {"pretrain": (1_281_167, 1000), "finetune": (1_281_167, 1000), "segment": (20_210, 150)}
 """Training images and classes of ImageNet-1K and SceneParse150."""
+EMBEDDED = {"pretrain": (TRAIN_IMAGES, 10), "finetune": (TRAIN_IMAGES, 10), "segment": (TRAIN_IMAGES, 11)}
+"""The same of the embedded images."""
 
 
 @dataclass
@@ -48,7 +51,8 @@ class PlanConfig:
     device_batch: int | None = None
     """Images per device and forward; None: the recipe's."""
     images: int | None = None
-    """Training images, of which a recipe's data.train_images may use fewer; None: ImageNet-1K's, or SceneParse150's."""
+    """Training images, of which a recipe's data.train_images may use fewer; None: ImageNet-1K's, SceneParse150's, or
+    the embedded ones if they are the recipe's data.source."""
     classes: int | None = None
     """Classes of a finetuned model, which a recipe does not say; None: those of the same."""
     images_per_second: float | None = None
@@ -125,9 +129,8 @@ def plan(config: PlanConfig) -> Plan:
             raise ValueError(f"{name}: wanted at least 1, got {value}")
     job, recipe = _read_recipe(config.recipe, config.job)
     trainer = recipe.trainer
-    images, classes = (
-        given or usual for given, usual in zip((config.images, config.classes), DATA_SETS[job], strict=True)
-    )
+    usual = EMBEDDED[job] if recipe.data.source == "embedded" else DATA_SETS[job]
+    images, classes = (given or own for given, own in zip((config.images, config.classes), usual, strict=True))
     world = (config.devices or trainer.devices) * trainer.num_nodes
     batches = BatchPlan.make(
         min(images, recipe.data.train_images or images),

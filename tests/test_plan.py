@@ -18,7 +18,7 @@ MEDIUM = "model: {args: {embed_dim: 384, depth: 6, num_heads: 6}}\ndecoder: {emb
 
 def planned(folder: Path, kind: str, text: str, **options: object) -> Plan:
     recipe = folder / f"{kind}_it.yaml"
-    recipe.write_text(text)
+    recipe.write_text(text + "\ndata: {source: folder}" * ("data:" not in text))
     return plan(PlanConfig(str(recipe), **options))
 
 
@@ -158,6 +158,11 @@ def test_memory_of_vit_base_is_within_15_percent(tmp_path: Path, job: str, preci
 def test_mistakes(tmp_path: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         planned(tmp_path, "pretrain", MEDIUM, **options)
+
+
+@pytest.mark.parametrize(("recipe", "images"), [("demo_finetune", 1000), ("demo_pretrain", 10_000)])
+def test_a_demos_recipe_is_counted_on_the_embedded_images(recipe: str, images: int) -> None:
+    assert plan(PlanConfig(recipe)).batches.images == images
 
 
 def test_which_job_a_recipe_is_for(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """From mask files to classes and back: which value (or colour) means which class, and what is not counted.
 
 Inside the program a mask is uint8: classes from 0, and 255 for a pixel that is ignored. In files, the pixels of an
-index mask are values (8 or 16 bits; a palette PNG's are its indices, never its colours); colour masks need a table.
+index mask are values (1, 8 or 16 bits; a palette PNG's are its indices, never its colours); colour masks need a table.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def read_mask(file: str | Path) -> np.ndarray:
             if image.mode in ("RGB", "RGBA"):
                 return np.asarray(image.convert("RGB"))
             if image.mode in ("1", "L", "P", "I") or image.mode.startswith("I;16"):
-                return np.asarray(image.convert("L") if image.mode == "1" else image).astype(np.int32)
+                return np.asarray(image).astype(np.int32)
             mode = image.mode
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         reason = "not an image in a known format" if isinstance(error, UnidentifiedImageError) else error

@@ -23,6 +23,7 @@ from sparsemae.data.classification import Unreadable, decode_rgb
 from sparsemae.data.masks import IGNORED, SCENEPARSE150, Labels, read_classes, read_mask
 from sparsemae.data.sampling import HOLDOUT, SAMPLE, Key, seeding, stream
 from sparsemae.data.sources import SPLIT_FOLDERS
+from sparsemae.limits import ABOVE_0, AT_LEAST_1, SHARE, UP_TO_1, check_limits
 
 MASK_FOLDERS = ("annotations", "masks", "labels")
 CROP_TRIES = 10
@@ -65,7 +66,7 @@ class MaskDataConfig(MaskSourceConfig):
     scale: tuple[float, float] = (0.5, 2.0)
     """Random scale."""
     crop_max_share: float = 0.75
-    """Crops are drawn anew, up to 10 times, while more than this share of their labels is one class."""
+    """Crops are drawn anew, up to 10 times, while they have no label, or one class is more than this share of them."""
     hflip: float = 0.5
     """Probability of a horizontal flip."""
     photometric: bool = True
@@ -74,6 +75,10 @@ class MaskDataConfig(MaskSourceConfig):
     """Channel means, for pixels in 0 to 1."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Channel standard deviations, for pixels in 0 to 1."""
+
+    def __post_init__(self) -> None:
+        sides = {"img_size": AT_LEAST_1, "short_side": AT_LEAST_1, "long_side": AT_LEAST_1}
+        check_limits(self, "data.", std=ABOVE_0, crop_max_share=UP_TO_1, hflip=SHARE, **sides)
 
 
 @dataclass(frozen=True)
@@ -152,6 +157,13 @@ def open_labels(data: MaskSourceConfig) -> Labels:
         return Labels(["Background", *embedded.CLASS_NAMES], reduce_zero_label, data.ignore_label)
     names, colours = read_classes(data.classes or SCENEPARSE150)
     return Labels(names, reduce_zero_label, data.ignore_label, colours, data.source == "sceneparse")
+
+
+def classes_at_a_glance(source: MaskSource, masks: int = 16) -> set[int]:
+    """Classes in so many masks, spread over the source."""
+    indices = np.unique(np.linspace(0, len(source) - 1, masks).round().astype(int))
+    found = {int(index) for i in indices for index in np.unique(source.read(int(i))[1])}
+    return found - {IGNORED}
 
 
 def find_pairs(data: MaskSourceConfig, split: Literal["train", "val"]) -> Pairs:
@@ -291,7 +303,7 @@ class _RandomScale(v2.Transform):  # type: ignore[misc]
 
 
 class _RandomCrop(v2.RandomCrop):  # type: ignore[misc]
-    """A crop of which no class has more than ``max_share`` of the labels, if it finds one.
+    """A crop with labels, of which no class has more than ``max_share``, if it finds one.
 
     What is smaller than the crop is filled up, the image with the mean colour, the mask with `IGNORED`.
     """
@@ -306,7 +318,7 @@ class _RandomCrop(v2.RandomCrop):  # type: ignore[misc]
         for _ in range(CROP_TRIES):
             params: dict[str, Any] = super().make_params(flat_inputs)
             counts = torch.bincount(self.transform(mask, params).flatten().long(), minlength=IGNORED + 1)[:IGNORED]
-            if counts.max() <= self.max_share * counts.sum():
+            if 0 < counts.max() <= self.max_share * counts.sum():
                 break
         return params
 

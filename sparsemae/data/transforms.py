@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision import transforms
 
 from sparsemae.data.sources import SourceConfig
+from sparsemae.limits import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, SHARE, UP_TO_1, check_limits
 
 
 @dataclass
@@ -50,8 +51,8 @@ class DataConfig(SourceConfig):
     """Evaluation: the shorter side is resized to img_size / eval_crop px, then the centre is cropped."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_unreadable < 1:
-            raise ValueError(f"data.max_unreadable: wanted a share from 0 to below 1, got {self.max_unreadable:g}")
+        shares = {"max_unreadable": BELOW_1, "crop_scale": UP_TO_1, "hflip": SHARE, "eval_crop": UP_TO_1}
+        check_limits(self, "data.", img_size=AT_LEAST_1, crop_shift=AT_LEAST_0, std=ABOVE_0, **shares)
 
 
 def training_transform(data: DataConfig) -> Any:

@@ -17,6 +17,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsemae.limits import AT_LEAST_0, AT_LEAST_1, BELOW_1, check_limits
+
 POOL_SCALES = (1, 2, 3, 6)
 AUXILIARY_TAP = 2
 TAPS = 4
@@ -35,6 +37,10 @@ class HeadConfig:
     dropout: float = 0.0
     """Probability of dropping a channel before the last layer of each head; mmsegmentation's is 0.1."""
 
+    def __post_init__(self) -> None:
+        positive = {"width": AT_LEAST_1, "auxiliary_width": AT_LEAST_1}
+        check_limits(self, "head.", auxiliary_weight=AT_LEAST_0, dropout=BELOW_1, **positive)
+
 
 class SegmenterOutput(NamedTuple):
     """Logits float32 ``[B, C, H, W]`` at the size of the images."""
@@ -52,7 +58,7 @@ class Segmenter(nn.Module):
         taps: blocks after which it is read, counted from 0; the last must be its last.
 
     Raises:
-        ValueError: on taps that are not four ascending blocks, or a width that is not positive.
+        ValueError: on taps that are not four ascending blocks.
     """
 
     def __init__(
@@ -67,9 +73,6 @@ class Segmenter(nn.Module):
         last = len(encoder.blocks) - 1
         if len(taps) != TAPS or sorted({*taps}) != list(taps) or taps[0] < 0 or taps[-1] != last:
             raise ValueError(f"taps: wanted {TAPS} ascending blocks that end with the last, {last}, got {list(taps)}")
-        for name in ("width", "auxiliary_width"):
-            if getattr(head, name) < 1:
-                raise ValueError(f"head.{name}: wanted at least 1, got {getattr(head, name)}")
         encoder.norm, encoder.fc_norm = nn.Identity(), nn.Identity()
         self.encoder, self.taps = encoder, list(taps)
         self.pyramid = Pyramid(encoder.embed_dim)

@@ -11,6 +11,8 @@ from timm.models import is_model_in_modules
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from sparsemae.limits import BELOW_1, check_limits
+
 ARGUMENTS = inspect.signature(VisionTransformer).parameters.keys()
 """What ``model.args`` may name; timm's factory would take more, and read or fetch weights."""
 
@@ -24,7 +26,10 @@ class ModelConfig:
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments of timm's constructor that differ, for example {depth: 4, embed_dim: 128}."""
     drop_path: float = 0.1
-    """Stochastic depth of the last block, 0 to 1; linear from 0 at the first."""
+    """Stochastic depth of the last block, 0 to below 1; linear from 0 at the first."""
+
+    def __post_init__(self) -> None:
+        check_limits(self, "model.", drop_path=BELOW_1)
 
 
 def build_vit(model: ModelConfig, img_size: int, num_classes: int = 0) -> VisionTransformer:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sparsemae.data.sampling import INIT, BatchPlan, seed_all
 from sparsemae.data.segmentation import MaskDataConfig
 from sparsemae.data.transforms import DataConfig
+from sparsemae.limits import ABOVE_0, AT_LEAST_0, check_limits
 from sparsemae.models import MaskedAutoencoder, ModelConfig, build_vit
 from sparsemae.models.segmenter import HeadConfig, Segmenter
 from sparsemae.models.weights import find_weights, load_weights, read_description, read_weights
@@ -50,6 +51,16 @@ class SparseConfig:
     """dynamic: the mask follows the latent weights; fixed: the mask of the starting weights, frozen (a baseline)."""
     exclude: list[str] = field(default_factory=list)
     """Glob patterns on encoder layers that stay dense, for example blocks.0.*"""
+
+    def __post_init__(self) -> None:
+        times = {"gradual_epochs": ABOVE_0, "dense_epochs": AT_LEAST_0, "freeze_epoch": AT_LEAST_0}
+        check_limits(self, "sparse.", strength=AT_LEAST_0, **times)
+        if self.gradual_epochs is not None and self.schedule != "gradual":
+            raise ValueError("sparse.gradual_epochs: wanted sparse.schedule=gradual with it, got constant")
+        if self.mask == "fixed" and (self.schedule == "gradual" or self.dense_epochs or self.freeze_epoch is not None):
+            raise ValueError(
+                "sparse.mask: wanted dynamic with sparse.schedule=gradual, dense_epochs or freeze_epoch, got fixed"
+            )
 
 
 @dataclass
@@ -104,6 +115,10 @@ def make_sparse(model: nn.Module, sparse: SparseConfig) -> list[str]:
 def mask_schedule(model: nn.Module, sparse: SparseConfig, trainer: TrainerConfig, plan: BatchPlan) -> MaskSchedule:
     """The schedule of the masks over a training, whose length may be given in optimizer steps."""
     epochs = trainer.schedule_steps(plan.steps_per_epoch) / plan.steps_per_epoch
+    for name in ("gradual_epochs", "dense_epochs", "freeze_epoch"):
+        value = getattr(sparse, name)
+        if value is not None and value > epochs:
+            raise ValueError(f"sparse.{name}: wanted at most the training's {epochs:g} epochs, got {value:g}")
     gradual = sparse.gradual_epochs if sparse.gradual_epochs is not None else epochs / 2
     return MaskSchedule(
         model, sparse.dense_epochs, gradual if sparse.schedule == "gradual" else 0.0, sparse.freeze_epoch

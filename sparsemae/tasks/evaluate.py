@@ -25,7 +25,8 @@ from sparsemae.runtime import load
 from sparsemae.sparsity import densify, freeze, iter_sparse
 from sparsemae.tasks.build import load_classifier, task_of
 from sparsemae.tasks.probe import probe
-from sparsemae.tasks.segment_evaluate import InferenceConfig, evaluate_segmenter
+from sparsemae.tasks.segment_evaluate import InferenceChange, evaluate_segmenter
+from sparsemae.training.logs import watched
 
 EVALUATION_BATCH = 256
 
@@ -42,8 +43,8 @@ class EvaluateConfig:
     """Instead of the model's own head: a k-nearest-neighbour vote, or a linear classifier, on its frozen features."""
     masks: MaskSourceConfig = field(default_factory=MaskSourceConfig)
     """Of a segmenter: where the images and masks lie, in place of `data`."""
-    inference: InferenceConfig | None = None
-    """Of a segmenter: how it looks at an image; None: as its recipe says."""
+    inference: InferenceChange = field(default_factory=InferenceChange)
+    """Of a segmenter: how it looks at an image, where not as its recipe says."""
     accelerator: str = "auto"
     """Where to run: auto, cpu, cuda, mps."""
 
@@ -73,7 +74,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         print(f"{config.model}: {config.probe} probe, {_shares(metrics)}")
         return metrics
     if not packed and task_of(config.model) == "segment":
+        if config.data.root is not None:
+            raise ValueError(
+                f"data.root: wanted none for a segmenter, got {config.data.root} (--masks.root names images and masks)"
+            )
         return evaluate_segmenter(fabric, config.model, config.masks, config.inference).metrics()
+    if config.masks.root is not None:
+        raise ValueError(
+            f"masks.root: wanted none for a classifier, got {config.masks.root} (--data.root names its images)"
+        )
     subject = _packed(config.model) if packed else _trained(config.model, fabric)
     prepared = subject.input
     source = open_source(config.data, "val")
@@ -82,11 +91,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
             f"{config.data.root or config.data.source}: wanted the {len(subject.class_names)} classes of "
             f"{config.model} ({', '.join(subject.class_names[:3])}, ...), got {len(source.class_names)} "
             f"({', '.join(source.class_names[:3])}, ...)"
+            + " (--data.source and --data.root name others)"
+            * (config.data.root is None)
         )
     transform = evaluation_transform(prepared["img_size"], prepared["interpolation"], prepared["eval_crop"])
     dataset = ImageDataset(source, transform, smallest=subject.patch, exif=prepared["exif"])
     with torch.inference_mode():
-        metrics = accuracy(fabric, subject.forward, dataset, prepared["mean"], prepared["std"], config.data.workers)
+        metrics = accuracy(
+            fabric, subject.forward, dataset, prepared["mean"], prepared["std"], config.data.workers, shown=True
+        )
     print(f"{config.model}: {_shares(metrics)} on {len(source):,} images")
     return metrics
 
@@ -124,10 +137,12 @@ def accuracy(
     mean: Sequence[float],
     std: Sequence[float],
     workers: int,
+    shown: bool = False,
 ) -> dict[str, float]:
     """Top-1, top-5 and the standard error of top-1 as shares, over all processes.
 
     ``model`` gives the logits of normalised images; a module must be the plain one, in evaluation mode.
+    ``shown``: with a progress display.
     Raises ValueError, on all processes, naming an image that cannot be read: each is to count once.
     """
     classes = len(dataset.source.class_names)
@@ -137,7 +152,8 @@ def accuracy(
     }
     sampler = EvaluationSampler(len(dataset), EVALUATION_BATCH, fabric.global_rank, fabric.world_size)
     unreadable = UnreadableImages(len(dataset), 0.0)
-    for batch in batches(dataset, sampler, workers, unreadable=unreadable):
+    found = batches(dataset, sampler, workers, unreadable=unreadable)
+    for batch in watched(found, "evaluating", len(dataset)) if shown else found:
         images, targets = fabric.to_device((batch["image"], batch["target"]))
         with fabric.autocast():
             logits = model(normalize(images, mean, std)).float()

@@ -16,6 +16,7 @@ from sparsemae.data.classification import ImageDataset
 from sparsemae.data.sampling import BatchPlan
 from sparsemae.data.sources import open_source
 from sparsemae.data.transforms import DataConfig, evaluation_transform, normalize, training_transform
+from sparsemae.limits import AT_LEAST_0, BELOW_1, SHARE, check_limits
 from sparsemae.models import ModelConfig
 from sparsemae.models.start import start_from
 from sparsemae.models.weights import save_model
@@ -55,12 +56,13 @@ class FinetuneConfig:
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-3, min_lr=1e-6, layer_decay=0.65))
     trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(epochs=200, global_batch=2048))
 
+    def __post_init__(self) -> None:
+        check_limits(self, "", label_smoothing=BELOW_1, mixup=AT_LEAST_0, cutmix=AT_LEAST_0, erasing=SHARE)
+
 
 def finetune(config: FinetuneConfig) -> Path:
     """Run (or continue) sparse finetuning; returns the file of the frozen sparse model."""
     data, sparse = config.data, config.sparse
-    if not 0 <= config.label_smoothing < 1:
-        raise ValueError(f"label_smoothing: wanted 0 to 1, got {config.label_smoothing}")
     train, val = open_source(data, "train", data.train_images), open_source(data, "val")
     if len(train.class_names) < 2:
         raise ValueError(f"{data.root}: wanted at least two class folders, got {train.class_names}")

@@ -18,12 +18,16 @@ from sparsemae.data.masks import Labels
 from sparsemae.sparsity import hold_masks
 from sparsemae.tasks.build import load_segmenter
 from sparsemae.tasks.segment_evaluate import InferenceConfig, predict_scores
+from sparsemae.training.logs import RunLog
 
 Shares = list[tuple[str, float]]
 """Classes of an image with their shares of its pixels, largest first."""
 OPACITY = 0.55
-SMALLEST_SIDE, FONT_SIZE, ROW, SWATCH, MARGIN = 320, 15, 22, 14, 10
-"""Of an overlay, px: a smaller image is magnified; the rest is its legend's."""
+SMALLEST_SIDE = 320
+"""Of an overlay, px: a smaller image is magnified."""
+FONT_SIZE, ROW, SWATCH, MARGIN, LINE = 15, 22, 14, 10, 1
+"""Of the legend and the outlines, px, while the image's shorter side is at most `LEGIBLE_SIDE`; in proportion above."""
+LEGIBLE_SIDE = 700
 
 
 def predict_masks(model: str, files: Sequence[Path], out: Path) -> list[Shares]:
@@ -43,8 +47,9 @@ def predict_masks(model: str, files: Sequence[Path], out: Path) -> list[Shares]:
     names, palette = description["class_names"], [tuple(colour) for colour in description["palette"]]
     labels = Labels(names, description["reduce_zero_label"])
     out.mkdir(parents=True, exist_ok=True)
-    found = []
-    with torch.inference_mode(), hold_masks(segmenter):
+    found: list[Shares] = []
+    progress = RunLog(None).progress("predicting", 0, len(files), 1, unit="image")
+    with torch.inference_mode(), hold_masks(segmenter), progress as shown:
         for file, (mask, overlay) in targets.items():
             image = decode_rgb(file, str(file), exif=prepared["exif"])
             pixels = transforms.pil_to_tensor(image)[None]
@@ -56,6 +61,7 @@ def predict_masks(model: str, files: Sequence[Path], out: Path) -> list[Shares]:
             shares = [(names[index], float(counts[index] / classes.size)) for index in order]
             overlay_image(image, classes, palette, shares, [palette[index] for index in order]).save(overlay)
             found.append(shares)
+            shown.advance(len(found), file.name)
     return found
 
 
@@ -81,24 +87,27 @@ def overlay_image(
     classes = classes.repeat(factor, axis=0).repeat(factor, axis=1)
     base = np.asarray(image.resize(size, Image.Resampling.NEAREST), np.float32)
     blended = base * (1 - OPACITY) + np.array(palette, np.float32)[classes] * OPACITY
+    larger = max(1.0, min(size) / LEGIBLE_SIDE)  # or a full-size photograph's legend could not be read
+    font_size, row_height, swatch, margin, line = (round(larger * px) for px in (FONT_SIZE, ROW, SWATCH, MARGIN, LINE))
     edge = np.zeros(classes.shape, bool)
-    edge[1:] |= classes[1:] != classes[:-1]
-    edge[:, 1:] |= classes[:, 1:] != classes[:, :-1]
+    for px in range(1, line + 1):
+        edge[px:] |= classes[px:] != classes[:-px]
+        edge[:, px:] |= classes[:, px:] != classes[:, :-px]
     blended[edge] = 255
 
-    font = ImageFont.load_default(FONT_SIZE)
-    room = (size[1] - 2 * MARGIN) // ROW
+    font = ImageFont.load_default(font_size)
+    room = (size[1] - 2 * margin) // row_height
     shown = len(shares) if len(shares) <= room else room - 1
     lines = [f"{name} {share:.1%}" for name, share in shares[:shown]]
     if shown < len(shares):
         lines.append(f"and {len(shares) - shown} more")
-    width = max(int(font.getlength(line)) for line in lines) + SWATCH + 3 * MARGIN
+    width = max(int(font.getlength(text)) for text in lines) + swatch + 3 * margin
     picture = Image.new("RGB", (size[0] + width, size[1]), "white")
     picture.paste(Image.fromarray(blended.astype(np.uint8)))
     draw = ImageDraw.Draw(picture)
-    for row, line in enumerate(lines):
-        left, top = size[0] + MARGIN, MARGIN + row * ROW
+    for row, text in enumerate(lines):
+        left, top = size[0] + margin, margin + row * row_height
         if row < shown:
-            draw.rectangle((left, top, left + SWATCH, top + SWATCH), fill=swatches[row], outline="black")
-        draw.text((left + SWATCH + MARGIN, top - 2), line, fill="black", font=font)
+            draw.rectangle((left, top, left + swatch, top + swatch), fill=swatches[row], outline="black")
+        draw.text((left + swatch + margin, top - 2 * larger), text, fill="black", font=font)
     return picture

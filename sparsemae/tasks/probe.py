@@ -21,6 +21,7 @@ from sparsemae.data.sources import SourceConfig, open_source
 from sparsemae.data.transforms import evaluation_transform, normalize
 from sparsemae.sparsity import hold_masks
 from sparsemae.tasks.build import load_encoder
+from sparsemae.training.logs import watched
 
 BATCH = 256
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # of the vote (Wu et al., arXiv 1805.01978; DINO, arXiv 2104.14294)
@@ -69,8 +70,9 @@ def encode(
 ) -> tuple[Tensor, Tensor]:
     """Features ``[N, D]`` float32 and targets ``[N]`` of a whole set, on the device."""
     features, targets = [], []
+    found = batches(dataset, EvaluationSampler(len(dataset), BATCH), workers)
     with hold_masks(encoder):
-        for batch in batches(dataset, EvaluationSampler(len(dataset), BATCH), workers):
+        for batch in watched(found, "encoding", len(dataset)):
             images, target = fabric.to_device((batch["image"], batch["target"]))
             with fabric.autocast():
                 tokens = encoder.forward_features(prepare(images)).float()  # B L D

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from sparsemae.data.masks import IGNORED
 from sparsemae.data.sampling import BatchPlan
-from sparsemae.data.segmentation import MaskDataConfig, MaskDataset, open_masks, training_transform
+from sparsemae.data.segmentation import (
+    MaskDataConfig,
+    MaskDataset,
+    classes_at_a_glance,
+    open_masks,
+    training_transform,
+)  # fmt: skip
 from sparsemae.data.transforms import normalize
 from sparsemae.models import ModelConfig
 from sparsemae.models.segmenter import HeadConfig, Segmenter, segmentation_loss
@@ -69,6 +75,11 @@ def segment(config: SegmentConfig) -> Path:
     refuse_single_images(plan.micro_batch)
     if config.init is not None:
         run.log.say(f"{config.init}: {start_from(model, config.init)}")
+    if len(seen := classes_at_a_glance(train)) < 2:
+        run.log.say(
+            f"warning: {train.names[0]}, ...: masks with one class only: {', '.join(names[i] for i in seen) or 'none'} "
+            "(a binary mask has 0 and 1, not 0 and 255; sparsemae check --masks.root reads all)"
+        )
     make_sparse(model, sparse)
     run.log.say(f"{summarize(model)}\n{_cost(config, len(names))}")
     share_batch_norm(model, run.fabric)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -27,6 +27,7 @@ from sparsemae.data.transforms import normalize
 from sparsemae.models.segmenter import Segmenter
 from sparsemae.sparsity import densify, freeze, iter_sparse
 from sparsemae.tasks.build import load_segmenter
+from sparsemae.training.logs import watched
 
 SMALL_IMAGES_AT_ONCE = 250
 """Of a source whose images have one size; others come one at a time."""
@@ -45,12 +46,30 @@ class InferenceConfig:
     flip: bool = False
     """Average with the prediction of the mirrored image."""
 
+    def changed(self, by: InferenceChange) -> InferenceConfig:
+        """With what ``by`` says in place of its own."""
+        return replace(self, **{name: value for name, value in vars(by).items() if value is not None})
+
     def check(self, window: int) -> None:
         """Raises ValueError on settings that cannot work with a window of that side."""
         if self.mode == "slide" and not 1 <= self.stride <= window:
             raise ValueError(f"inference.stride: wanted 1 to the window's {window} px, got {self.stride}")
         if not self.scales or min(self.scales) <= 0:
             raise ValueError(f"inference.scales: wanted scales above 0, got {self.scales}")
+
+
+@dataclass
+class InferenceChange:
+    """How a segmenter is to look at an image otherwise than its recipe says."""
+
+    mode: Literal["slide", "whole"] | None = None
+    """slide: windows of the training's size; whole: the image at once; None: as the recipe says."""
+    stride: int | None = None
+    """Distance of the windows, px; None: the recipe's."""
+    scales: list[float] | None = None
+    """Scales of the image, whose predictions are averaged; None: the recipe's."""
+    flip: bool | None = None
+    """Average with the prediction of the mirrored image; None: as the recipe says."""
 
 
 @dataclass(frozen=True)
@@ -128,11 +147,12 @@ def predict_scores(forward: Forward, images: Tensor, prepared: dict[str, Any], i
 
 def score(
     fabric: Fabric, model: Segmenter, dataset: MaskDataset, prepared: dict[str, Any], inference: InferenceConfig,
-    workers: int,
+    workers: int, shown: bool = False,
 ) -> Scores:  # fmt: skip
     """Scores over a whole set, each image once on any number of processes.
 
-    ``model`` is the plain module, in evaluation mode. Raises ValueError if there is no labelled pixel.
+    ``model`` is the plain module, in evaluation mode; ``shown``: with a progress display.
+    Raises ValueError if there is no labelled pixel.
     """
     classes = len(dataset.source.labels.class_names)
     meter = MulticlassConfusionMatrix(classes, ignore_index=IGNORED).to(fabric.device)
@@ -144,7 +164,8 @@ def score(
             logits: Tensor = model(images).logits
         return logits
 
-    for batch in batches(dataset, sampler, workers):
+    found = batches(dataset, sampler, workers)
+    for batch in watched(found, "evaluating", len(dataset)) if shown else found:
         images, targets = fabric.to_device((batch["image"], batch["target"]))
         meter.update(predict_scores(forward, images, prepared, inference).argmax(dim=1), targets.long())
     confusion = meter.compute()
@@ -155,17 +176,15 @@ def score(
     return Scores.of(confusion)
 
 
-def evaluate_segmenter(
-    fabric: Fabric, source: str, masks: MaskSourceConfig, inference: InferenceConfig | None
-) -> Scores:
-    """Print and return the scores of a segmenter's file or run; ``inference`` None: as it was made for."""
+def evaluate_segmenter(fabric: Fabric, source: str, masks: MaskSourceConfig, change: InferenceChange) -> Scores:
+    """Print and return the scores of a segmenter's file or run, which looks as it was made for but for ``change``."""
     model, description = load_segmenter(source)
     names, prepared = description["class_names"], description["input"]
     if any(iter_sparse(model)):  # computed as a plain model with zeros; a checkpoint's mask is that of now
         freeze(model)
         densify(model)
     model.to(fabric.device)
-    inference = inference or InferenceConfig(**description["inference"])
+    inference = InferenceConfig(**description["inference"]).changed(change)
     inference.check(prepared["img_size"])
     masks.exif = prepared["exif"]
     data = open_masks(masks, "val")
@@ -173,9 +192,11 @@ def evaluate_segmenter(
         raise ValueError(
             f"{masks.root or masks.source}: wanted the {len(names)} classes of {source} ({', '.join(names[:3])}, ...), "
             f"got {len(data.labels.class_names)} ({', '.join(data.labels.class_names[:3])}, ...)"
+            + " (--masks.source and --masks.root name others)"
+            * (masks.root is None)
         )
     with torch.inference_mode():
-        scores = score(fabric, model, MaskDataset(data), prepared, inference, masks.workers)
+        scores = score(fabric, model, MaskDataset(data), prepared, inference, masks.workers, shown=True)
     width = max(map(len, names))
     for name, iou in zip(names, scores.iou, strict=True):
         print(f"  {name:<{width}} {'absent' if math.isnan(iou) else f'{iou:.2%}':>7}")

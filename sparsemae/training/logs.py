@@ -11,9 +11,10 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,17 @@ class StepProgress:
             self._log.say(
                 f"{self._title}: {self._unit} {step}/{self._total}, {rate:,.0f} images/s, {left:,.0f} s left, {status}"
             )
+
+
+def watched(batches: Iterable[Any], title: str, images: int) -> Iterator[Any]:
+    """Batches as they come, under a progress display over their images."""
+    rest, seen = iter(batches), 0
+    first = list(islice(rest, 1))  # starts a loader's processes, before the progress display starts its thread
+    with RunLog(None).progress(title, 0, images, 1, unit="image") as progress:
+        for batch in chain(first, rest):
+            yield batch
+            seen += len(batch["image"])
+            progress.advance(seen, "")
 
 
 def write_whole(file: Path, text: str) -> None:

@@ -11,6 +11,8 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
+from sparsemae.limits import ABOVE_0, AT_LEAST_0, BELOW_1, SHARE, UP_TO_1, check_limits
+
 
 @dataclass
 class OptimConfig:
@@ -40,6 +42,12 @@ class OptimConfig:
     """Adam's epsilon."""
     clip_grad: float | None = None
     """Largest norm of the gradient; None: no clipping."""
+
+    def __post_init__(self) -> None:
+        rates = {"lr": AT_LEAST_0, "lr_batch": ABOVE_0, "min_lr": AT_LEAST_0, "warmup_start": SHARE}
+        warmup = {"warmup_epochs": AT_LEAST_0, "warmup_steps": AT_LEAST_0}
+        adam = {"weight_decay": AT_LEAST_0, "betas": BELOW_1, "eps": ABOVE_0, "clip_grad": ABOVE_0}
+        check_limits(self, "optim.", layer_decay=UP_TO_1, **rates, **warmup, **adam)
 
 
 def scaled_to_batch(optim: OptimConfig, global_batch: int) -> OptimConfig:

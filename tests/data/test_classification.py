@@ -129,7 +129,7 @@ def test_the_run_stops_once_more_images_are_unreadable_than_tolerated(image_fold
         ValueError, match=r"cat/\d\.png: unreadable .*\(4 of 16 images cannot be read, more than data\.max"
     ):
         run_epochs(folder(image_folder), 0)
-    with pytest.raises(ValueError, match=r"data\.max_unreadable: wanted a share from 0 to below 1, got 1"):
+    with pytest.raises(ValueError, match=r"data\.max_unreadable: wanted at least 0 and below 1, got 1"):
         folder(image_folder, max_unreadable=1.0)
 
 

@@ -36,6 +36,13 @@ def test_index_masks_are_read_as_indices(tmp_path: Path, kind: str) -> None:
     assert Labels(["a", "b", "c", "d"], ignore_label=2).decode(VALUES % 255, "m")[0].tolist() == [0, 1, IGNORED]
 
 
+def test_a_mask_of_one_bit_has_0_and_1(tmp_path: Path) -> None:
+    Image.fromarray(VALUES > 1).save(tmp_path / "bits.png")
+    with Image.open(tmp_path / "bits.png") as picture:
+        assert picture.mode == "1"
+    assert read_mask(tmp_path / "bits.png").tolist() == [[0, 0, 1], [1, 1, 1]]
+
+
 def test_colour_masks_need_a_table(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("0 0 0 ignore\n128 0 0 tall tree\n\n0 128 0 sky\n")
     names, colours = read_classes(tmp_path / "classes.txt")

@@ -120,6 +120,16 @@ def test_crops_of_one_class_are_drawn_anew(tmp_path: Path) -> None:
     assert mixed(0.75) > 2 * mixed(1.0)
 
 
+def test_crops_without_a_label_are_drawn_anew(tmp_path: Path) -> None:
+    root = scene(tmp_path, train=1, size=(320, 64))
+    mask = np.zeros((64, 320), np.uint8)
+    mask[:, 200:220] = np.arange(1, 21)
+    Image.fromarray(mask).save(next((root / "annotations" / "training").iterdir()))
+    data = config(root, scale=(1.0, 1.0), short_side=64, img_size=48)
+    dataset = MaskDataset(open_masks(data, "train"), training_transform(data))
+    assert sum(bool((dataset[epoch, 0]["target"] != 255).any()) for epoch in range(40)) >= 36  # of one crop 10
+
+
 def test_what_is_wrong_with_a_pair_travels_to_the_training_process(tmp_path: Path) -> None:
     dataset = MaskDataset(open_masks(config(scene(tmp_path)), "val"))
     folder = tmp_path / "annotations" / "validation"

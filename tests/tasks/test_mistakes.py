@@ -92,6 +92,39 @@ def test_options(refused: Callable[..., str], tmp_path: Path, options: list[str]
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--optim.lr", "-1"], "optim.lr: wanted at least 0, got -1"),
+        (["--optim.layer_decay", "0"], "optim.layer_decay: wanted more than 0 and at most 1, got 0"),
+        (["--optim.betas", "[0.9, 1.0]"], "optim.betas: wanted at least 0 and below 1, got [0.9, 1.0]"),
+        (["--optim.weight_decay", ".nan"], "optim.weight_decay: wanted at least 0, got nan"),
+        (["--model.drop_path", "1.5"], "model.drop_path: wanted at least 0 and below 1, got 1.5"),
+        (["--mixup", "-1"], "mixup: wanted at least 0, got -1"),
+        (["--erasing", "2"], "erasing: wanted at least 0 and at most 1, got 2"),
+        (["--label_smoothing", "1"], "label_smoothing: wanted at least 0 and below 1, got 1"),
+        (["--data.eval_crop", "0"], "data.eval_crop: wanted more than 0 and at most 1, got 0"),
+        (["--data.hflip", "3"], "data.hflip: wanted at least 0 and at most 1, got 3"),
+        (["--data.crop_scale", "[2, 3]"], "data.crop_scale: wanted more than 0 and at most 1, got [2.0, 3.0]"),
+        (["--data.std", "[0, 0, 0]"], "data.std: wanted more than 0, got [0.0, 0.0, 0.0]"),
+        (["--sparse.strength", "-1"], "sparse.strength: wanted at least 0, got -1"),
+        (["--sparse.dense_epochs", "-1"], "sparse.dense_epochs: wanted at least 0, got -1"),
+        (["--sparse.gradual_epochs", "1"], "sparse.gradual_epochs: wanted sparse.schedule=gradual with it"),
+        (["--sparse.freeze_epoch", "4"], "sparse.freeze_epoch: wanted at most the training's 3 epochs, got 4"),
+        (["--sparse.mask", "fixed", "--sparse.schedule", "gradual"], "sparse.mask: wanted dynamic with"),
+        (
+            ["--sparse.schedule", "gradual", "--sparse.gradual_epochs", "9"],
+            "sparse.gradual_epochs: wanted at most the training's 3 epochs, got 9",
+        ),
+    ],
+)
+def test_settings_out_of_their_limits(
+    refused: Callable[..., str], tmp_path: Path, options: list[str], message: str
+) -> None:
+    assert message in refused(*tiny("finetune", tmp_path / "run", *options))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.holds("foundation.7")
 def test_checkpoint_of_another_architecture(refused: Callable[..., str], tmp_path: Path) -> None:
     main(tiny("pretrain", tmp_path / "run", "--trainer.max_steps", "1"))

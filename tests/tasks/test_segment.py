@@ -18,8 +18,10 @@ from sparsemae.sparsity import hold_masks, iter_sparse
 from sparsemae.tasks.build import load_segmenter
 from sparsemae.tasks.evaluate import EvaluateConfig, evaluate
 from sparsemae.tasks.predict import PredictConfig, predict
+from sparsemae.tasks.predict_masks import overlay_image
 from sparsemae.tasks.segment import share_batch_norm
 from sparsemae.tasks.segment_evaluate import (
+    InferenceChange,
     InferenceConfig,
     Scores,
     predict_scores,
@@ -69,13 +71,28 @@ def test_the_chain_on_photographs(run: SimpleNamespace, tmp_path: Path, capsys: 
     assert sum(line.split()[-1] == "absent" or line.endswith("%") for line in printed.splitlines()) == 150
     main(["evaluate", str(run.folder), *where, "--inference", "{mode: whole, scales: [0.75, 1.25], flip: true}"])
     assert "mode whole, scales [0.75, 1.25], flip True" in capsys.readouterr().out
+    main(["evaluate", str(run.folder), *where, "--inference.flip", "true"])  # the rest as the recipe says
+    assert "mode slide, stride 43, scales [1.0], flip True" in capsys.readouterr().out
     assert {"miou", "mean_accuracy", "pixel_accuracy"} <= metrics(run.folder)[-1].keys()
 
 
 def test_a_dataset_of_other_classes_is_refused(run: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["evaluate", str(run.folder)])
-    assert "embedded: wanted the 150 classes" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "embedded: wanted the 150 classes" in printed
+    assert "(--masks.source and --masks.root name others)" in printed
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(run.folder), "--data.source", "folder", "--data.root", str(run.root)])
+    assert "data.root: wanted none for a segmenter" in capsys.readouterr().err
+
+
+def test_an_evaluation_shows_how_far_it_is(
+    run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sparsemae.training.logs.PLAIN_LINE_SECONDS", 0.0)
+    main(["evaluate", str(run.folder), "--masks.source", "sceneparse", "--masks.root", str(run.root)])
+    assert "evaluating: image 3/3" in capsys.readouterr().err
 
 
 def test_predictions_are_palette_masks_and_overlays(
@@ -228,7 +245,7 @@ def test_the_scores_are_those_of_ten_lines(case: str) -> None:
 @pytest.mark.holds("ade20k.3")
 def test_an_evaluation_of_a_whole_set_is_that_of_ten_lines(run: SimpleNamespace) -> None:
     masks = MaskDataConfig("sceneparse", str(run.root), workers=0)
-    found = evaluate(EvaluateConfig(str(run.folder), masks=masks, inference=InferenceConfig("whole")))
+    found = evaluate(EvaluateConfig(str(run.folder), masks=masks, inference=InferenceChange("whole")))
     model, description = load_segmenter(run.folder)
     predicted, truth = [], []
     dataset = MaskDataset(open_masks(masks, "val"))
@@ -315,3 +332,28 @@ def test_scales_and_mirrors_are_averaged_at_the_images_size() -> None:
     assert torch.allclose(scores.sum(1), torch.ones(1, 40, 60))
     mirrored = predict_scores(forward, images.flip(-1), prepared, inference)
     assert torch.allclose(mirrored.flip(-1), scores, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(2000, 1400), (4000, 330), (30, 40)])
+def test_an_overlays_legend_is_as_large_as_its_picture_asks(size: tuple[int, int]) -> None:
+    image, classes = Image.new("RGB", size), np.zeros(size[::-1], np.uint8)
+    classes[:, size[0] // 2 :] = 1
+    colours = [(150, 0, 0), (0, 0, 150)]
+    picture = np.asarray(overlay_image(image, classes, colours, [("left", 0.5), ("right", 0.5)], colours))
+    magnified = max(1, -(-320 // min(size)))
+    legend = picture[:, size[0] * magnified :]
+    swatch = (legend == (150, 0, 0)).all(-1).any(1).sum()
+    assert swatch == pytest.approx(13 * max(1, min(size) / 700), abs=1)
+    outline = (picture[:, : size[0] * magnified] == 255).all(-1)[-1].sum()
+    assert outline == max(1, round(min(size) / 700))
+
+
+def test_a_binary_mask_of_0_and_255_is_spoken_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind, pixels in (("images", np.arange(1024)), ("masks", np.arange(1024) % 2 * 255)):
+        (tmp_path / kind).mkdir()
+        for i in range(6):
+            Image.fromarray(pixels.reshape(32, 32).astype(np.uint8)).save(tmp_path / kind / f"{i}.png")
+    (tmp_path / "classes.txt").write_text("ground\ncrack\n")
+    options = ["--data.source", "folder", "--data.root", str(tmp_path), "--data.classes", str(tmp_path / "classes.txt")]
+    main(tiny_segment(tmp_path / "run", *options, "--data.train_images", "null", "--trainer.global_batch", "2"))
+    assert "masks with one class only: ground (a binary mask has 0 and 1, not 0 and 255" in capsys.readouterr().err
