@@ -77,7 +77,7 @@ def test_saving_is_measured(
 @pytest.mark.holds("survive.2")
 def test_the_loop_is_held_up_by_a_quarter_of_a_save_at_most(figure: Any) -> None:
     """Saving ViT-B with AdamW's state: what the loop is held up by, of the time of a blocking save."""
-    rows = benchmark(BenchmarkConfig(section="saving"))
+    rows = benchmark(BenchmarkConfig(section="saving", step_batch=1, runs=3))
     for row in rows:
         figure(
             f"{row.subject}, {row.gigabytes:.2f} GB: {row.held_seconds:.2f} s of {row.blocking_seconds:.2f} s, "
