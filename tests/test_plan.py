@@ -82,6 +82,7 @@ def test_the_loop_takes_the_steps_and_writes_the_checkpoint_that_were_planned(tm
     assert found.checkpoint_bytes < size < found.checkpoint_bytes + 2000 * parameters
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_batch_accumulation_and_processes(tmp_path: Path) -> None:
     def memory(batch: int, **options: object) -> dict[str, int]:
         return vars(

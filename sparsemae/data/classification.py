@@ -20,7 +20,7 @@ import torch.distributed as dist
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from sparsemae.data.sampling import SAMPLE, Key, epoch_order, seeding
+from sparsemae.data.sampling import SAMPLE, Key, derive_seeds, epoch_order, seeding
 from sparsemae.data.sources import Source
 
 # What Pillow raises on files that are not as they should be.
@@ -121,16 +121,20 @@ class ImageDataset(Dataset[Any]):
         return len(self.source)
 
     def __getitems__(self, keys: Sequence[int | Key]) -> list[dict[str, Any] | Unreadable]:
+        seeds = [derive_seeds(self.seed, SAMPLE, *(key if isinstance(key, tuple) else (0, key))) for key in keys]
+        samples = []
         with seeding() as seed_generators:
-            return [self._sample(key, seed_generators) for key in keys]
+            for key, own in zip(keys, seeds, strict=True):
+                seed_generators(own)
+                samples.append(self._sample(key))
+        return samples
 
     def __getitem__(self, key: int | Key) -> dict[str, Any] | Unreadable:
         return self.__getitems__([key])[0]
 
-    def _sample(self, key: int | Key, seed_generators: Callable[..., int]) -> dict[str, Any] | Unreadable:
+    def _sample(self, key: int | Key) -> dict[str, Any] | Unreadable:
         training = isinstance(key, tuple)
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        seed_generators(self.seed, SAMPLE, epoch, index)
         failed: list[str] = []
         for index in self._candidates(epoch, index) if training else (index,):  # noqa: B020 the one used
             try:

@@ -44,32 +44,40 @@ def seed_all(seed: int, *counters: int) -> None:
     """Set the global generators of python, numpy and torch (all devices) to a function of the arguments."""
     if seed < 0:
         raise ValueError(f"seed: wanted 0 or more, got {seed}")
-    torch.manual_seed(_seed_cpu(seed, *counters))
+    torch.manual_seed(_seed_cpu(derive_seeds(seed, *counters)))
 
 
-def _seed_cpu(seed: int, *counters: int) -> int:
-    """Seed the global CPU generators that library transforms draw from; returns torch's seed."""
+Seeds = tuple[int, int, dict[str, Any]]
+"""What python's and torch's global generators are seeded with, and numpy's state."""
+
+
+def derive_seeds(seed: int, *counters: int) -> Seeds:
+    """Seeds of the global generators, as a function of the arguments."""
     sequence = np.random.SeedSequence((seed, *counters))
     python_seed, torch_seed = (int(word) for word in sequence.generate_state(2))
+    philox = {
+        "bit_generator": "Philox", "has_uint32": 0, "uinteger": 0, "buffer": np.zeros(4, np.uint64), "buffer_pos": 4,
+        "state": {"counter": np.zeros(4, np.uint64), "key": sequence.generate_state(2, np.uint64)},
+    }  # fmt: skip
+    return python_seed, torch_seed, philox  # numpy's is the state of Philox(sequence)
+
+
+def _seed_cpu(seeds: Seeds) -> int:
+    """Seed the global CPU generators that library transforms draw from; returns torch's seed."""
+    python_seed, torch_seed, philox = seeds
     random.seed(python_seed)
     torch.default_generator.manual_seed(torch_seed)
     if not isinstance(np.random.get_bit_generator(), np.random.Philox):  # type: ignore[attr-defined]
         np.random.set_bit_generator(np.random.Philox())  # type: ignore[attr-defined]
-    np.random.set_state(_philox(sequence))  # a new generator would make its 50 methods anew
+    np.random.set_state(philox)  # a new generator would make its 50 methods anew
     return torch_seed
 
 
-def _philox(sequence: np.random.SeedSequence) -> dict[str, Any]:
-    """The state of ``Philox(sequence)``, in numpy's form."""
-    return {
-        "bit_generator": "Philox", "has_uint32": 0, "uinteger": 0, "buffer": np.zeros(4, np.uint64), "buffer_pos": 4,
-        "state": {"counter": np.zeros(4, np.uint64), "key": sequence.generate_state(2, np.uint64)},
-    }  # fmt: skip
-
-
 @contextmanager
-def seeding() -> Iterator[Callable[..., int]]:
-    """Yields a function (seed, *counters) that seeds the global CPU generators; puts their states back in the end.
+def seeding() -> Iterator[Callable[[Seeds], int]]:
+    """Yields a function that seeds the global CPU generators; puts their states back in the end.
+
+    Derive a batch's seeds in one go: between two images that finds nothing in the caches, and takes four times as long.
 
     numpy's generator is swapped rather than saved: copying its state takes longer than most transforms.
     """

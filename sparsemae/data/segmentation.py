@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as F
 from sparsemae.data import embedded
 from sparsemae.data.classification import Unreadable, decode_rgb
 from sparsemae.data.masks import IGNORED, SCENEPARSE150, Labels, read_classes, read_mask
-from sparsemae.data.sampling import HOLDOUT, SAMPLE, Key, seeding, stream
+from sparsemae.data.sampling import HOLDOUT, SAMPLE, Key, derive_seeds, seeding, stream
 from sparsemae.data.sources import SPLIT_FOLDERS
 from sparsemae.limits import ABOVE_0, AT_LEAST_1, SHARE, UP_TO_1, check_limits
 
@@ -249,15 +249,19 @@ class MaskDataset(Dataset[Any]):
         return len(self.source)
 
     def __getitems__(self, keys: Sequence[int | Key]) -> list[dict[str, Any] | Unreadable]:
+        seeds = [derive_seeds(self.seed, SAMPLE, *(key if isinstance(key, tuple) else (0, key))) for key in keys]
+        samples = []
         with seeding() as seed_generators:
-            return [self._sample(key, seed_generators) for key in keys]
+            for key, own in zip(keys, seeds, strict=True):
+                seed_generators(own)
+                samples.append(self._sample(key))
+        return samples
 
     def __getitem__(self, key: int | Key) -> dict[str, Any] | Unreadable:
         return self.__getitems__([key])[0]
 
-    def _sample(self, key: int | Key, seed_generators: Callable[..., int]) -> dict[str, Any] | Unreadable:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        seed_generators(self.seed, SAMPLE, epoch, index)
+    def _sample(self, key: int | Key) -> dict[str, Any] | Unreadable:
+        index = key[1] if isinstance(key, tuple) else key
         try:
             picture, classes = self.source.read(index)
         except ValueError as error:

@@ -12,6 +12,7 @@ FILES = int(os.environ.get("SPARSEMAE_TEST_FUZZ", "500"))
 """`make fuzz` takes more."""
 
 
+@pytest.mark.slow
 @pytest.mark.holds("survive.3")
 def test_mutated_checkpoints_are_refused_or_what_they_say(tmp_path: Path, came_out: Any) -> None:
     make_originals(tmp_path)

@@ -148,6 +148,7 @@ def test_model_without_sparse_layers_is_refused(tmp_path: Path) -> None:
         pack(masked()[0], tmp_path / "m.safetensors", PREPROCESS)
 
 
+@pytest.mark.slow
 @pytest.mark.holds("packed.2")
 @pytest.mark.holds("packed.3")
 @pytest.mark.parametrize(

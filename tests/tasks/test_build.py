@@ -28,6 +28,7 @@ def test_a_gradual_schedule_reaches_the_pattern_in_the_middle_of_the_training(le
     assert patterns == ["32:32", "4:32", "2:32"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", ["pretrain", "finetune", "segment"])
 def test_a_file_says_whether_it_holds_the_average(job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     taps = ["--model.args", "{patch_size: 7, embed_dim: 32, depth: 4, num_heads: 2}"] if job == "segment" else []

@@ -100,6 +100,7 @@ def test_the_file_says_what_evaluation_found(runs: Path, capsys: pytest.CaptureF
     assert found["standard_error"] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_dense_models_and_unfinished_runs_are_evaluated(tmp_path: Path) -> None:
     main(tiny("finetune", tmp_path / "dense", "--trainer.max_steps", "1", "--sparse.pattern", "dense"))
     assert 0 <= evaluate(EvaluateConfig(str(tmp_path / "dense")))["top1"] <= 1
