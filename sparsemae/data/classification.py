@@ -20,7 +20,7 @@ import torch.distributed as dist
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from sparsemae.data.sampling import SAMPLE, Key, derive_seeds, epoch_order, seeding
+from sparsemae.data.sampling import Key, epoch_order, seeding
 from sparsemae.data.sources import Source
 
 # What Pillow raises on files that are not as they should be.
@@ -121,13 +121,8 @@ class ImageDataset(Dataset[Any]):
         return len(self.source)
 
     def __getitems__(self, keys: Sequence[int | Key]) -> list[dict[str, Any] | Unreadable]:
-        seeds = [derive_seeds(self.seed, SAMPLE, *(key if isinstance(key, tuple) else (0, key))) for key in keys]
-        samples = []
-        with seeding() as seed_generators:
-            for key, own in zip(keys, seeds, strict=True):
-                seed_generators(own)
-                samples.append(self._sample(key))
-        return samples
+        with seeding(self.seed, keys) as seeded:
+            return [self._sample(key) for key in seeded]
 
     def __getitem__(self, key: int | Key) -> dict[str, Any] | Unreadable:
         return self.__getitems__([key])[0]

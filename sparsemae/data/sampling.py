@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -44,14 +44,14 @@ def seed_all(seed: int, *counters: int) -> None:
     """Set the global generators of python, numpy and torch (all devices) to a function of the arguments."""
     if seed < 0:
         raise ValueError(f"seed: wanted 0 or more, got {seed}")
-    torch.manual_seed(_seed_cpu(derive_seeds(seed, *counters)))
+    torch.manual_seed(_seed_cpu(_derive_seeds(seed, *counters)))
 
 
-Seeds = tuple[int, int, dict[str, Any]]
+_Seeds = tuple[int, int, dict[str, Any]]
 """What python's and torch's global generators are seeded with, and numpy's state."""
 
 
-def derive_seeds(seed: int, *counters: int) -> Seeds:
+def _derive_seeds(seed: int, *counters: int) -> _Seeds:
     """Seeds of the global generators, as a function of the arguments."""
     sequence = np.random.SeedSequence((seed, *counters))
     python_seed, torch_seed = (int(word) for word in sequence.generate_state(2))
@@ -62,7 +62,7 @@ def derive_seeds(seed: int, *counters: int) -> Seeds:
     return python_seed, torch_seed, philox  # numpy's is the state of Philox(sequence)
 
 
-def _seed_cpu(seeds: Seeds) -> int:
+def _seed_cpu(seeds: _Seeds) -> int:
     """Seed the global CPU generators that library transforms draw from; returns torch's seed."""
     python_seed, torch_seed, philox = seeds
     random.seed(python_seed)
@@ -74,17 +74,24 @@ def _seed_cpu(seeds: Seeds) -> int:
 
 
 @contextmanager
-def seeding() -> Iterator[Callable[[Seeds], int]]:
-    """Yields a function that seeds the global CPU generators; puts their states back in the end.
+def seeding(seed: int, keys: Sequence[int | Key]) -> Iterator[Iterator[int | Key]]:
+    """Yields a batch's keys, the global CPU generators seeded for each sample; puts their states back in the end.
 
-    Derive a batch's seeds in one go: between two images that finds nothing in the caches, and takes four times as long.
-
-    numpy's generator is swapped rather than saved: copying its state takes longer than most transforms.
+    A key of evaluation is the index alone. Seeds are derived in one go: between two images that finds nothing in the
+    caches, and takes four times as long. numpy's generator is swapped rather than saved: copying its state takes longer
+    than most transforms.
     """
+    seeds = [_derive_seeds(seed, SAMPLE, *(key if isinstance(key, tuple) else (0, key))) for key in keys]
+
+    def seeded() -> Iterator[int | Key]:
+        for key, own in zip(keys, seeds, strict=True):
+            _seed_cpu(own)
+            yield key
+
     states = random.getstate(), torch.get_rng_state(), np.random.get_bit_generator()  # type: ignore[attr-defined]
     np.random.set_bit_generator(np.random.Philox())  # type: ignore[attr-defined]
     try:
-        yield _seed_cpu
+        yield seeded()
     finally:
         random.setstate(states[0])
         torch.set_rng_state(states[1])

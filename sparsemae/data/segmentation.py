@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as F
 from sparsemae.data import embedded
 from sparsemae.data.classification import Unreadable, decode_rgb
 from sparsemae.data.masks import IGNORED, SCENEPARSE150, Labels, read_classes, read_mask
-from sparsemae.data.sampling import HOLDOUT, SAMPLE, Key, derive_seeds, seeding, stream
+from sparsemae.data.sampling import HOLDOUT, Key, seeding, stream
 from sparsemae.data.sources import SPLIT_FOLDERS
 from sparsemae.limits import ABOVE_0, AT_LEAST_1, SHARE, UP_TO_1, check_limits
 
@@ -249,13 +249,8 @@ class MaskDataset(Dataset[Any]):
         return len(self.source)
 
     def __getitems__(self, keys: Sequence[int | Key]) -> list[dict[str, Any] | Unreadable]:
-        seeds = [derive_seeds(self.seed, SAMPLE, *(key if isinstance(key, tuple) else (0, key))) for key in keys]
-        samples = []
-        with seeding() as seed_generators:
-            for key, own in zip(keys, seeds, strict=True):
-                seed_generators(own)
-                samples.append(self._sample(key))
-        return samples
+        with seeding(self.seed, keys) as seeded:
+            return [self._sample(key) for key in seeded]
 
     def __getitem__(self, key: int | Key) -> dict[str, Any] | Unreadable:
         return self.__getitems__([key])[0]

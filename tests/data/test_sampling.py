@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparsemae.data.sampling import BatchPlan, EvaluationSampler, TrainingSampler, derive_seeds, seeding, stream
+from sparsemae.data.sampling import BatchPlan, EvaluationSampler, TrainingSampler, seeding, stream
 
 
 def keys(plan: BatchPlan, rank: int, start: int, stop: int) -> list[list[tuple[int, int]]]:
@@ -68,13 +68,8 @@ def test_seeding_is_a_function_of_its_arguments_and_leaves_no_trace() -> None:
     expected = [draws(), draws()]
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     first = draws()
-    with seeding() as seed:
-        seed(derive_seeds(5, 1, 2))
-        inside = draws()
-        seed(derive_seeds(5, 1, 3))
-        other = draws()
-        seed(derive_seeds(5, 1, 2))
-        again = draws()
+    with seeding(5, [(1, 2), (1, 3), (1, 2)]) as keys:
+        inside, other, again = (draws() for _ in keys)
     assert [first, draws()] == expected
     assert inside == again
     assert all(a != b for a, b in zip(inside, other, strict=True))

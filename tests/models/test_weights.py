@@ -3,64 +3,16 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
-import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from small import ENCODER_KEYS, MAE_KEYS, leaves, make_classifier, make_mae, make_vit, randomized
 from torch import nn
 
-from sparsemae.models import MaskedAutoencoder, load_weights
+from sparsemae.models import load_weights
 from sparsemae.models.weights import find_weights, public_state, read_weights, save_model
-from sparsemae.sparsity import freeze, sparsify
-
-VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-BLOCK = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]
-
-
-def leaves(names: list[str]) -> list[str]:
-    return [f"{name}.{leaf}" for name in names for leaf in ("weight", "bias")]
-
-
-ENCODER_KEYS = [
-    "cls_token",
-    "pos_embed",
-    *leaves(["patch_embed.proj", *(f"blocks.{i}.{x}" for i in range(2) for x in BLOCK)]),
-]
-MAE_KEYS = sorted(
-    [
-        *ENCODER_KEYS,
-        *leaves(["norm"]),
-        "mask_token",
-        "decoder_pos_embed",
-        *leaves(["decoder_embed", *(f"decoder_blocks.0.{x}" for x in BLOCK), "decoder_norm", "decoder_pred"]),
-    ]
-)
-"""Keys of MAE's published full checkpoints, for an encoder of two blocks and a decoder of one."""
-
-
-def make_vit(seed: int = 0, **options) -> nn.Module:
-    torch.manual_seed(seed)
-    return timm.create_model("vit_tiny_patch16_224", **{**VIT, "num_classes": 0, **options})
-
-
-def make_mae(seed: int = 0, **options) -> MaskedAutoencoder:
-    return randomized(MaskedAutoencoder(make_vit(seed, **options), 16, 1, 2))
-
-
-def make_classifier(seed: int = 1) -> nn.Module:
-    return make_vit(seed, num_classes=5, global_pool="avg")
-
-
-def randomized(model: nn.Module) -> nn.Module:
-    """Every parameter random: no weight fits by its initial value."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.2)
-    return model
 
 
 def to_hf_names(state: dict[str, torch.Tensor], style: str) -> dict[str, torch.Tensor]:
@@ -441,105 +393,3 @@ def test_a_run_folder_gives_its_last_checkpoint_and_its_model_once_it_is_done(tm
     save_file({"step": torch.tensor(99)}, tmp_path / "model.safetensors")
     assert read_weights(tmp_path)[0]["step"] == 99
     assert find_weights(tmp_path / "model.safetensors") == tmp_path / "model.safetensors"
-
-
-# --- sparse models -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.holds("foundation.5")
-@pytest.mark.parametrize("frozen", [False, True])
-def test_a_sparse_autoencoder_survives_its_file(tmp_path, frozen):
-    model = make_mae()
-    sparsify(model, "2:8")
-    if frozen:
-        freeze(model)
-    save_model(tmp_path / "m.safetensors", model, {})
-    state, _ = read_weights(tmp_path / "m.safetensors")
-    masks = {key for key in state if key.endswith(".weight_mask")}
-    assert len(masks) == (8 if frozen else 0)
-    assert sorted(state.keys() - masks) == MAE_KEYS
-    assert "blocks.1.mlp.fc2.weight_mask" in masks or not frozen
-    other = make_mae(seed=1)
-    sparsify(other, "2:8")
-    loaded = load_weights(other, tmp_path / "m.safetensors", strict=True)
-    assert sorted(loaded.used) == sorted(state)
-    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
-    assert torch.equal(other(images, noise=noise).pred, model(images, noise=noise).pred)
-    assert other.encoder.blocks[0].attn.qkv.frozen is frozen
-
-
-@pytest.mark.holds("foundation.5")
-def test_a_frozen_autoencoder_into_a_sparse_classifier():
-    model, classifier = make_mae(), make_classifier()
-    for net in (model, classifier):
-        sparsify(net, "2:8")
-    freeze(model)
-    loaded = load_weights(classifier, public_state(model))
-    assert sum(key.endswith(".weight_mask") for key in loaded.used) == 8
-    assert not any(key.endswith(".weight_mask") for key in loaded.unexpected)
-    assert torch.equal(classifier.blocks[1].mlp.fc1.weight_mask, model.encoder.blocks[1].mlp.fc1.weight_mask)
-
-
-def test_a_frozen_file_into_a_dense_model_says_that_masks_are_unused():
-    model, other = make_mae(), make_mae(seed=1)
-    sparsify(model, "2:8")
-    freeze(model)
-    loaded = load_weights(other, public_state(model))
-    assert sum(key.endswith(".weight_mask") for key in loaded.unexpected) == 8
-    assert sorted(loaded.used) == MAE_KEYS
-
-
-@pytest.mark.holds("foundation.5")
-def test_a_frozen_file_that_breaks_the_pattern_is_refused_naming_the_layer(tmp_path):
-    model = make_mae()
-    sparsify(model, "2:8")
-    freeze(model)
-    layer = model.encoder.blocks[1].mlp.fc1
-    with torch.no_grad():
-        layer.weight[5, int((~layer.weight_mask[5]).nonzero()[0])] = 0.25
-    save_model(tmp_path / "broken.safetensors", model, {})
-    other = make_mae(seed=1)
-    sparsify(other, "2:8")
-    with pytest.raises(
-        ValueError, match=r"blocks\.1\.mlp\.fc1: wanted pruned weights to be 0, got 0\.25 in row 5, group "
-    ):
-        load_weights(other, tmp_path / "broken.safetensors")
-
-
-FRESH = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
-from test_weights import make_mae
-from sparsemae.models import load_weights
-from sparsemae.sparsity import iter_sparse, sparsify
-folder = sys.argv[2]
-model = make_mae(seed=9)
-sparsify(model, "2:8")
-load_weights(model, folder + "/m.safetensors", strict=True)
-torch.manual_seed(3)
-images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
-masks = {name: layer.current_mask() for name, layer in iter_sparse(model)}
-torch.save({"pred": model(images, noise=noise).pred.detach(), "masks": masks}, folder + "/out.pt")
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.holds("foundation.5")
-@pytest.mark.parametrize("frozen", [False, True])
-def test_train_save_and_load_in_a_fresh_process(tmp_path, frozen, request):
-    model = make_mae()
-    sparsify(model, "2:8")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    torch.manual_seed(3)
-    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
-    model(images, noise=noise).loss.backward()
-    optimizer.step()
-    if frozen:
-        freeze(model)
-    save_model(tmp_path / "m.safetensors", model, {})
-    subprocess.run([sys.executable, "-c", FRESH, str(request.path.parent), str(tmp_path)], check=True, timeout=120)
-    out = torch.load(tmp_path / "out.pt", weights_only=True)
-    assert torch.equal(out["pred"], model(images, noise=noise).pred)
-    for name, mask in out["masks"].items():
-        assert torch.equal(mask, model.get_submodule(name).current_mask())
-    assert len(out["masks"]) == 8
