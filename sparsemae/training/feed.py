@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 LONGEST_PAUSE_SECONDS = 60.0
+HALF_WAY = (EOFError, BrokenPipeError, ConnectionRefusedError, ConnectionResetError)
 
 
 class Feed:
@@ -64,7 +65,7 @@ class Feed:
             except (OSError, EOFError, RuntimeError) as error:
                 if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader"):
                     raise  # somebody's mistake, which would come again
-                self._loader, reason = None, " ".join(str(error).split()) or "DataLoader worker ended half-way"
+                self._loader, reason = None, _reason(error)
             pause = min(2.0**attempt, LONGEST_PAUSE_SECONDS)
             if attempt == self._retries or self._in_a_hurry():
                 break
@@ -99,6 +100,15 @@ class Feed:
             yield
         finally:
             watch.cancel()
+
+
+def _reason(error: Exception) -> str:
+    """One line; what the pipes and sockets to a worker say when it ends with a batch half handed over is explained."""
+    text = " ".join(str(error).split())
+    half_way = isinstance(error, HALF_WAY) or text == "got end of file during message"
+    if half_way:
+        return "DataLoader worker ended half-way" + (f" ({text})" if text else "")
+    return text
 
 
 def _kill_children() -> None:

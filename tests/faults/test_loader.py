@@ -174,19 +174,24 @@ def test_a_mistake_is_not_tried_again() -> None:
 def test_a_loader_begins_again_at_the_same_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feed.time, "sleep", lambda _: None)
     failures = [(1, 2), (1, 2), (2, 0)]
+    endings = [ConnectionResetError, EOFError, FileNotFoundError]
 
     def loader(step: int) -> Any:
         for now in range(step, 3):
             for number in range(3):
                 if failures and failures[0] == (now, number):
-                    raise ConnectionError(f"gone at {failures.pop(0)}")
+                    raise endings[len(failures) - 1](f"gone at {failures.pop(0)}")
                 yield now, number
 
     said: list[str] = []
     with Feed(loader, retries=2, say=said.append) as micro_batches:
         given = [micro_batches.micro_batch(step, number) for step in range(3) for number in range(3)]
     assert given == [(step, number) for step in range(3) for number in range(3)]
-    assert len(said) == 3
+    assert said == [
+        "gone at (1, 2); trying again in 1 s (1 of 2)",
+        "DataLoader worker ended half-way (gone at (1, 2)); trying again in 2 s (2 of 2)",
+        "DataLoader worker ended half-way (gone at (2, 0)); trying again in 1 s (1 of 2)",
+    ]
     failures[:] = [(0, 0)] * 3
     hurried = Feed(loader, retries=2, say=said.append, in_a_hurry=lambda: True)
     with hurried, pytest.raises(ValueError, match=r"no data at step 0: gone at \(0, 0\) \(tried 1 times\)"):
