@@ -1,6 +1,9 @@
 // What both tables that use AMX tiles share: tile layouts, layer norm, and the attention of a head. Included inside the anonymous
 // namespace of a file of kernels, after bf16_math.h. The residual is feature-major, tokens are in the columns of a tile.
 
+#include "floats_avx512.h"
+#include "layer_norm.h"
+
 constexpr size_t kTile = 1024;  // bytes
 
 inline size_t tiles(size_t features) { return (features + 31) / 32; }
@@ -165,37 +168,11 @@ inline void attend(const Geometry& g, const Head& s, const Write& write) {
   }
 }
 
-struct Moments {
-  __m512 mean, scale;
-};
-
-// Of 16 tokens; four sums at a time, because one alone waits for its own additions.
-inline Moments moments(const Geometry& g, const float* x, float eps) {
-  const __m512 inverse = _mm512_set1_ps(1.0f / static_cast<float>(g.width));
-  __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-  for (size_t d = 0; d < g.width; ++d) sum[d % 4] = _mm512_add_ps(sum[d % 4], _mm512_loadu_ps(x + d * g.padded_tokens));
-  const __m512 mean =
-      _mm512_mul_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])), inverse);
-  for (auto& part : sum) part = _mm512_setzero_ps();
-  for (size_t d = 0; d < g.width; ++d) {
-    const __m512 centred = _mm512_sub_ps(_mm512_loadu_ps(x + d * g.padded_tokens), mean);
-    sum[d % 4] = _mm512_fmadd_ps(centred, centred, sum[d % 4]);
-  }
-  const __m512 squares = _mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3]));
-  const __m512 variance = _mm512_fmadd_ps(squares, inverse, _mm512_set1_ps(eps));
-  return {mean, _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_sqrt_ps(variance))};
-}
-
-// Feature d of the 16 tokens at x.
-inline __m512 normalised(const Geometry& g, const Moments& m, const float* x, size_t d, const float* weight, const float* bias) {
-  const __m512 centred = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + d * g.padded_tokens), m.mean), m.scale);
-  return _mm512_fmadd_ps(centred, _mm512_set1_ps(weight[d]), _mm512_set1_ps(bias[d]));
-}
-
 void norm_residual(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps, float* out,
-                   size_t first) {
-  const Moments m = moments(g, residual + first, eps);
-  for (size_t d = 0; d < g.width; ++d)
-    _mm512_storeu_ps(out + d * g.padded_tokens + first, normalised(g, m, residual + first, d, weight, bias));
+                   size_t first, size_t last) {
+  for (; first < last; first += 16) {
+    const Moments m = moments<Floats>(residual + first, g.padded_tokens, g.width, eps);
+    for (size_t i = first, d = 0; d < g.width; ++d, i += g.padded_tokens)
+      Floats::store(out + i, m.normalised(Floats::load(residual + i), weight[d], bias[d]));
+  }
 }
-

@@ -71,15 +71,18 @@ struct Kernels {
   void (*thread_end)();
   // Patches of image [C][H][W] as the activation of the patch embedding, tokens [first, first + kTokenUnit).
   void (*patches)(const Geometry&, const float* image, void* activation, std::size_t first);
+  // Layer norm of tokens [first, last), whole units or parts, into an activation.
   void (*norm)(const Geometry&, const float* residual, const float* weight, const float* bias, float eps, void* activation,
-               std::size_t first);
+               std::size_t first, std::size_t last);
   // As norm, with float output in the residual's own layout (in place is allowed).
   void (*norm_residual)(const Geometry&, const float* residual, const float* weight, const float* bias, float eps, float* out,
-                        std::size_t first);
-  // Null where int8 layers are not supported: the activation rounded to int8 with a scale per token, for tokens [first, first + kTokenUnit).
-  void (*quantise)(const Geometry&, std::size_t features, const void* activation, void* quantised, std::size_t first);
-  // Into how many parts of tokens the work of a linear layer can be cut besides blocks of rows.
+                        std::size_t first, std::size_t last);
+  // Null where int8 layers are not supported: the activation rounded to int8 with a scale per token, for tokens [first, last).
+  void (*quantise)(const Geometry&, std::size_t features, const void* activation, void* quantised, std::size_t first, std::size_t last);
+  // Into how many parts of tokens the work of a linear layer can be cut besides blocks of rows, and the first token of each; that of the
+  // one after the last is padded_tokens.
   std::size_t (*token_parts)(const Geometry&);
+  std::size_t (*part_begin)(const Geometry&, std::size_t part);
   void (*linear)(const Geometry&, const Linear&, const void* input, Output kind, void* output, std::size_t token_part,
                  std::size_t first_block, std::size_t last_block, void* scratch);
   // q, k and v of one head from the normalised input, then attention; qkv rows are [head][q, k, v][padded_head_dim].

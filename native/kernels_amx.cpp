@@ -59,7 +59,7 @@ void attention(const Geometry& g, const Linear& qkv, const void* input, void* ou
 }
 
 // x of pair row p is two features of each token; four features make a row of int8 tiles.
-void quantise(const Geometry& g, size_t features, const void* activation, void* quantised, size_t first) {
+void quantise_unit(const Geometry& g, size_t features, const void* activation, void* quantised, size_t first) {
   const size_t from_tiles = tiles(features), to_tiles = depth_of<Int8>(features), block = first / 16;
   const auto* from = static_cast<const char*>(activation) + block * from_tiles * kTile;
   char* to = static_cast<char*>(quantised) + scales_bytes(g) + block * to_tiles * kTile;
@@ -84,6 +84,10 @@ void quantise(const Geometry& g, size_t features, const void* activation, void* 
     _mm512_store_si512(to + q * 64, _mm512_or_si512(pair(from + q * 128), _mm512_slli_epi32(pair(from + q * 128 + 64), 16)));
 }
 
+void quantise(const Geometry& g, size_t features, const void* activation, void* quantised, size_t first, size_t last) {
+  for (; first < last; first += kTokenUnit) quantise_unit(g, features, activation, quantised, first);
+}
+
 void patches(const Geometry& g, const float* image, void* activation, size_t first) {
   const size_t across = g.image_width / g.patch, width = tiles(g.channels * g.patch * g.patch);
   for (size_t t = first < g.prefix ? g.prefix : first; t < first + kTokenUnit && t < g.tokens; ++t) {
@@ -99,19 +103,21 @@ void patches(const Geometry& g, const float* image, void* activation, size_t fir
 }
 
 void norm(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps, void* activation,
-          size_t first) {
-  const Moments m = moments(g, residual + first, eps);
-  const auto value = [&](size_t d) { return normalised(g, m, residual + first, d, weight, bias); };
-  const size_t width = tiles(g.width);
-  for (size_t d = 0; d < g.width; d += 2)
-    _mm512_store_si512(pair_address(activation, width, d / 2, first / 16),
-                       interleave(value(d), d + 1 < g.width ? value(d + 1) : _mm512_setzero_ps()));
+          size_t first, size_t last) {
+  for (; first < last; first += 16) {
+    const Moments m = moments<Floats>(residual + first, g.padded_tokens, g.width, eps);
+    const auto value = [&](size_t d) { return m.normalised(Floats::load(residual + d * g.padded_tokens + first), weight[d], bias[d]).x; };
+    for (size_t d = 0; d < g.width; d += 2)
+      _mm512_store_si512(pair_address(activation, tiles(g.width), d / 2, first / 16),
+                         interleave(value(d), d + 1 < g.width ? value(d + 1) : _mm512_setzero_ps()));
+  }
 }
 
 size_t token_parts(const Geometry&) { return 1; }
+size_t part_begin(const Geometry& g, size_t part) { return part * g.padded_tokens; }
 
 constexpr Kernels kTable = {"amx",      "bf16",       true,       true,    kRowBlock, 1.0f,          0.0f,     nullptr,     activation_bytes, scratch_bytes,
-                            pack_block, thread_begin, thread_end, patches, norm,      norm_residual, quantise, token_parts, linear,           attention,
+                            pack_block, thread_begin, thread_end, patches, norm,      norm_residual, quantise, token_parts, part_begin, linear, attention,
                             dense_rows};
 
 }  // namespace

@@ -9,11 +9,9 @@ namespace {
 
 struct V {
   using Number = float;
-  using Weight = float;
   static constexpr std::size_t kLanes = 8, kVectors = 4, kRows = 2;
   __m256 x;
 
-  static Weight weight(float w) { return w; }
   static V zero() { return {_mm256_setzero_ps()}; }
   static V load(const float* p) { return {_mm256_loadu_ps(p)}; }
   static void store(float* p, V v) { _mm256_storeu_ps(p, v.x); }

@@ -270,16 +270,16 @@ inline void norm_token(const Geometry& g, const float* x, const float* weight, c
 }
 
 void norm(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps, void* activation,
-          size_t first) {
-  for (size_t t = first; t < first + kTokenUnit; ++t) {
+          size_t first, size_t last) {
+  for (size_t t = first; t < last; ++t) {
     auto* to = static_cast<uint16_t*>(activation) + t * stride_of(g.width);
     norm_token(g, residual + t * g.width, weight, bias, eps, [&](size_t d, __mmask16, __m512 y) { store_bf16(to + d, y); });
   }
 }
 
 void norm_residual(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps, float* out,
-                   size_t first) {
-  for (size_t t = first; t < first + kTokenUnit; ++t)
+                   size_t first, size_t last) {
+  for (size_t t = first; t < last; ++t)
     norm_token(g, residual + t * g.width, weight, bias, eps,
                [&](size_t d, __mmask16 mask, __m512 y) { _mm512_mask_storeu_ps(out + t * g.width + d, mask, y); });
 }
@@ -287,9 +287,10 @@ void norm_residual(const Geometry& g, const float* residual, const float* weight
 void no_thread_state() {}
 
 size_t token_parts(const Geometry&) { return 1; }
+size_t part_begin(const Geometry& g, size_t part) { return part * g.padded_tokens; }
 
 constexpr Kernels kTable = {"avx512bf16",    "bf16",          false,   false, kRowBlock,     1.0f,    0.0f,        nullptr, activation_bytes, scratch_bytes, pack_block,
-                            no_thread_state, no_thread_state, patches, norm,  norm_residual, nullptr, token_parts, linear,  attention,        dense_rows};
+                            no_thread_state, no_thread_state, patches, norm,  norm_residual, nullptr, token_parts, part_begin, linear, attention, dense_rows};
 
 }  // namespace
 

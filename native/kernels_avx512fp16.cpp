@@ -22,19 +22,35 @@ using std::size_t;
 
 struct V {
   using Number = _Float16;
-  using Weight = _Float16;
   static constexpr size_t kLanes = 32, kVectors = 4, kRows = 4;
   __m512h x;
 
-  static Weight weight(float w) { return static_cast<_Float16>(w); }
   static V zero() { return {_mm512_setzero_ph()}; }
   static V load(const Number* p) { return {_mm512_loadu_ph(p)}; }
   static void store(Number* p, V v) { _mm512_storeu_ph(p, v.x); }
   static V set(float s) { return {_mm512_set1_ph(static_cast<_Float16>(s))}; }
-  static V set(Weight w) { return {_mm512_set1_ph(w)}; }
   static V fma(V a, V b, V c) { return {_mm512_fmadd_ph(a.x, b.x, c.x)}; }
   static V min(V a, V b) { return {_mm512_min_ph(a.x, b.x)}; }
   static V max(V a, V b) { return {_mm512_max_ph(a.x, b.x)}; }
+};
+
+// The weight, and above it the offset in units of eight bytes: one load for both, because loads are what a product runs out of.
+struct Kept {
+  std::uint32_t bits;
+
+  static Kept of(float w, size_t offset) {
+    const auto half = static_cast<_Float16>(w);
+    std::uint16_t low;
+    __builtin_memcpy(&low, &half, sizeof low);
+    return {low | static_cast<std::uint32_t>(offset / 8) << 16};
+  }
+  Kept read() const {
+    std::uint32_t both = bits;
+    __asm__("" : "+r"(both));  // or the compiler makes two loads of it
+    return {both};
+  }
+  V weight() const { return {(__m512h)_mm512_set1_epi16(static_cast<short>(bits))}; }
+  size_t offset() const { return size_t{8} * (bits >> 16); }
 };
 
 #include "lane_products.h"
@@ -83,7 +99,7 @@ void linear(const Geometry& g, const Linear& l, const void* input, Output kind, 
                     });
   };
   if (kind == Output::residual) {
-    const size_t token = lanes::Chunks(g).first(chunk) * V::kLanes;
+    const size_t token = lanes::Chunks(g).first_token(chunk);
     return store([&](size_t row, size_t vectors, const V* sum) {
       float* to = static_cast<float*>(output) + row * g.padded_tokens + token;
       for (size_t j = 0; j < 2 * vectors && token + j * 16 < g.padded_tokens; ++j, to += 16)
@@ -123,18 +139,21 @@ void attention(const Geometry& g, const Linear& qkv, const void* input, void* ou
 }
 
 void norm(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps, void* activation,
-          size_t first) {
+          size_t first, size_t last) {
   const lanes::Chunks chunks(g);
-  if (first / 32 >= chunks.all) return;
-  auto* to = static_cast<_Float16*>(activation) + chunks.at(first / 32, g.width) + first % 32;
-  const Moments m = moments(g, residual + first, eps);
-  for (size_t d = 0; d < g.width; ++d, to += lanes::kLine) store_half(to, normalised(g, m, residual + first, d, weight, bias));
+  for (; first < last && first / 32 < chunks.all; first += 16) {
+    const Moments m = moments<Floats>(residual + first, g.padded_tokens, g.width, eps);
+    const float* x = residual + first;
+    auto* to = static_cast<_Float16*>(activation) + chunks.at(first / 32, g.width) + first % 32;
+    for (size_t d = 0; d < g.width; ++d, x += g.padded_tokens, to += lanes::kLine)
+      store_half(to, m.normalised(Floats::load(x), weight[d], bias[d]).x);
+  }
 }
 
 constexpr float kDensest = 0.07f;  // 2:32, not 4:32
 
 constexpr Kernels kTable = {"avx512fp16", "fp16",        true,     true,          kRowBlock, kDensest,           32768.0f, amx_kernels, activation_bytes,
-                            scratch_bytes, lanes::pack_block, thread_begin, thread_end, nullptr,   norm,               norm_residual, nullptr, lanes::token_parts,
+                            scratch_bytes, lanes::pack_block, thread_begin, thread_end, nullptr,   norm,               norm_residual, nullptr, lanes::token_parts, lanes::part_begin,
                             linear,       attention,     dense_rows};
 
 }  // namespace

@@ -9,7 +9,6 @@ namespace {
 
 struct V {
   using Number = float;
-  using Weight = float;
   static constexpr std::size_t kLanes = 4, kVectors = 3, kRows = 4;
 #if defined(__GNUC__)
   using Floats = float __attribute__((vector_size(16)));
@@ -34,7 +33,6 @@ struct V {
     return r;
 #endif
   }
-  static Weight weight(float w) { return w; }
   static V zero() { return set(0.0f); }
   static V load(const float* p) {
     V r;

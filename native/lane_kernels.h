@@ -2,9 +2,20 @@
 //
 // The residual, and q, k and v of a head, are feature-major, [features][padded tokens]; activations are in the chunks of
 // lane_products.h. So layer norm, softmax and GELU need no sum across lanes. The including file defines, in its own anonymous
-// namespace, `V` with what lane_products.h asks for, Number and Weight being float, and operator+ - *, max, div, rsqrt, shift_add.
+// namespace, `V` with what lane_products.h asks for, Number being float, and set, operator+ - *, max, div, rsqrt, shift_add.
+
+struct Kept {
+  float value;
+  std::uint32_t bytes;
+
+  static Kept of(float w, std::size_t offset) { return {w, static_cast<std::uint32_t>(offset)}; }
+  const Kept& read() const { return *this; }
+  V weight() const { return V::set(value); }
+  std::size_t offset() const { return bytes; }
+};
 
 #include "lane_products.h"
+#include "layer_norm.h"
 
 namespace lanes {
 
@@ -68,39 +79,28 @@ inline void patches(const Geometry& g, const float* image, void* activation, siz
   }
 }
 
-// write(d, first token, y) for the normalised features of a unit of tokens.
+// write(d, first token, y) for the normalised features of tokens [first, last).
 template <class Write>
 inline void normalise(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps, size_t first,
-                      const Write& write) {
-  const size_t stride = g.padded_tokens;
-  const V inverse = V::set(1.0f / static_cast<float>(g.width));
-  for (size_t t = first; t < first + kTokenUnit && t < g.tokens; t += V::kLanes) {
-    V sum = V::set(0.0f), squares = V::set(0.0f);
-    for (size_t d = 0; d < g.width; ++d) sum = sum + V::load(residual + d * stride + t);
-    const V mean = sum * inverse;
-    for (size_t d = 0; d < g.width; ++d) {
-      const V centred = V::load(residual + d * stride + t) - mean;
-      squares = V::fma(centred, centred, squares);
-    }
-    const V scale = V::rsqrt(V::fma(squares, inverse, V::set(eps)));
-    for (size_t d = 0; d < g.width; ++d) {
-      const V centred = V::load(residual + d * stride + t) - mean;
-      write(d, t, V::fma(centred * scale, V::set(weight[d]), V::set(bias[d])));
-    }
+                      size_t last, const Write& write) {
+  for (size_t t = first; t < last && t < g.tokens; t += V::kLanes) {
+    const float* x = residual + t;
+    const Moments m = moments<V>(x, g.padded_tokens, g.width, eps);
+    for (size_t d = 0; d < g.width; ++d, x += g.padded_tokens) write(d, t, m.normalised(V::load(x), weight[d], bias[d]));
   }
 }
 
 inline void norm(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps, void* activation,
-                 size_t first) {
+                 size_t first, size_t last) {
   const Chunks chunks(g);
-  normalise(g, residual, weight, bias, eps, first, [&](size_t d, size_t t, V y) {
+  normalise(g, residual, weight, bias, eps, first, last, [&](size_t d, size_t t, V y) {
     V::store(static_cast<float*>(activation) + chunks.at(t / V::kLanes, g.width) + d * kLine, y);
   });
 }
 
 inline void norm_residual(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps, float* out,
-                          size_t first) {
-  normalise(g, residual, weight, bias, eps, first, [&](size_t d, size_t t, V y) { V::store(out + d * g.padded_tokens + t, y); });
+                          size_t first, size_t last) {
+  normalise(g, residual, weight, bias, eps, first, last, [&](size_t d, size_t t, V y) { V::store(out + d * g.padded_tokens + t, y); });
 }
 
 // sink(row, chunk, j, y) for all rows of blocks [first, last) and chunks [first, last) of tokens.
@@ -118,7 +118,7 @@ inline void linear(const Geometry& g, const Linear& l, const void* input, Output
                    size_t first_block, size_t last_block, void* scratch) {
   auto* sums = static_cast<V*>(scratch);
   if (kind == Output::residual) {
-    float* out = static_cast<float*>(output) + Chunks(g).first(chunk) * V::kLanes;
+    float* out = static_cast<float*>(output) + Chunks(g).first_token(chunk);
     multiply_rows(g, l, input, chunk, chunk + 1, first_block, last_block, sums, [&](size_t row, size_t, size_t j, V y) {
       float* to = out + row * g.padded_tokens + j * V::kLanes;
       if (row < l.used) V::store(to, y + V::load(to));
@@ -169,7 +169,7 @@ inline void attention(const Geometry& g, const Linear& qkv, const void* input, v
   const Chunks chunks(g);
   multiply_rows(g, qkv, input, 0, chunks.count, head * blocks, (head + 1) * blocks, static_cast<V*>(scratch),
                 [&](size_t row, size_t chunk, size_t j, V y) {
-                  V::store(q + (row - origin) * stride + (chunks.first(chunk) + j) * V::kLanes, y);
+                  V::store(q + (row - origin) * stride + chunks.first_token(chunk) + j * V::kLanes, y);
                 });
   constexpr size_t width = 2 * V::kLanes;
   const size_t end = chunks.all * V::kLanes;
@@ -219,7 +219,7 @@ inline void no_thread_state() {}
 
 constexpr sparsemae::Kernels table(const char* name) {
   return {name,       "fp32",          true,            false,   kRowBlock, 1.0f,          0.0f,    nullptr,     activation_bytes, scratch_bytes,
-          pack_block, no_thread_state, no_thread_state, patches, norm,      norm_residual, nullptr, token_parts, linear,           attention,
+          pack_block, no_thread_state, no_thread_state, patches, norm,      norm_residual, nullptr, token_parts, part_begin, linear, attention,
           dense_rows};
 }
 

@@ -5,7 +5,8 @@
 // slab is used by up to kPassRows rows before the next: their sums come and go through the second-level cache, which costs less than
 // fetching slabs again. kRows rows at a time, because the sums of one row alone wait for their own multiply-adds.
 //
-// V has kLanes, kVectors, kRows, load, store, fma(a, b, c), zero, Number (of a token), Weight (as stored), weight(float) and set(Weight).
+// V has kLanes, kVectors, kRows, load, store, fma(a, b, c), zero and Number (of a token). Kept is a weight and the offset of its input from
+// the slab's first, in bytes, as they are stored: of(weight, offset), read() from memory, weight() as a V, offset().
 
 namespace lanes {
 
@@ -37,6 +38,7 @@ struct Chunks {
   }
   size_t size(size_t chunk) const { return vectors + (chunk < larger ? 1 : 0); }
   size_t first(size_t chunk) const { return chunk * vectors + (chunk < larger ? chunk : larger); }
+  size_t first_token(size_t chunk) const { return first(chunk) * V::kLanes; }
   // Where feature 0 of a vector of tokens is, in an activation of so many features; the others follow at distances of kLine.
   size_t at(size_t vector, size_t features) const {
     const size_t head = larger * (vectors + 1);
@@ -46,15 +48,15 @@ struct Chunks {
 };
 
 inline size_t token_parts(const Geometry& g) { return Chunks(g).count; }
+inline size_t part_begin(const Geometry& g, size_t part) { return part < token_parts(g) ? Chunks(g).first_token(part) : g.padded_tokens; }
 
 inline size_t activation_bytes(size_t features, const Geometry& g) {
   return Chunks(g).count * features * kLine * sizeof(typename V::Number);
 }
 
-// One kept weight of each of kRows rows; offsets of inputs from the slab's first, in units of eight bytes.
+// One kept weight of each of kRows rows.
 struct Step {
-  std::uint16_t offset[kRows];
-  typename V::Weight weight[kRows];
+  Kept kept[kRows];
 };
 
 inline size_t slabs_of(size_t columns) { return (columns + kSlab - 1) / kSlab; }
@@ -84,9 +86,7 @@ inline size_t pack_block(const RowSource& source, size_t columns, size_t block, 
           const Row& row = rows[group + r];
           const size_t at = cursor[group + r] + i;
           const bool real = i < kept[r];
-          const size_t offset = real ? row.index[at] % kSlab * kLine * sizeof(typename V::Number) / 8 : 0;
-          step->offset[r] = static_cast<std::uint16_t>(offset);
-          step->weight[r] = V::weight(real ? row.value[at] : 0.0f);
+          step->kept[r] = real ? Kept::of(row.value[at], row.index[at] % kSlab * kLine * sizeof(typename V::Number)) : Kept::of(0.0f, 0);
         }
       for (size_t r = 0; r < kRows; ++r) cursor[group + r] += kept[r];
       total += steps;
@@ -104,8 +104,9 @@ inline const Step* accumulate(const Step* step, const std::uint16_t* counts, con
       for (size_t j = 0; j < J; ++j) sum[r][j] = fresh ? V::zero() : sums[r * kVectors + j];
     for (size_t count = counts[group]; count; --count, ++step) {
       for (size_t r = 0; r < kRows; ++r) {
-        const V w = V::set(step->weight[r]);
-        const auto* from = reinterpret_cast<const typename V::Number*>(bytes + size_t{8} * step->offset[r]);
+        const Kept kept = step->kept[r].read();
+        const V w = kept.weight();
+        const auto* from = reinterpret_cast<const typename V::Number*>(bytes + kept.offset());
         for (size_t j = 0; j < J; ++j) sum[r][j] = V::fma(w, V::load(from + j * V::kLanes), sum[r][j]);
       }
     }

@@ -14,10 +14,15 @@ constexpr std::size_t kPieces = 8;  // of a linear layer, per thread
 // A stage is a number of units, ordered by tokens or by heads. Each thread starts with its own share of them, the same part of the image in
 // stage after stage, so that what it reads is mostly what it wrote, in its own cache. When it is done it helps the others, one of whom
 // may be held up.
+//
+// Only attention looks at other tokens. Where the kernels have at least as many parts of tokens as there are threads, each thread takes
+// its own parts from one attention to the next, and nobody waits or fetches what is in another core's cache.
 struct Vit::Stages {
   ThreadPool* pool;  // null: this thread has the image for itself
   std::atomic<std::uint32_t>* counters;  // [threads][stages]
   std::size_t count, thread, stage = 0;
+  bool apart = false;
+  std::size_t first_part = 0, last_part = 0, first_token = 0, last_token = 0;  // of this thread, if apart
 
   template <class F>
   void run(std::size_t units, std::size_t chunk, const F& work) {
@@ -31,6 +36,16 @@ struct Vit::Stages {
     }
     ++stage;
     pool->barrier();
+  }
+  // work(first, last) for all tokens.
+  template <class F>
+  void run_tokens(const Geometry& g, const F& work) {
+    if (apart) return work(first_token, last_token);
+    run(g.padded_tokens / kTokenUnit, 1, [&](std::size_t first, std::size_t last) { work(first * kTokenUnit, last * kTokenUnit); });
+  }
+  // Before a stage that reads what other threads have written.
+  void meet() {
+    if (apart) pool->barrier();
   }
   // In how many ranges of rows a layer is cut when its tokens are in so many parts: enough pieces to even out between the threads.
   std::size_t ranges(std::size_t blocks, std::size_t parts) const {
@@ -84,7 +99,15 @@ void Vit::forward(const float* images, std::size_t batch, float* out, bool featu
   const auto together = [](void* context, std::size_t thread) {
     auto& c = *static_cast<Call*>(context);
     c.model->kernels_->thread_begin();
-    Stages stages{&c.model->pool_, c.model->counters_.data(), c.model->counters_.size() / c.model->threads(), thread};
+    const Geometry& g = c.model->geometry_;
+    const Kernels& kernels = *c.model->kernels_;
+    const std::size_t parts = kernels.token_parts(g), threads = c.model->threads();
+    Stages stages{&c.model->pool_, c.model->counters_.data(), c.model->counters_.size() / threads, thread};
+    stages.apart = threads > 1 && parts >= threads;
+    stages.first_part = parts * thread / threads;
+    stages.last_part = parts * (thread + 1) / threads;
+    stages.first_token = kernels.part_begin(g, stages.first_part);
+    stages.last_token = kernels.part_begin(g, stages.last_part);
     c.model->forward_image(*c.model->workspaces_[0], stages, c.images, c.out, c.features, c.model->scratch_[thread].get());
     c.model->kernels_->thread_end();
   };
@@ -107,10 +130,9 @@ void Vit::forward_image(Workspace& w, Stages& stages, const float* image, float*
   });
   run_linear(stages, *embedding_, embed_, w.patches.get(), Output::residual, w.residual.get(), scratch);
   if (norm_pre_)
-    stages.run(token_units, 1, [&](std::size_t first, std::size_t last) {
-      for (std::size_t u = first; u < last; ++u)
-        kernels_->norm_residual(g, w.residual.get(), norm_pre_->weight.data(), norm_pre_->bias.data(), config_.norm_eps,
-                                w.residual.get(), u * kTokenUnit);
+    stages.run_tokens(g, [&](std::size_t first, std::size_t last) {
+      kernels_->norm_residual(g, w.residual.get(), norm_pre_->weight.data(), norm_pre_->bias.data(), config_.norm_eps, w.residual.get(),
+                              first, last);
     });
   for (const Block& block : blocks_) forward_block(w, stages, block, scratch);
   finish(w, stages, out, features);
@@ -120,6 +142,11 @@ void Vit::run_linear(Stages& stages, const Kernels& kernels, const Layer& layer,
                      void* scratch) const {
   const Geometry& g = geometry_;
   const std::size_t parts = kernels.token_parts(g), blocks = layer.view.rows / kRowBlock, ranges = stages.ranges(blocks, parts);
+  if (stages.apart && &kernels == kernels_) {
+    for (std::size_t part = stages.first_part; part < stages.last_part; ++part)
+      kernels.linear(g, layer.view, input, kind, output, part, 0, blocks, scratch);
+    return;
+  }
   stages.run(parts * ranges, 1, [&](std::size_t first, std::size_t last) {
     for (std::size_t unit = first; unit < last; ++unit) {
       const std::size_t range = unit % ranges;
@@ -131,20 +158,16 @@ void Vit::run_linear(Stages& stages, const Kernels& kernels, const Layer& layer,
 void Vit::forward_block(Workspace& w, Stages& stages, const Block& block, void* scratch) const {
   const Geometry& g = geometry_;
   const auto norm = [&](const Norm& n, const Layer& next) {
-    stages.run(g.padded_tokens / kTokenUnit, 1, [&](std::size_t first, std::size_t last) {
-      for (std::size_t u = first; u < last; ++u)
-        kernels_->norm(g, w.residual.get(), n.weight.data(), n.bias.data(), config_.norm_eps, w.normed.get(), u * kTokenUnit);
-      if (next.view.int8)
-        for (std::size_t u = first; u < last; ++u)
-          kernels_->quantise(g, g.width, w.normed.get(), w.quantised.get(), u * kTokenUnit);
+    stages.run_tokens(g, [&](std::size_t first, std::size_t last) {
+      kernels_->norm(g, w.residual.get(), n.weight.data(), n.bias.data(), config_.norm_eps, w.normed.get(), first, last);
+      if (next.view.int8) kernels_->quantise(g, g.width, w.normed.get(), w.quantised.get(), first, last);
     });
     return next.view.int8 ? w.quantised.get() : w.normed.get();
   };
   const auto quantised = [&](const Layer& next, char* activation) {
     if (!next.view.int8) return activation;
-    stages.run(g.padded_tokens / kTokenUnit, 1, [&](std::size_t first, std::size_t last) {
-      for (std::size_t u = first; u < last; ++u)
-        kernels_->quantise(g, next.view.columns, activation, w.quantised.get(), u * kTokenUnit);
+    stages.run_tokens(g, [&](std::size_t first, std::size_t last) {
+      kernels_->quantise(g, next.view.columns, activation, w.quantised.get(), first, last);
     });
     return w.quantised.get();
   };
@@ -152,6 +175,7 @@ void Vit::forward_block(Workspace& w, Stages& stages, const Block& block, void* 
     run_linear(stages, *kernels_, layer, input, kind, output, scratch);
   };
   const char* normed = norm(block.norm1, block.qkv);
+  stages.meet();
   stages.run(g.heads, 1, [&](std::size_t first, std::size_t last) {
     for (std::size_t head = first; head < last; ++head)
       kernels_->attention(g, block.qkv.view, normed, w.attended.get(), head, scratch);
@@ -166,11 +190,15 @@ void Vit::finish(Workspace& w, Stages& stages, float* out, bool features) const 
   const auto at = [&](std::size_t token, std::size_t d) { return w.residual[residual_index(*kernels_, g, token, d)]; };
   if (norm_) {
     const bool all = features || config_.average_pool || config_.all_tokens;
-    stages.run(all ? g.padded_tokens / kTokenUnit : 1, 1, [&](std::size_t first, std::size_t last) {
-      for (std::size_t u = first; u < last; ++u)
-        kernels_->norm_residual(g, w.residual.get(), norm_->weight.data(), norm_->bias.data(), config_.norm_eps, w.residual.get(),
-                                u * kTokenUnit);
-    });
+    const auto normalise = [&](std::size_t first, std::size_t last) {
+      kernels_->norm_residual(g, w.residual.get(), norm_->weight.data(), norm_->bias.data(), config_.norm_eps, w.residual.get(), first,
+                              last);
+    };
+    if (all) stages.run_tokens(g, normalise);
+    stages.meet();
+    if (!all) stages.run(1, 1, [&](std::size_t, std::size_t) { normalise(0, kTokenUnit); });
+  } else {
+    stages.meet();
   }
   if (features) {
     stages.run(g.tokens, kTokenUnit, [&](std::size_t first, std::size_t last) {
