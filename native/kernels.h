@@ -11,6 +11,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 
 namespace sparsemae {
 
@@ -83,8 +84,8 @@ struct Kernels {
   // one after the last is padded_tokens.
   std::size_t (*token_parts)(const Geometry&);
   std::size_t (*part_begin)(const Geometry&, std::size_t part);
-  void (*linear)(const Geometry&, const Linear&, const void* input, Output kind, void* output, std::size_t token_part,
-                 std::size_t first_block, std::size_t last_block, void* scratch);
+  void (*linear)(const Geometry&, const Linear&, const void* input, Output kind, void* output, std::size_t first_part,
+                 std::size_t last_part, std::size_t first_block, std::size_t last_block, void* scratch);
   // q, k and v of one head from the normalised input, then attention; qkv rows are [head][q, k, v][padded_head_dim].
   void (*attention)(const Geometry&, const Linear& qkv, const void* input, void* output, std::size_t head, void* scratch);
   // out[r] = dot(weight[r], x) + bias[r] for r in [first, last); weight is [rows][columns] float.

@@ -22,8 +22,8 @@ using std::size_t;
 #include "amx_tiles.h"
 #include "amx_products.h"
 
-void linear(const Geometry& g, const Linear& l, const void* input, Output kind, void* output, size_t, size_t first,
-            size_t last, void* scratch) {
+void linear(const Geometry& g, const Linear& l, const void* input, Output kind, void* output, size_t, size_t,
+            size_t first, size_t last, void* scratch) {
   const Scratch s = carve(g, scratch);
   if (kind == Output::residual) {
     auto* residual = static_cast<float*>(output);

@@ -9,7 +9,7 @@ namespace {
 
 struct V {
   using Number = float;
-  static constexpr std::size_t kLanes = 8, kVectors = 4, kRows = 2;
+  static constexpr std::size_t kLanes = 8, kVectors = 7, kRows = 2;
   __m256 x;
 
   static V zero() { return {_mm256_setzero_ps()}; }

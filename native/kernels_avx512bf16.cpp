@@ -146,7 +146,8 @@ inline void multiply_blocks(const Geometry& g, const Linear& l, const void* inpu
     }
 }
 
-void linear(const Geometry& g, const Linear& l, const void* input, Output kind, void* output, size_t, size_t first, size_t last, void*) {
+void linear(const Geometry& g, const Linear& l, const void* input, Output kind, void* output, size_t, size_t, size_t first, size_t last,
+            void*) {
   if (kind == Output::residual) {
     multiply_blocks(g, l, input, first, last, [&](size_t token, size_t row, __m512 y) {
       if (row >= l.used) return;

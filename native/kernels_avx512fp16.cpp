@@ -89,29 +89,30 @@ size_t scratch_bytes(const Geometry& g) {
   return own > embedding ? own : embedding;
 }
 
-void linear(const Geometry& g, const Linear& l, const void* input, Output kind, void* output, size_t chunk, size_t first, size_t last,
-            void* scratch) {
+void linear(const Geometry& g, const Linear& l, const void* input, Output kind, void* output, size_t first_chunk,
+            size_t last_chunk, size_t first, size_t last, void* scratch) {
   const auto store = [&](const auto& write) {
-    lanes::multiply(g, l, static_cast<const _Float16*>(input), chunk, chunk + 1, first, last, static_cast<V*>(scratch),
-                    [&](size_t block, size_t, size_t vectors, const V* sum) {
+    lanes::multiply(g, l, static_cast<const _Float16*>(input), first_chunk, last_chunk, first, last, static_cast<V*>(scratch),
+                    [&](size_t block, size_t chunk, size_t vectors, const V* sum) {
                       for (size_t row = block; row < block + kRowBlock && row < l.used; ++row, sum += lanes::kVectors)
-                        write(row, vectors, sum);
+                        write(row, chunk, vectors, sum);
                     });
   };
   if (kind == Output::residual) {
-    const size_t token = lanes::Chunks(g).first_token(chunk);
-    return store([&](size_t row, size_t vectors, const V* sum) {
+    const lanes::Chunks chunks(g);
+    return store([&](size_t row, size_t chunk, size_t vectors, const V* sum) {
+      const size_t token = chunks.first_token(chunk);
       float* to = static_cast<float*>(output) + row * g.padded_tokens + token;
       for (size_t j = 0; j < 2 * vectors && token + j * 16 < g.padded_tokens; ++j, to += 16)
         _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), finished(l, row, sum[j / 2], j % 2)));
     });
   }
-  auto* out = static_cast<_Float16*>(output) + chunk * l.used * lanes::kLine;
-  store([&](size_t row, size_t vectors, const V* sum) {
+  store([&](size_t row, size_t chunk, size_t vectors, const V* sum) {
+    auto* to = static_cast<_Float16*>(output) + (chunk * l.used + row) * lanes::kLine;
     const V scale = V::set(l.scale[row]), bias = V::set(l.bias[row]);
     for (size_t j = 0; j < vectors; ++j) {
       const V y = V::fma(sum[j], scale, bias);
-      V::store(out + row * lanes::kLine + j * 32, kind == Output::gelu ? gelu(y) : y);
+      V::store(to + j * 32, kind == Output::gelu ? gelu(y) : y);
     }
   });
 }

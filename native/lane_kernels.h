@@ -114,20 +114,20 @@ inline void multiply_rows(const Geometry& g, const Linear& l, const void* input,
            });
 }
 
-inline void linear(const Geometry& g, const Linear& l, const void* input, Output kind, void* output, size_t chunk,
-                   size_t first_block, size_t last_block, void* scratch) {
+inline void linear(const Geometry& g, const Linear& l, const void* input, Output kind, void* output, size_t first_chunk,
+                   size_t last_chunk, size_t first_block, size_t last_block, void* scratch) {
   auto* sums = static_cast<V*>(scratch);
   if (kind == Output::residual) {
-    float* out = static_cast<float*>(output) + Chunks(g).first_token(chunk);
-    multiply_rows(g, l, input, chunk, chunk + 1, first_block, last_block, sums, [&](size_t row, size_t, size_t j, V y) {
-      float* to = out + row * g.padded_tokens + j * V::kLanes;
+    const Chunks chunks(g);
+    multiply_rows(g, l, input, first_chunk, last_chunk, first_block, last_block, sums, [&](size_t row, size_t chunk, size_t j, V y) {
+      float* to = static_cast<float*>(output) + row * g.padded_tokens + chunks.first_token(chunk) + j * V::kLanes;
       if (row < l.used) V::store(to, y + V::load(to));
     });
     return;
   }
-  float* out = static_cast<float*>(output) + chunk * l.used * kLine;
-  multiply_rows(g, l, input, chunk, chunk + 1, first_block, last_block, sums, [&](size_t row, size_t, size_t j, V y) {
-    if (row < l.used) V::store(out + row * kLine + j * V::kLanes, kind == Output::gelu ? gelu(y) : y);
+  multiply_rows(g, l, input, first_chunk, last_chunk, first_block, last_block, sums, [&](size_t row, size_t chunk, size_t j, V y) {
+    float* to = static_cast<float*>(output) + (chunk * l.used + row) * kLine + j * V::kLanes;
+    if (row < l.used) V::store(to, kind == Output::gelu ? gelu(y) : y);
   });
 }
 

@@ -117,8 +117,13 @@ inline const Step* accumulate(const Step* step, const std::uint16_t* counts, con
 }
 
 using Accumulate = const Step* (*)(const Step*, const std::uint16_t*, const typename V::Number*, V*, bool);
-constexpr Accumulate kAccumulate[] = {accumulate<1>, accumulate<2>, accumulate<3>, accumulate<4>};
-static_assert(kVectors <= sizeof kAccumulate / sizeof *kAccumulate && kRowBlock % kRows == 0);
+template <class>
+struct BySize;
+template <size_t... J>
+struct BySize<std::index_sequence<J...>> {
+  static constexpr Accumulate run[] = {accumulate<J + 1>...};
+};
+static_assert(kRowBlock % kRows == 0);
 
 inline size_t sums_bytes() { return kPassRows * kVectors * sizeof(V); }
 
@@ -134,7 +139,7 @@ inline void multiply(const Geometry& g, const Linear& l, const typename V::Numbe
     const size_t blocks = last - first < kPassBlocks ? last - first : kPassBlocks;
     for (size_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
       const size_t vectors = chunks.size(chunk);
-      const Accumulate run = kAccumulate[vectors - 1];
+      const Accumulate run = BySize<std::make_index_sequence<kVectors>>::run[vectors - 1];
       for (size_t s = 0; s < slabs; ++s)
         for (size_t b = 0; b < blocks; ++b) {
           const char* data = static_cast<const char*>(l.data) + l.offsets[first + b];

@@ -49,7 +49,7 @@ struct Vit::Stages {
   }
   // In how many ranges of rows a layer is cut when its tokens are in so many parts: enough pieces to even out between the threads.
   std::size_t ranges(std::size_t blocks, std::size_t parts) const {
-    return pool ? std::min(blocks, (kPieces * pool->size() + parts - 1) / parts) : 1;
+    return std::min(blocks, (kPieces * pool->size() + parts - 1) / parts);
   }
 };
 
@@ -141,16 +141,17 @@ void Vit::forward_image(Workspace& w, Stages& stages, const float* image, float*
 void Vit::run_linear(Stages& stages, const Kernels& kernels, const Layer& layer, const void* input, Output kind, void* output,
                      void* scratch) const {
   const Geometry& g = geometry_;
-  const std::size_t parts = kernels.token_parts(g), blocks = layer.view.rows / kRowBlock, ranges = stages.ranges(blocks, parts);
-  if (stages.apart && &kernels == kernels_) {
-    for (std::size_t part = stages.first_part; part < stages.last_part; ++part)
-      kernels.linear(g, layer.view, input, kind, output, part, 0, blocks, scratch);
-    return;
-  }
+  const std::size_t parts = kernels.token_parts(g), blocks = layer.view.rows / kRowBlock;
+  const auto multiply = [&](std::size_t first_part, std::size_t last_part, std::size_t first, std::size_t last) {
+    kernels.linear(g, layer.view, input, kind, output, first_part, last_part, first, last, scratch);
+  };
+  if (!stages.pool) return multiply(0, parts, 0, blocks);
+  if (stages.apart && &kernels == kernels_) return multiply(stages.first_part, stages.last_part, 0, blocks);
+  const std::size_t ranges = stages.ranges(blocks, parts);
   stages.run(parts * ranges, 1, [&](std::size_t first, std::size_t last) {
     for (std::size_t unit = first; unit < last; ++unit) {
-      const std::size_t range = unit % ranges;
-      kernels.linear(g, layer.view, input, kind, output, unit / ranges, blocks * range / ranges, blocks * (range + 1) / ranges, scratch);
+      const std::size_t part = unit / ranges, range = unit % ranges;
+      multiply(part, part + 1, blocks * range / ranges, blocks * (range + 1) / ranges);
     }
   });
 }
