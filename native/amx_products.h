@@ -75,10 +75,10 @@ size_t pack_rows(const Row* rows, size_t columns, void* out) {
   return bytes;
 }
 
-size_t pack_block(const RowSource& source, size_t columns, size_t block, bool int8, void* out) {
+size_t pack_block(const RowSource& source, const Linear& l, size_t block, void* out) {
   Row rows[kRowBlock];
   for (size_t r = 0; r < kRowBlock; ++r) rows[r] = source.row(source.context, block * kRowBlock + r);
-  return int8 ? pack_rows<Int8>(rows, columns, out) : pack_rows<Bf16>(rows, columns, out);
+  return l.int8 ? pack_rows<Int8>(rows, l.columns, out) : pack_rows<Bf16>(rows, l.columns, out);
 }
 
 // Expands one tile row after the other; a tile is 16 of them.

@@ -1,5 +1,5 @@
 // What both tables that use AMX tiles share: tile layouts, layer norm, and the attention of a head. Included inside the anonymous
-// namespace of a file of kernels, after bf16_math.h. The residual is feature-major, tokens are in the columns of a tile.
+// namespace of a file of kernels, after bf16_math.h. The residual is by units; tokens are in the columns of a tile.
 
 #include "floats_avx512.h"
 #include "layer_norm.h"
@@ -170,9 +170,7 @@ inline void attend(const Geometry& g, const Head& s, const Write& write) {
 
 void norm_residual(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps, float* out,
                    size_t first, size_t last) {
-  for (; first < last; first += 16) {
-    const Moments m = moments<Floats>(residual + first, g.padded_tokens, g.width, eps);
-    for (size_t i = first, d = 0; d < g.width; ++d, i += g.padded_tokens)
-      Floats::store(out + i, m.normalised(Floats::load(residual + i), weight[d], bias[d]));
-  }
+  for (; first < last; first += 16)
+    normalise<Floats, 1>(residual + residual_at(g, first, 0), 16, g.width, weight, bias, eps,
+                         [&](size_t d, size_t, Floats y) { Floats::store(out + residual_at(g, first, d), y); });
 }

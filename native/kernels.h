@@ -1,7 +1,7 @@
 // The dispatch table: what one instruction set offers to the ViT forward (vit.cpp), as plain function pointers.
 //
 // Every table owns the layout of its activations and weights; the forward only passes pointers on.
-//   residual     float, one image: feature-major [D][padded tokens] or token-major [padded tokens][D], as `feature_major` says
+//   residual     float, one image: [padded tokens / kTokenUnit][D][kTokenUnit] or [padded tokens][D], as `by_units` says
 //   activation   the input of a linear layer: float or bf16, layout private to the table, `activation_bytes` long, zeroed at allocation
 //   scratch      per thread, `scratch_bytes` long
 // Work is cut in units that threads take one by one: blocks of `kTokenUnit` tokens, blocks of kRowBlock output rows, heads.
@@ -42,7 +42,8 @@ struct Linear {
   const std::size_t* offsets = nullptr;  // byte offset of each row block in data
   const float* scale = nullptr;
   const float* bias = nullptr;
-  bool int8 = false;  // weights are integers to be multiplied with a quantised activation
+  bool int8 = false;   // weights are integers to be multiplied with a quantised activation
+  bool dense = false;  // every weight of a row is kept
 };
 
 struct Geometry {
@@ -51,12 +52,17 @@ struct Geometry {
   std::size_t channels = 0, image_height = 0, image_width = 0, patch = 0, prefix = 0;
 };
 
+// Where a feature of a token is in a residual by units.
+static constexpr std::size_t residual_at(const Geometry& g, std::size_t token, std::size_t feature) {
+  return (token / kTokenUnit * g.width + feature) * kTokenUnit + token % kTokenUnit;
+}
+
 enum class Output { activation, gelu, residual };
 
 struct Kernels {
   const char* name;
   const char* math;  // "fp32", "bf16" or "fp16": what products are made of
-  bool feature_major;
+  bool by_units;   // layout of the residual
   bool even_heads;  // needs an even head_dim
   std::size_t head_step;  // head_dim is padded to a multiple of it
   float densest;  // it is the best where no sparse layer keeps more than this share of its weights
@@ -65,8 +71,9 @@ struct Kernels {
 
   std::size_t (*activation_bytes)(std::size_t features, const Geometry&);
   std::size_t (*scratch_bytes)(const Geometry&);
-  // Bytes of row block `block`; writes it to `out` unless that is null. Values and indices come from the source.
-  std::size_t (*pack_block)(const RowSource&, std::size_t columns, std::size_t block, bool int8, void* out);
+  // Bytes of row block `block`; writes it to `out` unless that is null. Values and indices come from the source,
+  // the number of columns and the kind of weights from the layer, which has no data yet.
+  std::size_t (*pack_block)(const RowSource&, const Linear&, std::size_t block, void* out);
 
   void (*thread_begin)();  // before and after a thread runs kernels (tile state)
   void (*thread_end)();

@@ -3,7 +3,7 @@
 // per kept weight), and a row of 32 inputs is expanded by one vpexpandw just before its tiles are multiplied, while the tile unit works on
 // the ones before; the bandwidth saved is what a dense model lacks. Any n:m is the same code and the same speed.
 //
-// Everything is feature-major, tokens in the columns of a tile:
+// Tokens are in the columns of a tile everywhere:
 //   activation   tiles of 1 KB, [padded tokens / 16][features / 32]: 16 rows of feature pairs x 16 tokens x 2 (the B operand)
 //   quantised    a float per token, then the same tiles of int8: 16 rows of four features x 16 tokens x 4
 //   weights      block of 32 rows: per 32 inputs 32 masks (uint32), then all kept values (bf16) in the same order (the A operand);
@@ -28,8 +28,8 @@ void linear(const Geometry& g, const Linear& l, const void* input, Output kind, 
   if (kind == Output::residual) {
     auto* residual = static_cast<float*>(output);
     multiply_blocks(g, l, input, first, last, s, [&](size_t row, size_t t, const Rows& y) {
-      float* to = residual + row * g.padded_tokens + t * 16;
-      for (size_t r = 0; r < kFinish && row + r < l.used; ++r, to += g.padded_tokens)
+      float* to = residual + residual_at(g, t * 16, row);
+      for (size_t r = 0; r < kFinish && row + r < l.used; ++r, to += 16)
         _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), y[r]));
     });
     return;
@@ -104,12 +104,14 @@ void patches(const Geometry& g, const float* image, void* activation, size_t fir
 
 void norm(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps, void* activation,
           size_t first, size_t last) {
+  const size_t width = tiles(g.width);
   for (; first < last; first += 16) {
-    const Moments m = moments<Floats>(residual + first, g.padded_tokens, g.width, eps);
-    const auto value = [&](size_t d) { return m.normalised(Floats::load(residual + d * g.padded_tokens + first), weight[d], bias[d]).x; };
-    for (size_t d = 0; d < g.width; d += 2)
-      _mm512_store_si512(pair_address(activation, tiles(g.width), d / 2, first / 16),
-                         interleave(value(d), d + 1 < g.width ? value(d + 1) : _mm512_setzero_ps()));
+    __m512 even = _mm512_setzero_ps();
+    normalise<Floats, 1>(residual + residual_at(g, first, 0), 16, g.width, weight, bias, eps, [&](size_t d, size_t, Floats y) {
+      if (d % 2 == 0) even = y.x;
+      if (d % 2 == 1 || d + 1 == g.width)
+        _mm512_store_si512(pair_address(activation, width, d / 2, first / 16), interleave(even, d % 2 ? y.x : _mm512_setzero_ps()));
+    });
   }
 }
 

@@ -73,7 +73,8 @@ TileRows tile_rows(const RowSource& source, size_t first_row, size_t tile, size_
   return t;
 }
 
-size_t pack_block(const RowSource& source, size_t columns, size_t block, bool, void* out) {
+size_t pack_block(const RowSource& source, const Linear& l, size_t block, void* out) {
+  const size_t columns = l.columns;
   auto* counts = static_cast<std::uint8_t*>(out);
   const size_t header = round_up(tiles(columns) * 2, 64);
   size_t bytes = header, cursor[2][16] = {};

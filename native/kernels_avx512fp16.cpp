@@ -102,8 +102,8 @@ void linear(const Geometry& g, const Linear& l, const void* input, Output kind, 
     const lanes::Chunks chunks(g);
     return store([&](size_t row, size_t chunk, size_t vectors, const V* sum) {
       const size_t token = chunks.first_token(chunk);
-      float* to = static_cast<float*>(output) + row * g.padded_tokens + token;
-      for (size_t j = 0; j < 2 * vectors && token + j * 16 < g.padded_tokens; ++j, to += 16)
+      float* to = static_cast<float*>(output) + residual_at(g, token, row);
+      for (size_t j = 0; j < 2 * vectors && token + j * 16 < g.padded_tokens; ++j, to += 16 * g.width)
         _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), finished(l, row, sum[j / 2], j % 2)));
     });
   }
@@ -143,11 +143,9 @@ void norm(const Geometry& g, const float* residual, const float* weight, const f
           size_t first, size_t last) {
   const lanes::Chunks chunks(g);
   for (; first < last && first / 32 < chunks.all; first += 16) {
-    const Moments m = moments<Floats>(residual + first, g.padded_tokens, g.width, eps);
-    const float* x = residual + first;
     auto* to = static_cast<_Float16*>(activation) + chunks.at(first / 32, g.width) + first % 32;
-    for (size_t d = 0; d < g.width; ++d, x += g.padded_tokens, to += lanes::kLine)
-      store_half(to, m.normalised(Floats::load(x), weight[d], bias[d]).x);
+    normalise<Floats, 1>(residual + residual_at(g, first, 0), 16, g.width, weight, bias, eps,
+                         [&](size_t d, size_t, Floats y) { store_half(to + d * lanes::kLine, y.x); });
   }
 }
 

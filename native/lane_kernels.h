@@ -1,8 +1,8 @@
 // fp32 kernels with tokens in the lanes, written once over a vector type V and compiled once per instruction set.
 //
-// The residual, and q, k and v of a head, are feature-major, [features][padded tokens]; activations are in the chunks of
-// lane_products.h. So layer norm, softmax and GELU need no sum across lanes. The including file defines, in its own anonymous
-// namespace, `V` with what lane_products.h asks for, Number being float, and set, operator+ - *, max, div, rsqrt, shift_add.
+// The residual is by units; q, k and v of a head are [features][padded tokens]; activations are in the chunks of lane_products.h. So layer
+// norm, softmax and GELU need no sum across lanes. The including file defines, in its own anonymous namespace, `V` with what
+// lane_products.h asks for, Number being float, and set, operator+ - *, max, div, rsqrt, shift_add.
 
 struct Kept {
   float value;
@@ -21,6 +21,7 @@ namespace lanes {
 
 using sparsemae::Output;
 using sparsemae::kTokenUnit;
+using sparsemae::residual_at;
 
 // exp(x) for x <= 0 or small: 2^n times a polynomial; relative error below 2e-7, 0 below about -87.
 inline V exponential(V x) {
@@ -79,56 +80,33 @@ inline void patches(const Geometry& g, const float* image, void* activation, siz
   }
 }
 
-// write(d, first token, y) for the normalised features of tokens [first, last).
+// write(d, first token, y) for the normalised features of tokens [first, last), by units as far as they go.
 template <class Write>
-inline void normalise(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps, size_t first,
-                      size_t last, const Write& write) {
-  for (size_t t = first; t < last && t < g.tokens; t += V::kLanes) {
-    const float* x = residual + t;
-    const Moments m = moments<V>(x, g.padded_tokens, g.width, eps);
-    for (size_t d = 0; d < g.width; ++d, x += g.padded_tokens) write(d, t, m.normalised(V::load(x), weight[d], bias[d]));
+inline void normalise_tokens(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps, size_t first,
+                             size_t last, const Write& write) {
+  for (size_t t = first; t < last && t < g.tokens;) {
+    const auto put = [&](size_t d, size_t i, V y) { write(d, t + i * V::kLanes, y); };
+    if (t % kTokenUnit == 0 && last - t >= kTokenUnit) {
+      normalise<V, kTokenUnit / V::kLanes>(residual + residual_at(g, t, 0), kTokenUnit, g.width, weight, bias, eps, put);
+      t += kTokenUnit;
+    } else {
+      normalise<V, 1>(residual + residual_at(g, t, 0), kTokenUnit, g.width, weight, bias, eps, put);
+      t += V::kLanes;
+    }
   }
 }
 
 inline void norm(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps, void* activation,
                  size_t first, size_t last) {
   const Chunks chunks(g);
-  normalise(g, residual, weight, bias, eps, first, last, [&](size_t d, size_t t, V y) {
-    V::store(static_cast<float*>(activation) + chunks.at(t / V::kLanes, g.width) + d * kLine, y);
+  normalise_tokens(g, residual, weight, bias, eps, first, last, [&](size_t d, size_t t, V y) {
+    if (t / V::kLanes < chunks.all) V::store(static_cast<float*>(activation) + chunks.at(t / V::kLanes, g.width) + d * kLine, y);
   });
 }
 
 inline void norm_residual(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps, float* out,
                           size_t first, size_t last) {
-  normalise(g, residual, weight, bias, eps, first, last, [&](size_t d, size_t t, V y) { V::store(out + d * g.padded_tokens + t, y); });
-}
-
-// sink(row, chunk, j, y) for all rows of blocks [first, last) and chunks [first, last) of tokens.
-template <class Sink>
-inline void multiply_rows(const Geometry& g, const Linear& l, const void* input, size_t first_chunk, size_t last_chunk, size_t first,
-                          size_t last, V* sums, const Sink& sink) {
-  multiply(g, l, static_cast<const float*>(input), first_chunk, last_chunk, first, last, sums,
-           [&](size_t block, size_t chunk, size_t vectors, const V* sum) {
-             for (size_t row = block; row < block + kRowBlock; ++row, sum += kVectors)
-               for (size_t j = 0; j < vectors; ++j) sink(row, chunk, j, V::fma(sum[j], V::set(l.scale[row]), V::set(l.bias[row])));
-           });
-}
-
-inline void linear(const Geometry& g, const Linear& l, const void* input, Output kind, void* output, size_t first_chunk,
-                   size_t last_chunk, size_t first_block, size_t last_block, void* scratch) {
-  auto* sums = static_cast<V*>(scratch);
-  if (kind == Output::residual) {
-    const Chunks chunks(g);
-    multiply_rows(g, l, input, first_chunk, last_chunk, first_block, last_block, sums, [&](size_t row, size_t chunk, size_t j, V y) {
-      float* to = static_cast<float*>(output) + row * g.padded_tokens + chunks.first_token(chunk) + j * V::kLanes;
-      if (row < l.used) V::store(to, y + V::load(to));
-    });
-    return;
-  }
-  multiply_rows(g, l, input, first_chunk, last_chunk, first_block, last_block, sums, [&](size_t row, size_t chunk, size_t j, V y) {
-    float* to = static_cast<float*>(output) + (chunk * l.used + row) * kLine + j * V::kLanes;
-    if (row < l.used) V::store(to, kind == Output::gelu ? gelu(y) : y);
-  });
+  normalise_tokens(g, residual, weight, bias, eps, first, last, [&](size_t d, size_t t, V y) { V::store(out + residual_at(g, t, d), y); });
 }
 
 // c[a][2 vectors] = sum over k of A(a, k) * b[k][2 vectors], for R rows; A(a, k) = A[a * row + k * column].
@@ -161,6 +139,68 @@ inline void product_rows(size_t rows, const float* A, size_t row, size_t column,
     kProducts[(rows - a < most ? rows - a : most) - 1](A + a * row, row, column, depth, b, b_stride, c + a * c_stride, c_stride);
 }
 
+// A dense layer has its rows as they are: blocks of [kRowBlock][columns] floats.
+inline size_t pack_any_block(const RowSource& source, const Linear& l, size_t block, void* out) {
+  if (!l.dense) return pack_block(source, l, block, out);
+  auto* to = static_cast<float*>(out);
+  for (size_t r = 0; to && r < kRowBlock; ++r) {
+    const Row row = source.row(source.context, block * kRowBlock + r);
+    for (size_t k = 0; k < l.columns; ++k) *to++ = row.count ? row.value[k] : 0.0f;
+  }
+  return round_up(kRowBlock * l.columns * sizeof(float), 64);
+}
+
+// As multiply, for a dense layer.
+template <class Sink>
+inline void multiply_dense(const Geometry& g, const Linear& l, const float* x, size_t first_chunk, size_t last_chunk, size_t first,
+                           size_t last, V* sums, const Sink& sink) {
+  const Chunks chunks(g);
+  for (; first < last; ++first)
+    for (size_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
+      const size_t vectors = chunks.size(chunk);
+      const auto* rows = reinterpret_cast<const float*>(static_cast<const char*>(l.data) + l.offsets[first]);
+      for (size_t j = 0; j < vectors; j += 2) {
+        // the last two may overlap those before; where there is one alone, its neighbour is a place for another
+        const size_t at = (j + 2 <= vectors || vectors < 2 ? j : vectors - 2) * V::kLanes;
+        product_rows(kRowBlock, rows, l.columns, 1, l.columns, x + chunk * l.columns * kLine + at, kLine,
+                     reinterpret_cast<float*>(sums) + at, kLine);
+      }
+      sink(first * kRowBlock, chunk, vectors, sums);
+    }
+}
+
+// sink(row, chunk, j, y) for all rows of blocks [first, last) and chunks [first, last) of tokens.
+template <class Sink>
+inline void multiply_rows(const Geometry& g, const Linear& l, const void* input, size_t first_chunk, size_t last_chunk, size_t first,
+                          size_t last, V* sums, const Sink& sink) {
+  const auto* x = static_cast<const float*>(input);
+  const auto finish = [&](size_t block, size_t chunk, size_t vectors, const V* sum) {
+    for (size_t row = block; row < block + kRowBlock; ++row, sum += kVectors)
+      for (size_t j = 0; j < vectors; ++j) sink(row, chunk, j, V::fma(sum[j], V::set(l.scale[row]), V::set(l.bias[row])));
+  };
+  if (l.dense)
+    multiply_dense(g, l, x, first_chunk, last_chunk, first, last, sums, finish);
+  else
+    multiply(g, l, x, first_chunk, last_chunk, first, last, sums, finish);
+}
+
+inline void linear(const Geometry& g, const Linear& l, const void* input, Output kind, void* output, size_t first_chunk,
+                   size_t last_chunk, size_t first_block, size_t last_block, void* scratch) {
+  auto* sums = static_cast<V*>(scratch);
+  if (kind == Output::residual) {
+    const Chunks chunks(g);
+    multiply_rows(g, l, input, first_chunk, last_chunk, first_block, last_block, sums, [&](size_t row, size_t chunk, size_t j, V y) {
+      float* to = static_cast<float*>(output) + residual_at(g, chunks.first_token(chunk) + j * V::kLanes, row);
+      if (row < l.used) V::store(to, y + V::load(to));
+    });
+    return;
+  }
+  multiply_rows(g, l, input, first_chunk, last_chunk, first_block, last_block, sums, [&](size_t row, size_t chunk, size_t j, V y) {
+    float* to = static_cast<float*>(output) + (chunk * l.used + row) * kLine + j * V::kLanes;
+    if (row < l.used) V::store(to, kind == Output::gelu ? gelu(y) : y);
+  });
+}
+
 inline void attention(const Geometry& g, const Linear& qkv, const void* input, void* output, size_t head, void* scratch) {
   const size_t stride = g.padded_tokens, plane = g.padded_head_dim * stride;
   auto* q = reinterpret_cast<float*>(static_cast<char*>(scratch) + sums_bytes());
@@ -177,18 +217,20 @@ inline void attention(const Geometry& g, const Linear& qkv, const void* input, v
     // the last step may reach back over queries that are already done
     const size_t at = i + width <= end || end < width ? i : end - width;
     product_rows(g.tokens, k, 1, stride, g.head_dim, q + at, stride, scores, width);
-    V inverse[2];
-    for (size_t half = 0; half < 2; ++half) {
-      float* s = scores + half * V::kLanes;
-      V top = V::load(s), sum = V::set(0.0f);
-      for (size_t j = 1; j < g.tokens; ++j) top = V::max(top, V::load(s + j * width));
-      for (size_t j = 0; j < g.tokens; ++j) {
-        const V e = exponential(V::load(s + j * width) - top);
-        sum = sum + e;
-        V::store(s + j * width, e);
+    V top[4], sum[2] = {V::set(0.0f), V::set(0.0f)}, inverse[2];
+    for (size_t n = 0; n < 4; ++n) top[n] = V::load(scores + n % 2 * V::kLanes);
+    for (size_t j = 1; j < g.tokens; ++j)
+      for (size_t half = 0; half < 2; ++half)
+        top[j % 2 * 2 + half] = V::max(top[j % 2 * 2 + half], V::load(scores + j * width + half * V::kLanes));
+    for (size_t half = 0; half < 2; ++half) top[half] = V::max(top[half], top[half + 2]);
+    for (size_t j = 0; j < g.tokens; ++j)
+      for (size_t half = 0; half < 2; ++half) {
+        float* s = scores + j * width + half * V::kLanes;
+        const V e = exponential(V::load(s) - top[half]);
+        sum[half] = sum[half] + e;
+        V::store(s, e);
       }
-      inverse[half] = V::div(V::set(1.0f), sum);
-    }
+    for (size_t half = 0; half < 2; ++half) inverse[half] = V::div(V::set(1.0f), sum[half]);
     product_rows(g.head_dim, v, stride, 1, g.tokens, scores, width, mixed, width);
     for (size_t half = 0; half < 2 && at + half * V::kLanes < end; ++half) {
       float* out = static_cast<float*>(output) + chunks.at(at / V::kLanes + half, g.width) + head * g.head_dim * kLine;
@@ -219,7 +261,7 @@ inline void no_thread_state() {}
 
 constexpr sparsemae::Kernels table(const char* name) {
   return {name,       "fp32",          true,            false,   kRowBlock, 1.0f,          0.0f,    nullptr,     activation_bytes, scratch_bytes,
-          pack_block, no_thread_state, no_thread_state, patches, norm,      norm_residual, nullptr, token_parts, part_begin, linear, attention,
+          pack_any_block, no_thread_state, no_thread_state, patches, norm,      norm_residual, nullptr, token_parts, part_begin, linear, attention,
           dense_rows};
 }
 

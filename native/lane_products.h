@@ -64,7 +64,8 @@ inline size_t header_bytes(size_t columns) { return round_up(slabs_of(columns) *
 
 // Block: the number of steps of every slab and group of rows (uint16), then the steps in this order. The shorter rows of a group are
 // filled up with zeros.
-inline size_t pack_block(const RowSource& source, size_t columns, size_t block, bool, void* out) {
+inline size_t pack_block(const RowSource& source, const Linear& l, size_t block, void* out) {
+  const size_t columns = l.columns;
   Row rows[kRowBlock];
   for (size_t r = 0; r < kRowBlock; ++r) rows[r] = source.row(source.context, block * kRowBlock + r);
   auto* counts = static_cast<std::uint16_t*>(out);

@@ -213,11 +213,11 @@ void Vit::finish(Workspace& w, Stages& stages, float* out, bool features) const 
   stages.run(1, 1, [&](std::size_t, std::size_t) {
     const std::size_t first = config_.average_pool && !config_.pool_include_prefix ? g.prefix : 0;
     const std::size_t last = config_.average_pool ? g.tokens : 1;
-    for (std::size_t d = 0; d < g.width; ++d) {
-      float sum = 0.0f;
-      for (std::size_t t = first; t < last; ++t) sum += at(t, d);
-      pooled[d] = sum / static_cast<float>(last - first);
-    }
+    std::fill_n(pooled, g.width, 0.0f);
+    for (std::size_t unit = first / kTokenUnit * kTokenUnit; unit < last; unit += kTokenUnit)
+      for (std::size_t d = 0; d < g.width; ++d)
+        for (std::size_t t = std::max(unit, first); t < std::min(unit + kTokenUnit, last); ++t) pooled[d] += at(t, d);
+    for (std::size_t d = 0; d < g.width; ++d) pooled[d] /= static_cast<float>(last - first);
     if (fc_norm_) {
       double mean = 0.0, variance = 0.0;
       for (std::size_t d = 0; d < g.width; ++d) mean += pooled[d];

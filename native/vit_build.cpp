@@ -134,17 +134,19 @@ Vit::Layer Vit::build_layer(const Kernels& kernels, const Weights& weights, cons
   const RowSource source = reader.source();
   Layer layer;
   const std::size_t blocks = rows.size() / kRowBlock;
-  const bool int8 = layer.view.int8 = weights.integers && kernels.quantise;
+  layer.view.columns = weights.columns;
+  layer.view.int8 = weights.integers && kernels.quantise;
+  layer.view.dense = weights.n == 0;
   std::size_t total = 0, capacity = 0;
   for (std::size_t block = 0; block < blocks; ++block) {  // one at a time, so that its rows are decoded once
-    const std::size_t bytes = kernels.pack_block(source, weights.columns, block, int8, nullptr);
+    const std::size_t bytes = kernels.pack_block(source, layer.view, block, nullptr);
     if (total + bytes > capacity) {
       capacity = block ? 2 * (total + bytes) : bytes * blocks;  // blocks are alike: the first guess is nearly always right
       auto larger = aligned_array<char>(capacity);
       std::copy_n(layer.data.get(), total, larger.get());
       layer.data = std::move(larger);
     }
-    kernels.pack_block(source, weights.columns, block, int8, layer.data.get() + total);
+    kernels.pack_block(source, layer.view, block, layer.data.get() + total);
     layer.offsets.push_back(total);
     total += bytes;
   }
@@ -159,7 +161,6 @@ Vit::Layer Vit::build_layer(const Kernels& kernels, const Weights& weights, cons
   }
   layer.view.rows = rows.size();
   layer.view.used = static_cast<std::size_t>(std::find_if(rows.rbegin(), rows.rend(), [](auto r) { return r >= 0; }).base() - rows.begin());
-  layer.view.columns = weights.columns;
   layer.view.data = layer.data.get();
   layer.view.offsets = layer.offsets.data();
   layer.view.scale = layer.scale.data();

@@ -20,7 +20,7 @@ Aligned<T> aligned_array(std::size_t count) {
 }
 
 inline std::size_t residual_index(const Kernels& kernels, const Geometry& g, std::size_t token, std::size_t feature) {
-  return kernels.feature_major ? feature * g.padded_tokens + token : token * g.width + feature;
+  return kernels.by_units ? residual_at(g, token, feature) : token * g.width + feature;
 }
 
 struct Vit::Workspace {
