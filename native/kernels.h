@@ -1,7 +1,7 @@
 // The dispatch table: what one instruction set offers to the ViT forward (vit.cpp), as plain function pointers.
 //
 // Every table owns the layout of its activations and weights; the forward only passes pointers on.
-//   residual     float, one image: [padded tokens / kTokenUnit][D][kTokenUnit] or [padded tokens][D], as `by_units` says
+//   residual     float, one image: units of [D][kTokenUnit], residual_unit() apart, or [padded tokens][D], as `by_units` says
 //   activation   the input of a linear layer: float or bf16, layout private to the table, `activation_bytes` long, zeroed at allocation
 //   scratch      per thread, `scratch_bytes` long
 // Work is cut in units that threads take one by one: blocks of `kTokenUnit` tokens, blocks of kRowBlock output rows, heads.
@@ -52,9 +52,11 @@ struct Geometry {
   std::size_t channels = 0, image_height = 0, image_width = 0, patch = 0, prefix = 0;
 };
 
-// Where a feature of a token is in a residual by units.
+// Where a feature of a token is in a residual by units. These are a line longer than they need to be, because at a distance of whole pages
+// they would fall on the same sets of the cache.
+static constexpr std::size_t residual_unit(const Geometry& g) { return (g.width + 1) * kTokenUnit; }
 static constexpr std::size_t residual_at(const Geometry& g, std::size_t token, std::size_t feature) {
-  return (token / kTokenUnit * g.width + feature) * kTokenUnit + token % kTokenUnit;
+  return token / kTokenUnit * residual_unit(g) + feature * kTokenUnit + token % kTokenUnit;
 }
 
 enum class Output { activation, gelu, residual };

@@ -103,7 +103,7 @@ void linear(const Geometry& g, const Linear& l, const void* input, Output kind, 
     return store([&](size_t row, size_t chunk, size_t vectors, const V* sum) {
       const size_t token = chunks.first_token(chunk);
       float* to = static_cast<float*>(output) + residual_at(g, token, row);
-      for (size_t j = 0; j < 2 * vectors && token + j * 16 < g.padded_tokens; ++j, to += 16 * g.width)
+      for (size_t j = 0; j < 2 * vectors && token + j * 16 < g.padded_tokens; ++j, to += residual_unit(g))
         _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), finished(l, row, sum[j / 2], j % 2)));
     });
   }

@@ -219,7 +219,7 @@ Vit::Vit(const VitConfig& config, const std::map<std::string, Weights>& weights,
   kernels_ = choose_kernels(isa, needs);
   embedding_ = kernels_->embedding ? kernels_->embedding() : kernels_;
   g.padded_head_dim = round_up(g.head_dim, kernels_->head_step);
-  residual_size_ = g.width * g.padded_tokens;
+  residual_size_ = g.padded_tokens / kTokenUnit * residual_unit(g);
 
   const auto norm = [&](const std::string& name) { return Norm{vectors.at(name + ".weight"), vectors.at(name + ".bias")}; };
   const auto optional_vector = [&](const std::string& name) {
