@@ -10,6 +10,11 @@ struct Floats {
   static Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static void store(float* p, Floats v) { _mm512_storeu_ps(p, v.x); }
   static Floats set(float s) { return {_mm512_set1_ps(s)}; }
+  // of the upper halves of the bits, as bfloat16
+  static Floats upper(const std::uint32_t* bits) {
+    const __m512i mask = _mm512_set1_epi32(static_cast<int>(0xFFFF0000));
+    return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_set1_epi32(static_cast<int>(*bits)), mask))};
+  }
   static Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.x, b.x, c.x)}; }
   static Floats min(Floats a, Floats b) { return {_mm512_min_ps(a.x, b.x)}; }
   static Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.x, b.x)}; }

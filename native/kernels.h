@@ -43,6 +43,7 @@ struct Linear {
   const float* scale = nullptr;
   const float* bias = nullptr;
   bool int8 = false;   // weights are integers to be multiplied with a quantised activation
+  bool exact = false;  // weights are fp32, not bf16 or integers
   bool dense = false;  // every weight of a row is kept
 };
 

@@ -16,6 +16,11 @@ struct V {
   static V load(const float* p) { return {_mm256_loadu_ps(p)}; }
   static void store(float* p, V v) { _mm256_storeu_ps(p, v.x); }
   static V set(float s) { return {_mm256_set1_ps(s)}; }
+  // of the upper halves of the bits, as bfloat16
+  static V upper(const std::uint32_t* bits) {
+    const __m256i mask = _mm256_set1_epi32(static_cast<int>(0xFFFF0000));
+    return {_mm256_castsi256_ps(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(*bits)), mask))};
+  }
   static V fma(V a, V b, V c) { return {_mm256_fmadd_ps(a.x, b.x, c.x)}; }
   static V min(V a, V b) { return {_mm256_min_ps(a.x, b.x)}; }
   static V max(V a, V b) { return {_mm256_max_ps(a.x, b.x)}; }

@@ -1,6 +1,8 @@
 // fp32 for AVX-512F: the lane kernels over sixteen floats. Serves fp32 files on every machine with AVX-512.
 #include <immintrin.h>
 
+#include <cstring>
+
 #include "kernels.h"
 
 namespace {

@@ -92,7 +92,7 @@ size_t scratch_bytes(const Geometry& g) {
 void linear(const Geometry& g, const Linear& l, const void* input, Output kind, void* output, size_t first_chunk,
             size_t last_chunk, size_t first, size_t last, void* scratch) {
   const auto store = [&](const auto& write) {
-    lanes::multiply(g, l, static_cast<const _Float16*>(input), first_chunk, last_chunk, first, last, static_cast<V*>(scratch),
+    lanes::multiply<Kept>(g, l, static_cast<const _Float16*>(input), first_chunk, last_chunk, first, last, static_cast<V*>(scratch),
                     [&](size_t block, size_t chunk, size_t vectors, const V* sum) {
                       for (size_t row = block; row < block + kRowBlock && row < l.used; ++row, sum += lanes::kVectors)
                         write(row, chunk, vectors, sum);
@@ -121,7 +121,7 @@ void attention(const Geometry& g, const Linear& qkv, const void* input, void* ou
   const Head s = carve_head(g, static_cast<char*>(scratch) + lanes::sums_bytes());
   const lanes::Chunks chunks(g);
   const size_t origin = head * 3 * g.padded_head_dim, blocks = 3 * g.padded_head_dim / kRowBlock;
-  lanes::multiply(g, qkv, static_cast<const _Float16*>(input), 0, chunks.count, head * blocks, (head + 1) * blocks,
+  lanes::multiply<Kept>(g, qkv, static_cast<const _Float16*>(input), 0, chunks.count, head * blocks, (head + 1) * blocks,
                   static_cast<V*>(scratch), [&](size_t block, size_t chunk, size_t vectors, const V* sum) {
                     for (size_t row = block; row < block + kRowBlock; row += 2, sum += 2 * lanes::kVectors)
                       for (size_t j = 0; j < 2 * vectors; ++j) {
@@ -152,7 +152,7 @@ void norm(const Geometry& g, const float* residual, const float* weight, const f
 constexpr float kDensest = 0.07f;  // 2:32, not 4:32
 
 constexpr Kernels kTable = {"avx512fp16", "fp16",        true,     true,          kRowBlock, kDensest,           32768.0f, amx_kernels, activation_bytes,
-                            scratch_bytes, lanes::pack_block, thread_begin, thread_end, nullptr,   norm,               norm_residual, nullptr, lanes::token_parts, lanes::part_begin,
+                            scratch_bytes, lanes::pack_block<Kept>, thread_begin, thread_end, nullptr,   norm,               norm_residual, nullptr, lanes::token_parts, lanes::part_begin,
                             linear,       attention,     dense_rows};
 
 }  // namespace

@@ -45,6 +45,13 @@ struct V {
     for (std::size_t i = 0; i < kLanes; ++i) r.x[i] = s;
     return r;
   }
+  // of the upper halves of the bits, as bfloat16
+  static V upper(const std::uint32_t* bits) {
+    const std::uint32_t kept = *bits & 0xFFFF0000u;
+    float s;
+    std::memcpy(&s, &kept, sizeof s);
+    return set(s);
+  }
   static V fma(V a, V b, V c) {
     return map([](auto p, auto q, auto r) { return p * q + r; }, a, b, c);
   }

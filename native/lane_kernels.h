@@ -2,16 +2,30 @@
 //
 // The residual is by units; q, k and v of a head are [features][padded tokens]; activations are in the chunks of lane_products.h. So layer
 // norm, softmax and GELU need no sum across lanes. The including file defines, in its own anonymous namespace, `V` with what
-// lane_products.h asks for, Number being float, and set, operator+ - *, max, div, rsqrt, shift_add.
+// lane_products.h asks for, Number being float, and set, upper, operator+ - *, max, div, rsqrt, shift_add.
 
-struct Kept {
+struct KeptFloat {
   float value;
   std::uint32_t bytes;
 
-  static Kept of(float w, std::size_t offset) { return {w, static_cast<std::uint32_t>(offset)}; }
-  const Kept& read() const { return *this; }
+  static KeptFloat of(float w, std::size_t offset) { return {w, static_cast<std::uint32_t>(offset)}; }
+  const KeptFloat& read() const { return *this; }
   V weight() const { return V::set(value); }
   std::size_t offset() const { return bytes; }
+};
+
+// The weight, and below it the offset in units of eight bytes.
+struct KeptBf16 {
+  std::uint32_t bits;
+
+  static KeptBf16 of(float w, std::size_t offset) {
+    std::uint32_t weight;
+    std::memcpy(&weight, &w, sizeof weight);
+    return {weight | static_cast<std::uint32_t>(offset / 8)};
+  }
+  const KeptBf16& read() const { return *this; }
+  V weight() const { return V::upper(&bits); }
+  std::size_t offset() const { return std::size_t{8} * (bits & 0xFFFFu); }
 };
 
 #include "lane_products.h"
@@ -141,7 +155,7 @@ inline void product_rows(size_t rows, const float* A, size_t row, size_t column,
 
 // A dense layer has its rows as they are: blocks of [kRowBlock][columns] floats.
 inline size_t pack_any_block(const RowSource& source, const Linear& l, size_t block, void* out) {
-  if (!l.dense) return pack_block(source, l, block, out);
+  if (!l.dense) return (l.exact ? pack_block<KeptFloat> : pack_block<KeptBf16>)(source, l, block, out);
   auto* to = static_cast<float*>(out);
   for (size_t r = 0; to && r < kRowBlock; ++r) {
     const Row row = source.row(source.context, block * kRowBlock + r);
@@ -180,8 +194,10 @@ inline void multiply_rows(const Geometry& g, const Linear& l, const void* input,
   };
   if (l.dense)
     multiply_dense(g, l, x, first_chunk, last_chunk, first, last, sums, finish);
+  else if (l.exact)
+    multiply<KeptFloat>(g, l, x, first_chunk, last_chunk, first, last, sums, finish);
   else
-    multiply(g, l, x, first_chunk, last_chunk, first, last, sums, finish);
+    multiply<KeptBf16>(g, l, x, first_chunk, last_chunk, first, last, sums, finish);
 }
 
 inline void linear(const Geometry& g, const Linear& l, const void* input, Output kind, void* output, size_t first_chunk,

@@ -5,8 +5,8 @@
 // slab is used by up to kPassRows rows before the next: their sums come and go through the second-level cache, which costs less than
 // fetching slabs again. kRows rows at a time, because the sums of one row alone wait for their own multiply-adds.
 //
-// V has kLanes, kVectors, kRows, load, store, fma(a, b, c), zero and Number (of a token). Kept is a weight and the offset of its input from
-// the slab's first, in bytes, as they are stored: of(weight, offset), read() from memory, weight() as a V, offset().
+// V has kLanes, kVectors, kRows, load, store, fma(a, b, c), zero and Number (of a token). A type Kept is a weight and the offset of its input
+// from the slab's first, in bytes, as they are stored: of(weight, offset), read() from memory, weight() as a V, offset().
 
 namespace lanes {
 
@@ -55,6 +55,7 @@ inline size_t activation_bytes(size_t features, const Geometry& g) {
 }
 
 // One kept weight of each of kRows rows.
+template <class Kept>
 struct Step {
   Kept kept[kRows];
 };
@@ -64,12 +65,13 @@ inline size_t header_bytes(size_t columns) { return round_up(slabs_of(columns) *
 
 // Block: the number of steps of every slab and group of rows (uint16), then the steps in this order. The shorter rows of a group are
 // filled up with zeros.
+template <class Kept>
 inline size_t pack_block(const RowSource& source, const Linear& l, size_t block, void* out) {
   const size_t columns = l.columns;
   Row rows[kRowBlock];
   for (size_t r = 0; r < kRowBlock; ++r) rows[r] = source.row(source.context, block * kRowBlock + r);
   auto* counts = static_cast<std::uint16_t*>(out);
-  auto* step = reinterpret_cast<Step*>(static_cast<char*>(out) + header_bytes(columns));
+  auto* step = reinterpret_cast<Step<Kept>*>(static_cast<char*>(out) + header_bytes(columns));
   size_t total = 0;
   size_t cursor[kRowBlock] = {};
   for (size_t s = 0; s < slabs_of(columns); ++s)
@@ -92,12 +94,13 @@ inline size_t pack_block(const RowSource& source, const Linear& l, size_t block,
       for (size_t r = 0; r < kRows; ++r) cursor[group + r] += kept[r];
       total += steps;
     }
-  return round_up(header_bytes(columns) + total * sizeof(Step), 64);
+  return round_up(header_bytes(columns) + total * sizeof(Step<Kept>), 64);
 }
 
 // sums[kRowBlock][kVectors] += the weights of a block's slab times their inputs, of which x is the first. Returns the end of the steps.
-template <size_t J>
-inline const Step* accumulate(const Step* step, const std::uint16_t* counts, const typename V::Number* x, V* sums, bool fresh) {
+template <class Kept, size_t J>
+inline const Step<Kept>* accumulate(const Step<Kept>* step, const std::uint16_t* counts, const typename V::Number* x, V* sums,
+                                    bool fresh) {
   const auto* bytes = reinterpret_cast<const char*>(x);
   for (size_t group = 0; group < kGroups; ++group, sums += kRows * kVectors) {
     V sum[kRows][J];
@@ -105,7 +108,7 @@ inline const Step* accumulate(const Step* step, const std::uint16_t* counts, con
       for (size_t j = 0; j < J; ++j) sum[r][j] = fresh ? V::zero() : sums[r * kVectors + j];
     for (size_t count = counts[group]; count; --count, ++step) {
       for (size_t r = 0; r < kRows; ++r) {
-        const Kept kept = step->kept[r].read();
+        const auto& kept = step->kept[r].read();
         const V w = kept.weight();
         const auto* from = reinterpret_cast<const typename V::Number*>(bytes + kept.offset());
         for (size_t j = 0; j < J; ++j) sum[r][j] = V::fma(w, V::load(from + j * V::kLanes), sum[r][j]);
@@ -117,12 +120,11 @@ inline const Step* accumulate(const Step* step, const std::uint16_t* counts, con
   return step;
 }
 
-using Accumulate = const Step* (*)(const Step*, const std::uint16_t*, const typename V::Number*, V*, bool);
-template <class>
+template <class Kept, class>
 struct BySize;
-template <size_t... J>
-struct BySize<std::index_sequence<J...>> {
-  static constexpr Accumulate run[] = {accumulate<J + 1>...};
+template <class Kept, size_t... J>
+struct BySize<Kept, std::index_sequence<J...>> {
+  static constexpr decltype(&accumulate<Kept, 1>) run[] = {accumulate<Kept, J + 1>...};
 };
 static_assert(kRowBlock % kRows == 0);
 
@@ -130,21 +132,21 @@ inline size_t sums_bytes() { return kPassRows * kVectors * sizeof(V); }
 
 // Multiplies blocks [first, last) of a layer with chunks [first chunk, last chunk) of the tokens. sink(row, chunk, vectors, sums) gets the
 // sums of kRowBlock rows from `row` on, [rows][kVectors], for the vectors of a chunk. `sums` has sums_bytes(), aligned.
-template <class Sink>
+template <class Kept, class Sink>
 inline void multiply(const Geometry& g, const Linear& l, const typename V::Number* x, size_t first_chunk, size_t last_chunk,
                      size_t first, size_t last, V* sums, const Sink& sink) {
   const Chunks chunks(g);
   const size_t slabs = slabs_of(l.columns);
-  const Step* next[kPassBlocks];
+  const Step<Kept>* next[kPassBlocks];
   for (; first < last; first += kPassBlocks) {
     const size_t blocks = last - first < kPassBlocks ? last - first : kPassBlocks;
     for (size_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
       const size_t vectors = chunks.size(chunk);
-      const Accumulate run = BySize<std::make_index_sequence<kVectors>>::run[vectors - 1];
+      const auto run = BySize<Kept, std::make_index_sequence<kVectors>>::run[vectors - 1];
       for (size_t s = 0; s < slabs; ++s)
         for (size_t b = 0; b < blocks; ++b) {
           const char* data = static_cast<const char*>(l.data) + l.offsets[first + b];
-          if (s == 0) next[b] = reinterpret_cast<const Step*>(data + header_bytes(l.columns));
+          if (s == 0) next[b] = reinterpret_cast<const Step<Kept>*>(data + header_bytes(l.columns));
           V* to = sums + b * kRowBlock * kVectors;
           next[b] = run(next[b], reinterpret_cast<const std::uint16_t*>(data) + s * kGroups, x + (chunk * l.columns + s * kSlab) * kLine, to, s == 0);
           if (s + 1 == slabs) sink((first + b) * kRowBlock, chunk, vectors, to);

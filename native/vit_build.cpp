@@ -136,6 +136,7 @@ Vit::Layer Vit::build_layer(const Kernels& kernels, const Weights& weights, cons
   const std::size_t blocks = rows.size() / kRowBlock;
   layer.view.columns = weights.columns;
   layer.view.int8 = weights.integers && kernels.quantise;
+  layer.view.exact = weights.fp32;
   layer.view.dense = weights.n == 0;
   std::size_t total = 0, capacity = 0;
   for (std::size_t block = 0; block < blocks; ++block) {  // one at a time, so that its rows are decoded once
