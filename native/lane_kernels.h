@@ -94,17 +94,24 @@ inline void patches(const Geometry& g, const float* image, void* activation, siz
   }
 }
 
-// write(d, first token, y) for the normalised features of tokens [first, last), by units as far as they go.
-template <class Write>
+// Normalises tokens [first, last), by units as far as they go. place(t) is where feature 0 of the vector of token t goes; the others follow at
+// distances of `step`.
+template <class Place>
 inline void normalise_tokens(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps, size_t first,
-                             size_t last, const Write& write) {
+                             size_t last, size_t step, const Place& place) {
+  constexpr size_t count = kTokenUnit / V::kLanes;
   for (size_t t = first; t < last && t < g.tokens;) {
-    const auto put = [&](size_t d, size_t i, V y) { write(d, t + i * V::kLanes, y); };
+    const float* x = residual + residual_at(g, t, 0);
     if (t % kTokenUnit == 0 && last - t >= kTokenUnit) {
-      normalise<V, kTokenUnit / V::kLanes>(residual + residual_at(g, t, 0), kTokenUnit, g.width, weight, bias, eps, put);
+      float* to[count];
+      for (size_t i = 0; i < count; ++i) to[i] = place(t + i * V::kLanes);
+      normalise<V, count>(x, kTokenUnit, g.width, weight, bias, eps, [&](size_t d, size_t i, V y) {
+        if (to[i]) V::store(to[i] + d * step, y);
+      });
       t += kTokenUnit;
     } else {
-      normalise<V, 1>(residual + residual_at(g, t, 0), kTokenUnit, g.width, weight, bias, eps, put);
+      float* to = place(t);
+      normalise<V, 1>(x, kTokenUnit, g.width, weight, bias, eps, [&](size_t d, size_t, V y) { V::store(to + d * step, y); });
       t += V::kLanes;
     }
   }
@@ -113,14 +120,15 @@ inline void normalise_tokens(const Geometry& g, const float* residual, const flo
 inline void norm(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps, void* activation,
                  size_t first, size_t last) {
   const Chunks chunks(g);
-  normalise_tokens(g, residual, weight, bias, eps, first, last, [&](size_t d, size_t t, V y) {
-    if (t / V::kLanes < chunks.all) V::store(static_cast<float*>(activation) + chunks.at(t / V::kLanes, g.width) + d * kLine, y);
+  normalise_tokens(g, residual, weight, bias, eps, first, last, kLine, [&](size_t t) -> float* {
+    const size_t vector = t / V::kLanes;  // the last unit has some that no token is in
+    return vector < chunks.all ? static_cast<float*>(activation) + chunks.at(vector, g.width) : nullptr;
   });
 }
 
 inline void norm_residual(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps, float* out,
                           size_t first, size_t last) {
-  normalise_tokens(g, residual, weight, bias, eps, first, last, [&](size_t d, size_t t, V y) { V::store(out + residual_at(g, t, d), y); });
+  normalise_tokens(g, residual, weight, bias, eps, first, last, kTokenUnit, [&](size_t t) { return out + residual_at(g, t, 0); });
 }
 
 // c[a][2 vectors] = sum over k of A(a, k) * b[k][2 vectors], for R rows; A(a, k) = A[a * row + k * column].
