@@ -131,34 +131,41 @@ inline void norm_residual(const Geometry& g, const float* residual, const float*
   normalise_tokens(g, residual, weight, bias, eps, first, last, kTokenUnit, [&](size_t t) { return out + residual_at(g, t, 0); });
 }
 
-// c[a][2 vectors] = sum over k of A(a, k) * b[k][2 vectors], for R rows; A(a, k) = A[a * row + k * column].
-template <size_t R>
+// c[a][N vectors] = sum over k of A(a, k) * b[k][N vectors], for R rows; A(a, k) = A[a * row + k * column].
+template <size_t N, size_t R>
 inline void product(const float* A, size_t row, size_t column, size_t depth, const float* b, size_t b_stride, float* c,
                     size_t c_stride) {
-  V sum[R][2];
-  for (size_t a = 0; a < R; ++a) sum[a][0] = sum[a][1] = V::set(0.0f);
+  V sum[R][N];
+  for (size_t a = 0; a < R; ++a)
+    for (size_t n = 0; n < N; ++n) sum[a][n] = V::set(0.0f);
   for (size_t k = 0; k < depth; ++k) {
-    const V b0 = V::load(b + k * b_stride), b1 = V::load(b + k * b_stride + V::kLanes);
+    V from[N];
+    for (size_t n = 0; n < N; ++n) from[n] = V::load(b + k * b_stride + n * V::kLanes);
     for (size_t a = 0; a < R; ++a) {
       const V w = V::set(A[a * row + k * column]);
-      sum[a][0] = V::fma(w, b0, sum[a][0]);
-      sum[a][1] = V::fma(w, b1, sum[a][1]);
+      for (size_t n = 0; n < N; ++n) sum[a][n] = V::fma(w, from[n], sum[a][n]);
     }
   }
-  for (size_t a = 0; a < R; ++a) {
-    V::store(c + a * c_stride, sum[a][0]);
-    V::store(c + a * c_stride + V::kLanes, sum[a][1]);
-  }
+  for (size_t a = 0; a < R; ++a)
+    for (size_t n = 0; n < N; ++n) V::store(c + a * c_stride + n * V::kLanes, sum[a][n]);
 }
 
-using Product = void (*)(const float*, size_t, size_t, size_t, const float*, size_t, float*, size_t);
-constexpr Product kProducts[] = {product<1>, product<2>, product<3>, product<4>, product<5>, product<6>};
+constexpr size_t kProductSums = 12;  // of a product, in registers
 
+template <size_t N, class>
+struct Products;
+template <size_t N, size_t... R>
+struct Products<N, std::index_sequence<R...>> {
+  static constexpr decltype(&product<N, 1>) run[] = {product<N, R + 1>...};
+};
+
+template <size_t N>
 inline void product_rows(size_t rows, const float* A, size_t row, size_t column, size_t depth, const float* b, size_t b_stride,
                          float* c, size_t c_stride) {
-  constexpr size_t most = sizeof kProducts / sizeof *kProducts;
+  constexpr size_t most = kProductSums / N;
   for (size_t a = 0; a < rows; a += most)
-    kProducts[(rows - a < most ? rows - a : most) - 1](A + a * row, row, column, depth, b, b_stride, c + a * c_stride, c_stride);
+    Products<N, std::make_index_sequence<most>>::run[(rows - a < most ? rows - a : most) - 1](A + a * row, row, column, depth, b, b_stride,
+                                                                                           c + a * c_stride, c_stride);
 }
 
 // A dense layer has its rows as they are: blocks of [kRowBlock][columns] floats.
@@ -181,12 +188,12 @@ inline void multiply_dense(const Geometry& g, const Linear& l, const float* x, s
     for (size_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
       const size_t vectors = chunks.size(chunk);
       const auto* rows = reinterpret_cast<const float*>(static_cast<const char*>(l.data) + l.offsets[first]);
-      for (size_t j = 0; j < vectors; j += 2) {
-        // the last two may overlap those before; where there is one alone, its neighbour is a place for another
-        const size_t at = (j + 2 <= vectors || vectors < 2 ? j : vectors - 2) * V::kLanes;
-        product_rows(kRowBlock, rows, l.columns, 1, l.columns, x + chunk * l.columns * kLine + at, kLine,
-                     reinterpret_cast<float*>(sums) + at, kLine);
-      }
+      const float* from = x + chunk * l.columns * kLine;
+      auto* to = reinterpret_cast<float*>(sums);
+      size_t j = 0;
+      for (; j + 2 <= vectors; j += 2, from += 2 * V::kLanes, to += 2 * V::kLanes)
+        product_rows<2>(kRowBlock, rows, l.columns, 1, l.columns, from, kLine, to, kLine);
+      if (j < vectors) product_rows<1>(kRowBlock, rows, l.columns, 1, l.columns, from, kLine, to, kLine);
       sink(first * kRowBlock, chunk, vectors, sums);
     }
 }
@@ -197,8 +204,10 @@ inline void multiply_rows(const Geometry& g, const Linear& l, const void* input,
                           size_t last, V* sums, const Sink& sink) {
   const auto* x = static_cast<const float*>(input);
   const auto finish = [&](size_t block, size_t chunk, size_t vectors, const V* sum) {
-    for (size_t row = block; row < block + kRowBlock; ++row, sum += kVectors)
-      for (size_t j = 0; j < vectors; ++j) sink(row, chunk, j, V::fma(sum[j], V::set(l.scale[row]), V::set(l.bias[row])));
+    for (size_t row = block; row < block + kRowBlock; ++row, sum += kVectors) {
+      const V scale = V::set(l.scale[row]), bias = V::set(l.bias[row]);
+      for (size_t j = 0; j < vectors; ++j) sink(row, chunk, j, V::fma(sum[j], scale, bias));
+    }
   };
   if (l.dense)
     multiply_dense(g, l, x, first_chunk, last_chunk, first, last, sums, finish);
@@ -225,43 +234,57 @@ inline void linear(const Geometry& g, const Linear& l, const void* input, Output
   });
 }
 
+// q, k and v of a head, and what its attention needs beside them.
+struct HeadSpace {
+  float *q, *k, *v, *scores, *mixed;  // scores and mixed for two vectors of queries
+};
+
+// Attention of N vectors of queries, from token `at` on.
+template <size_t N>
+inline void attend(const Geometry& g, const HeadSpace& s, size_t at, size_t head, float* output) {
+  constexpr size_t width = N * V::kLanes;
+  product_rows<N>(g.tokens, s.k, 1, g.padded_tokens, g.head_dim, s.q + at, g.padded_tokens, s.scores, width);
+  V top[2][N], sum[N];  // two maxima at a time, because one alone waits for itself
+  for (size_t n = 0; n < N; ++n) {
+    top[0][n] = top[1][n] = V::load(s.scores + n * V::kLanes);
+    sum[n] = V::set(0.0f);
+  }
+  for (size_t j = 1; j < g.tokens; ++j)
+    for (size_t n = 0; n < N; ++n) top[j % 2][n] = V::max(top[j % 2][n], V::load(s.scores + j * width + n * V::kLanes));
+  for (size_t n = 0; n < N; ++n) top[0][n] = V::max(top[0][n], top[1][n]);
+  for (size_t j = 0; j < g.tokens; ++j)
+    for (size_t n = 0; n < N; ++n) {
+      float* score = s.scores + j * width + n * V::kLanes;
+      const V e = exponential(V::load(score) - top[0][n]);
+      sum[n] = sum[n] + e;
+      V::store(score, e);
+    }
+  product_rows<N>(g.head_dim, s.v, g.padded_tokens, 1, g.tokens, s.scores, width, s.mixed, width);
+  const Chunks chunks(g);
+  for (size_t n = 0; n < N; ++n) {
+    const V inverse = V::div(V::set(1.0f), sum[n]);
+    float* out = output + chunks.at(at / V::kLanes + n, g.width) + head * g.head_dim * kLine;
+    for (size_t d = 0; d < g.head_dim; ++d) V::store(out + d * kLine, V::load(s.mixed + d * width + n * V::kLanes) * inverse);
+  }
+}
+
 inline void attention(const Geometry& g, const Linear& qkv, const void* input, void* output, size_t head, void* scratch) {
   const size_t stride = g.padded_tokens, plane = g.padded_head_dim * stride;
-  auto* q = reinterpret_cast<float*>(static_cast<char*>(scratch) + sums_bytes());
-  float *k = q + plane, *v = k + plane, *scores = v + plane, *mixed = scores + stride * 2 * V::kLanes;
+  HeadSpace s;
+  s.q = reinterpret_cast<float*>(static_cast<char*>(scratch) + sums_bytes());
+  s.k = s.q + plane;
+  s.v = s.k + plane;
+  s.scores = s.v + plane;
+  s.mixed = s.scores + stride * 2 * V::kLanes;
   const size_t blocks = 3 * g.padded_head_dim / kRowBlock, origin = head * 3 * g.padded_head_dim;
   const Chunks chunks(g);
   multiply_rows(g, qkv, input, 0, chunks.count, head * blocks, (head + 1) * blocks, static_cast<V*>(scratch),
                 [&](size_t row, size_t chunk, size_t j, V y) {
-                  V::store(q + (row - origin) * stride + chunks.first_token(chunk) + j * V::kLanes, y);
+                  V::store(s.q + (row - origin) * stride + chunks.first_token(chunk) + j * V::kLanes, y);
                 });
-  constexpr size_t width = 2 * V::kLanes;
-  const size_t end = chunks.all * V::kLanes;
-  for (size_t i = 0; i < end; i += width) {
-    // the last step may reach back over queries that are already done
-    const size_t at = i + width <= end || end < width ? i : end - width;
-    product_rows(g.tokens, k, 1, stride, g.head_dim, q + at, stride, scores, width);
-    V top[4], sum[2] = {V::set(0.0f), V::set(0.0f)}, inverse[2];
-    for (size_t n = 0; n < 4; ++n) top[n] = V::load(scores + n % 2 * V::kLanes);
-    for (size_t j = 1; j < g.tokens; ++j)
-      for (size_t half = 0; half < 2; ++half)
-        top[j % 2 * 2 + half] = V::max(top[j % 2 * 2 + half], V::load(scores + j * width + half * V::kLanes));
-    for (size_t half = 0; half < 2; ++half) top[half] = V::max(top[half], top[half + 2]);
-    for (size_t j = 0; j < g.tokens; ++j)
-      for (size_t half = 0; half < 2; ++half) {
-        float* s = scores + j * width + half * V::kLanes;
-        const V e = exponential(V::load(s) - top[half]);
-        sum[half] = sum[half] + e;
-        V::store(s, e);
-      }
-    for (size_t half = 0; half < 2; ++half) inverse[half] = V::div(V::set(1.0f), sum[half]);
-    product_rows(g.head_dim, v, stride, 1, g.tokens, scores, width, mixed, width);
-    for (size_t half = 0; half < 2 && at + half * V::kLanes < end; ++half) {
-      float* out = static_cast<float*>(output) + chunks.at(at / V::kLanes + half, g.width) + head * g.head_dim * kLine;
-      for (size_t d = 0; d < g.head_dim; ++d)
-        V::store(out + d * kLine, V::load(mixed + d * width + half * V::kLanes) * inverse[half]);
-    }
-  }
+  size_t vector = 0;
+  for (; vector + 2 <= chunks.all; vector += 2) attend<2>(g, s, vector * V::kLanes, head, static_cast<float*>(output));
+  if (vector < chunks.all) attend<1>(g, s, vector * V::kLanes, head, static_cast<float*>(output));
 }
 
 inline void dense_rows(const float* weight, const float* bias, const float* x, size_t columns, float* out, size_t first,
