@@ -22,7 +22,7 @@ constexpr size_t kVectors = V::kVectors;
 constexpr size_t kRows = V::kRows;
 constexpr size_t kGroups = kRowBlock / kRows;
 constexpr size_t kLine = kVectors * V::kLanes;  // numbers of one feature of a chunk
-constexpr size_t kSlab = 32768 / (kLine * sizeof(typename V::Number)) / 64 * 64;  // whole groups of the usual sizes
+constexpr size_t kSlab = 36864 / (kLine * sizeof(typename V::Number)) / 32 * 32;  // whole groups of the usual sizes
 constexpr size_t kPassBlocks = 12;
 constexpr size_t kPassRows = kPassBlocks * kRowBlock;
 
