@@ -74,21 +74,30 @@ class Model:
             ValueError: the model is no classifier, or a file is no image.
             OSError: a file cannot be opened.
         """
+        self._wants_classes()
         vit = self.config.vit
-        if not vit.num_classes:
-            raise ValueError("this packed model is an encoder: it has no classes to predict")
         results = []
         for start in range(0, len(paths), batch_size):
             batch = [load_image(path, vit, self.config.preprocess) for path in paths[start : start + batch_size]]
-            results += [self._best(logits, top_k) for logits in self(np.stack(batch))]
+            results += [self.rank(logits, top_k) for logits in self(np.stack(batch))]
         return results
 
-    def _best(self, logits: NDArray[np.float32], top_k: int) -> list[Prediction]:
+    def rank(self, logits: NDArray[np.float32], top_k: int = 5) -> list[Prediction]:
+        """The `top_k` most probable classes by an image's logits [num_classes], best first.
+
+        Raises:
+            ValueError: the model is no classifier.
+        """
+        self._wants_classes()
         exponentials = np.exp(logits - logits.max(), dtype=np.float64)
         probabilities = exponentials / exponentials.sum()
         order = np.argsort(-logits, kind="stable")[:top_k]
         names = self.config.class_names
         return [Prediction(names[i] if names else str(i), int(i), float(probabilities[i])) for i in order]
+
+    def _wants_classes(self) -> None:
+        if not self.config.vit.num_classes:
+            raise ValueError("this packed model is an encoder: it has no classes to predict")
 
     def _checked(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         vit = self.config.vit

@@ -5,7 +5,7 @@ A mask's values are those of the data set that the model was trained on: it may 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from sparsemae.data.classification import decode_rgb
 from sparsemae.data.masks import Labels
 from sparsemae.sparsity import hold_masks
 from sparsemae.tasks.build import load_segmenter
+from sparsemae.tasks.predict import Images
 from sparsemae.tasks.segment_evaluate import InferenceConfig, predict_scores
 from sparsemae.training.logs import RunLog
 
@@ -30,11 +31,12 @@ FONT_SIZE, ROW, SWATCH, MARGIN, LINE = 15, 22, 14, 10, 1
 LEGIBLE_SIDE = 700
 
 
-def predict_masks(model: str, files: Sequence[Path], out: Path) -> list[Shares]:
-    """Write ``STEM.png`` and ``STEM-overlay.png`` for each file; returns the classes found.
+def predict_masks(model: str, images: Images, out: Path) -> Iterator[tuple[Path, Shares]]:
+    """Write ``STEM.png`` and ``STEM-overlay.png`` for each file that can be read; yields it with the classes found.
 
     Raises ValueError if two files have one stem, or a picture would be written over one of the files.
     """
+    files = images.files
     targets = {file: (out / f"{file.stem}.png", out / f"{file.stem}-overlay.png") for file in files}
     written: dict[Path, Path] = {}
     for file, pictures in targets.items():
@@ -47,11 +49,10 @@ def predict_masks(model: str, files: Sequence[Path], out: Path) -> list[Shares]:
     names, palette = description["class_names"], [tuple(colour) for colour in description["palette"]]
     labels = Labels(names, description["reduce_zero_label"])
     out.mkdir(parents=True, exist_ok=True)
-    found: list[Shares] = []
     progress = RunLog(None).progress("predicting", 0, len(files), 1, unit="image")
     with torch.inference_mode(), hold_masks(segmenter), progress as shown:
-        for file, (mask, overlay) in targets.items():
-            image = decode_rgb(file, str(file), exif=prepared["exif"])
+        for done, (file, image) in enumerate(images.read(lambda f: decode_rgb(f, str(f), exif=prepared["exif"])), 1):
+            mask, overlay = targets[file]
             pixels = transforms.pil_to_tensor(image)[None]
             scores = predict_scores(lambda x: segmenter(x).logits, pixels, prepared, inference)
             classes = scores[0].argmax(dim=0).numpy().astype(np.uint8)
@@ -60,9 +61,8 @@ def predict_masks(model: str, files: Sequence[Path], out: Path) -> list[Shares]:
             order = [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
             shares = [(names[index], float(counts[index] / classes.size)) for index in order]
             overlay_image(image, classes, palette, shares, [palette[index] for index in order]).save(overlay)
-            found.append(shares)
-            shown.advance(len(found), file.name)
-    return found
+            shown.advance(done, file.name)
+            yield file, shares
 
 
 def palette_image(classes: np.ndarray, labels: Labels, palette: Sequence[tuple[int, ...]]) -> Image.Image:

@@ -160,6 +160,33 @@ def test_predictions_of_files_and_folders(runs: Path, image_folder: Path, capsys
         assert sum(shares) <= 1 + 1e-6
 
 
+@pytest.mark.parametrize("kind", ["run", "packed"])
+def test_unreadable_images_are_named_and_left_out(
+    runs: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    model = runs / "finetune"
+    if kind == "packed":
+        main(["pack", str(model), str(tmp_path / "m.safetensors")])
+        model = tmp_path / "m.safetensors"
+    folder = image_folder / "val"
+    good = sorted(folder.glob("*/*.png"))
+    broken = good[0].with_name("00.png")
+    broken.write_bytes(good[0].read_bytes()[:40])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        main(["predict", str(model), str(folder)])
+    assert exit_.value.code == 2
+    printed = capsys.readouterr()
+    assert [line.split(": ")[0] for line in printed.out.splitlines()] == [str(file) for file in good]
+    named, last = printed.err.splitlines()[-2:]
+    assert named.startswith(f"sparsemae predict: {broken}: ")
+    assert last == "sparsemae predict: error: 1 of 7 images could not be read; the others are done"
+    with pytest.raises(SystemExit):
+        main(["predict", str(model), str(broken)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"sparsemae predict: error: {broken}: ")
+
+
 def test_exif_orientation_goes_with_the_model(
     tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
