@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import logging
 from collections.abc import Iterator
@@ -117,6 +118,7 @@ def start(config: Any, trainer: TrainerConfig, out: str, seed: int) -> Run:
 def _leave_process_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()  # cycles with DDP's modules in them hold the group, and so its threads
 
 
 def _kept_config(folder: Path) -> dict[str, Any]:
