@@ -1,54 +1,18 @@
-"""The command line: a thin shell around one typed function per job.
+"""The command line: a thin shell around one typed function per job (`jobs`).
 
-Only the chosen job's module is imported. A user's mistake is one line on stderr and exit status 2; ``--debug`` shows
-the traceback.
+A user's mistake is one line on stderr and exit status 2; ``--debug`` shows the traceback. Options are read before the
+job's own module is loaded, which may load torch.
 """
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from sparsemae import __version__
-from sparsemae.config import read_config, recipe_names
-
-
-class Job(NamedTuple):
-    """One command: its function and dataclass, and the recipe taken when none is named."""
-
-    module: str
-    function: str
-    config: str
-    help: str
-    recipe: str | None = None
-
-
-JOBS = {
-    "demo": Job("sparsemae.demo", "demo", "DemoConfig", "the whole chain on embedded real images, in minutes"),
-    "pretrain": Job(
-        "sparsemae.tasks.pretrain", "pretrain", "PretrainConfig", "sparse pretraining of a masked autoencoder",
-        "demo_pretrain",
-    ),
-    "finetune": Job(
-        "sparsemae.tasks.finetune", "finetune", "FinetuneConfig", "sparse finetuning for classification",
-        "demo_finetune",
-    ),
-    "segment": Job(
-        "sparsemae.tasks.segment", "segment", "SegmentConfig", "sparse finetuning for semantic segmentation",
-        "demo_segment",
-    ),
-    "evaluate": Job("sparsemae.tasks.evaluate", "evaluate", "EvaluateConfig", "accuracy or mIoU of a finetuned model"),
-    "pack": Job("sparsemae.tasks.pack", "pack", "PackConfig", "a finetuned model to one small file for any CPU"),
-    "check": Job("sparsemae.tasks.check", "check", "CheckConfig", "what in a data set would break or spoil a run"),
-    "plan": Job("sparsemae.plan", "plan", "PlanConfig", "what a recipe costs, before it runs"),
-    "predict": Job("sparsemae.tasks.predict", "predict", "PredictConfig", "classes of image files, or of their pixels"),
-    "report": Job("sparsemae.report.page", "report", "ReportConfig", "one page of curves and masks of runs"),
-    "benchmark": Job(
-        "sparsemae.benchmark.command", "benchmark", "BenchmarkConfig", "packed models or training, beside their rivals"
-    ),
-}  # fmt: skip
+from sparsemae.config import check_paths, read_config, recipe_names
+from sparsemae.jobs import JOBS, Job, resolve
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -65,9 +29,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = [word for word in words if word != "--debug"]
     program, job = f"sparsemae {name}", JOBS[name]
     try:
-        module = importlib.import_module(job.module)
-        config = read_config(getattr(module, job.config), _with_default_recipe(words, job, program), program)
-        getattr(module, job.function)(config)
+        config: Any = read_config(resolve(job.options), _with_default_recipe(words, job, program), program)
+        check_paths(config)
+        resolve(job.function)(config)
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         sys.exit(130)

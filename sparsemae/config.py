@@ -1,4 +1,4 @@
-"""From command-line words and recipes to a job's dataclass. The dataclass fields are the only source of defaults."""
+"""From the command line and recipes to a job's dataclass. The dataclass fields are the only source of defaults."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
+
+from sparsemae.renamed import OPTIONS, new_option, renamed
 
 RECIPES = Path(__file__).parent / "recipes"
 Config = TypeVar("Config")
-OPTIONAL_WORDS = "files"
-"""A list field of this name takes any number of positional words, none included."""
+OPTIONAL_POSITIONAL = "files"
+"""A list field of this name takes any number of positional arguments, none included."""
 
 
 class _Parser(ArgumentParser):
@@ -27,11 +30,11 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def read_config(kind: type[Config], words: Sequence[str], program: str = "sparsemae") -> Config:
+def read_config(kind: type[Config], argv: Sequence[str], program: str = "sparsemae") -> Config:
     """Parse ``--config RECIPE --field.sub VALUE ...`` into a dataclass.
 
     ``--help`` and ``--print_config`` print and exit.
-    Fields without a default are positional; a list among them takes one or more words.
+    Fields without a default are positional; a list among them takes one or more arguments.
     Raises ValueError, in one line, on an unknown option, a value of the wrong type, or an unknown recipe.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -40,33 +43,50 @@ def read_config(kind: type[Config], words: Sequence[str], program: str = "sparse
     members = fields(kind)  # type: ignore[arg-type]
     required = {member.name for member in members if member.default is member.default_factory is MISSING}
     lists = {member.name for member in members if str(member.type).startswith("list")}
-    many = dict.fromkeys(lists & required, "+") | dict.fromkeys(lists & {OPTIONAL_WORDS}, "*")
+    many = dict.fromkeys(lists & required, "+") | dict.fromkeys(lists & {OPTIONAL_POSITIONAL}, "*")
     parser.add_class_arguments(kind, as_positional=True, skip=set(many))
     for name, nargs in many.items():
         default: Any = {"default": []} if nargs == "*" else {}
         parser.add_argument(name, nargs=nargs, type=str, help="Files or folders.", **default)
-    parsed: Any = parser.instantiate(parser.parse_args(_recipe_files(words)))
+    parsed: Any = parser.instantiate(parser.parse_args(_resolved(argv)))
     return kind(**{member.name: getattr(parsed, member.name) for member in members})
 
 
-def _recipe_files(words: Sequence[str]) -> list[str]:
-    """Replace a bare recipe name after ``--config`` by its file; take ``--write-exclude`` for ``--write_exclude``."""
+def check_paths(config: Any) -> None:
+    """Raises ValueError, naming the option, if a file or folder that a job is to read is not there."""
+    for option, path in getattr(config, "paths", dict)().items():
+        if path is not None and not Path(path).exists():
+            raise ValueError(f"{option}: {path}: no such file or folder")
+
+
+def _resolved(argv: Sequence[str]) -> list[str]:
+    """Recipes by their file, options with underscores (``--write-exclude`` is ``--write_exclude``)."""
     result: list[str] = []
-    rest = iter(words)
+    rest = iter(argv)
     for word in rest:
-        if word == "--config" or word.startswith("--config="):
-            result += ["--config", str(_recipe(word.partition("=")[2] or next(rest, "")))]
+        name, equals, value = word.partition("=")
+        if name == "--config":
+            result += ["--config", _recipe(value if equals else next(rest, ""))]
         elif word.startswith("--"):
-            name, equals, value = word.partition("=")
-            result.append("--" + name[2:].replace("-", "_") + equals + value)
+            name = name[2:].replace("-", "_")
+            if new := new_option(name):
+                raise ValueError(f"--{name}: wanted --{new}, as it is called now")
+            result.append(f"--{name}{equals}{value}")
         else:
             result.append(word)
     return result
 
 
-def _recipe(name: str) -> Path:
-    if Path(name).is_file():
-        return Path(name)
-    if name in recipe_names():
-        return RECIPES / f"{name}.yaml"
-    raise ValueError(f"--config: wanted a YAML file or a recipe ({', '.join(recipe_names())}), got {name!r}")
+def _recipe(name: str) -> str:
+    """What jsonargparse takes for a recipe: its file, or its content where names in it are of an earlier version."""
+    path = Path(name) if Path(name).is_file() else RECIPES / f"{name}.yaml"
+    if not path.is_file() or not name:
+        raise ValueError(f"--config: wanted a YAML file or a recipe ({', '.join(recipe_names())}), got {name!r}")
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--config: {path}: wanted a YAML file: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"--config: {path}: wanted options by name, got {settings!r:.60}")
+    current = renamed(settings, OPTIONS)
+    return str(path) if current == settings else yaml.safe_dump(current, sort_keys=False)

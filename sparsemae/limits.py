@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import field, fields, is_dataclass
+from typing import Any, TypeVar
 
-SHARE = (0.0, 1.0)
+UNIT_INTERVAL = (0.0, 1.0)
 AT_LEAST_0 = (0.0, math.inf)
 AT_LEAST_1 = (1.0, math.inf)
 ABOVE_0 = (math.ulp(0.0), math.inf)
 UP_TO_1 = (math.ulp(0.0), 1.0)
 BELOW_1 = (0.0, math.nextafter(1.0, 0.0))
+
+T = TypeVar("T")
 
 
 def check_limits(settings: Any, prefix: str, **limits: tuple[float, float]) -> None:
@@ -30,3 +34,18 @@ def _range(least: float, most: float) -> str:
     low = "more than 0" if least == ABOVE_0[0] else f"at least {least:g}"
     high = "below 1" if most == BELOW_1[1] else f"at most {most:g}"
     return low if most == math.inf else f"{low} and {high}"
+
+
+def may_change(default: T) -> T:
+    """A field whose value may differ when a run is continued: it does not change what is computed."""
+    return field(default=default, metadata={"may_change": True})  # type: ignore[no-any-return, call-overload]
+
+
+def fields_that_may_change(settings: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of the fields made by `may_change`, those of nested settings included."""
+    for member in fields(settings):
+        value = getattr(settings, member.name)
+        if is_dataclass(value):
+            yield from fields_that_may_change(value, f"{prefix}{member.name}.")
+        elif member.metadata.get("may_change"):
+            yield prefix + member.name

@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT
 from rich.console import Console
 
-from sparsemae.demo_segment import PAIRED, SEEDS, Paired
-from sparsemae.stages import PRETRAINING, run_stages
+from sparsemae.demo.segmentation import PAIRED, SEEDS, Paired
+from sparsemae.demo.stages import PRETRAINING, run_stages
 from sparsemae.tasks.build import load_segmenter
 
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import metrics, tiny
 
 from sparsemae.cli import main
-from sparsemae.plan import Plan, PlanConfig, plan
+from sparsemae.costs.plan import Plan, PlanConfig, plan
 from sparsemae.training.checkpoint import TRAINING, load_checkpoint
 
 PEAK = Path(__file__).parent / "training" / "peak.py"

@@ -22,7 +22,7 @@ from sparsemae.models.start import start_from
 from sparsemae.models.weights import save_model
 from sparsemae.sparsity import freeze, summarize
 from sparsemae.tasks.build import SparseConfig, build_classifier, describe, make_sparse, mask_schedule
-from sparsemae.tasks.evaluate import accuracy
+from sparsemae.commands.evaluate import accuracy
 from sparsemae.training.config import TrainerConfig
 from sparsemae.training.fit import fit
 from sparsemae.training.optim import OptimConfig

@@ -26,8 +26,8 @@ from sparsemae.models.start import start_from
 from sparsemae.models.weights import save_model
 from sparsemae.sparsity import freeze, summarize
 from sparsemae.tasks.build import SparseConfig, build_segmenter, describe, make_sparse, mask_schedule
-from sparsemae.tasks.segment_evaluate import InferenceConfig, score, summary_of
-from sparsemae.training.arithmetic import Forward, count_forward
+from sparsemae.tasks.sliding_window import InferenceConfig, score, summary_of
+from sparsemae.costs.multiply_adds import Forward, count_forward
 from sparsemae.training.config import TrainerConfig
 from sparsemae.training.fit import fit, use_plain_attention
 from sparsemae.training.optim import OptimConfig

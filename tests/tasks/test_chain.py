@@ -16,7 +16,7 @@ from conftest import metrics, tiny
 from PIL import Image
 from safetensors.torch import load_file
 
-import sparsemae.tasks.evaluate
+import sparsemae.commands.evaluate
 from sparsemae.cli import main
 from sparsemae.data.sources import SourceConfig
 from sparsemae.models import MaskedAutoencoder
@@ -24,9 +24,9 @@ from sparsemae.models.weights import load_weights, read_weights, save_model
 from sparsemae.runtime import load
 from sparsemae.sparsity import NMPattern, iter_sparse, nm_mask, sparsify
 from sparsemae.tasks.build import load_autoencoder, load_classifier
-from sparsemae.tasks.evaluate import EvaluateConfig, evaluate
-from sparsemae.tasks.pack import checked_images
-from sparsemae.tasks.predict import PredictConfig, predict
+from sparsemae.commands.evaluate import EvaluateConfig, evaluate
+from sparsemae.commands.pack import checked_images
+from sparsemae.commands.predict import PredictConfig, predict
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def test_exif_orientation_goes_with_the_model(
         )
         assert [*turned.values()] == [*upright.values()]
     asked = []
-    monkeypatch.setattr(sparsemae.tasks.evaluate, "ImageDataset", lambda *_, exif, **__: asked.append(exif))
+    monkeypatch.setattr(sparsemae.commands.evaluate, "ImageDataset", lambda *_, exif, **__: asked.append(exif))
     with pytest.raises(AttributeError):  # no data set
         evaluate(EvaluateConfig(str(tmp_path / "run")))
     assert asked == [True]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from sparsemae.cli import main
 from sparsemae.data.sources import SourceConfig
-from sparsemae.tasks.check import Report, examine
+from sparsemae.commands.check import Report, examine
 from sparsemae.training import logs
 
 

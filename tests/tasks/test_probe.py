@@ -8,8 +8,8 @@ import torch
 from conftest import tiny
 
 from sparsemae.cli import main
-from sparsemae.tasks.evaluate import EvaluateConfig, evaluate
-from sparsemae.tasks.probe import knn, linear
+from sparsemae.commands.evaluate import EvaluateConfig, evaluate
+from sparsemae.commands.probe import knn, linear
 
 
 def clusters(count: int, spread: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,11 +16,11 @@ from sparsemae.data.masks import IGNORED
 from sparsemae.data.segmentation import MaskDataConfig, MaskDataset, open_masks
 from sparsemae.sparsity import hold_masks, iter_sparse
 from sparsemae.tasks.build import load_segmenter
-from sparsemae.tasks.evaluate import EvaluateConfig, evaluate
-from sparsemae.tasks.predict import PredictConfig, predict
-from sparsemae.tasks.predict_masks import overlay_image
+from sparsemae.commands.evaluate import EvaluateConfig, evaluate
+from sparsemae.commands.predict import PredictConfig, predict
+from sparsemae.commands.overlays import overlay_image
 from sparsemae.tasks.segment import share_batch_norm
-from sparsemae.tasks.segment_evaluate import (
+from sparsemae.tasks.sliding_window import (
     InferenceChange,
     InferenceConfig,
     Scores,

@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from sparsemae.cli import main
 from sparsemae.models.weights import read_weights
 from sparsemae.sparsity import NMPattern, nm_mask
-from sparsemae.tasks.evaluate import EVALUATION_BATCH
+from sparsemae.commands.evaluate import EVALUATION_BATCH
 from sparsemae.training import fit
 from sparsemae.training.optim import OptimConfig, learning_rate
 

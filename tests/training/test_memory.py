@@ -9,7 +9,7 @@ from torch import Tensor
 from sparsemae.models import ModelConfig
 from sparsemae.sparsity import Topology, add_srste_gradient, hold_masks, sparsify
 from sparsemae.tasks.build import DecoderConfig, build_autoencoder
-from sparsemae.training.memory import StepMemory, _Live, step_memory
+from sparsemae.costs.step_memory import StepMemory, _Live, step_memory
 from sparsemae.training.optim import OptimConfig, make_optimizer
 
 SPARSE = 2 * 12 * 64**2

@@ -29,7 +29,7 @@ from sparsemae.data.classification import UNREADABLE, decode_rgb
 from sparsemae.data.exclude import read_exclude, write_exclude
 from sparsemae.data.segmentation import MaskSourceConfig
 from sparsemae.data.sources import Source, SourceConfig, open_source, split_folders
-from sparsemae.tasks.check_masks import MaskReport, check_masks
+from sparsemae.commands.check_masks import MaskReport, check_masks
 from sparsemae.training.logs import RunLog
 
 FILES_PER_TURN = 64

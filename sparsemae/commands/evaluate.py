@@ -24,8 +24,8 @@ from sparsemae.packing.format import is_packed
 from sparsemae.runtime import load
 from sparsemae.sparsity import densify, freeze, iter_sparse
 from sparsemae.tasks.build import load_classifier, task_of
-from sparsemae.tasks.probe import probe
-from sparsemae.tasks.segment_evaluate import InferenceChange, evaluate_segmenter
+from sparsemae.commands.probe import probe
+from sparsemae.tasks.sliding_window import InferenceChange, evaluate_segmenter
 from sparsemae.training.logs import watched
 
 EVALUATION_BATCH = 256

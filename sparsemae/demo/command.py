@@ -19,15 +19,15 @@ from torch import nn
 
 from sparsemae.data.embedded import CLASS_NAMES, EmbeddedReader
 from sparsemae.data.sources import SourceConfig
-from sparsemae.demo_segment import demo_segment
+from sparsemae.demo.segmentation import demo_segment
 from sparsemae.report.plots import reconstruction_picture
 from sparsemae.runtime import load
 from sparsemae.sparsity import densify, iter_sparse, summarize
-from sparsemae.stages import DENSE, PRETRAINING, SMALL, Stage, cores, empty, left_out, run_stages
+from sparsemae.demo.stages import DENSE, PRETRAINING, SMALL, Stage, cores, empty, left_out, run_stages
 from sparsemae.tasks.build import load_autoencoder, load_classifier
-from sparsemae.tasks.evaluate import EvaluateConfig, evaluate
-from sparsemae.tasks.pack import PackConfig, pack
-from sparsemae.tasks.predict import PredictConfig, predict
+from sparsemae.commands.evaluate import EvaluateConfig, evaluate
+from sparsemae.commands.pack import PackConfig, pack
+from sparsemae.commands.predict import PredictConfig, predict
 
 PREDICTED_IMAGES = 5
 ENDING_SECONDS = 35.0

@@ -25,10 +25,10 @@ from sparsemae.tasks.build import build_autoencoder, build_classifier, build_seg
 from sparsemae.tasks.finetune import FinetuneConfig
 from sparsemae.tasks.pretrain import ConcurrentLoss, PretrainConfig
 from sparsemae.tasks.segment import SegmentConfig, count_segmenter, refuse_single_images
-from sparsemae.training.arithmetic import Forward, count_forward
+from sparsemae.costs.multiply_adds import Forward, count_forward
 from sparsemae.training.config import resolved_precision
 from sparsemae.training.fit import use_plain_attention
-from sparsemae.training.memory import StepMemory, step_memory
+from sparsemae.costs.step_memory import StepMemory, step_memory
 
 Recipe = PretrainConfig | FinetuneConfig | SegmentConfig
 KINDS: dict[str, type[Recipe]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "segment": SegmentConfig}

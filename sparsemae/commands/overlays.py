@@ -17,8 +17,8 @@ from sparsemae.data.classification import decode_rgb
 from sparsemae.data.masks import Labels
 from sparsemae.sparsity import hold_masks
 from sparsemae.tasks.build import load_segmenter
-from sparsemae.tasks.predict import Images
-from sparsemae.tasks.segment_evaluate import InferenceConfig, predict_scores
+from sparsemae.commands.predict import Images
+from sparsemae.tasks.sliding_window import InferenceConfig, predict_scores
 from sparsemae.training.logs import RunLog
 
 Shares = list[tuple[str, float]]

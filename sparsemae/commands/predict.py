@@ -46,7 +46,7 @@ def predict(config: PredictConfig) -> dict[str, Ranking]:
     else:
         # imported here: a packed file must not load torch
         from sparsemae.tasks.build import task_of
-        from sparsemae.tasks.predict_masks import predict_masks
+        from sparsemae.commands.overlays import predict_masks
 
         if task_of(config.model) == "segment":
             rankings = predict_masks(config.model, images, Path(config.out))

@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from sparsemae.sparsity import summarize
-from sparsemae.stages import DENSE, PRETRAINING, SMALL, Stage, cores, left_out, run_stages
+from sparsemae.demo.stages import DENSE, PRETRAINING, SMALL, Stage, cores, left_out, run_stages
 from sparsemae.tasks.build import load_segmenter
-from sparsemae.tasks.predict import PredictConfig, predict
+from sparsemae.commands.predict import PredictConfig, predict
 
 ENDING_SECONDS = 20.0
 """Set aside for predictions and the tables."""

@@ -1,0 +1,5 @@
+"""``python -m sparsemae`` is ``sparsemae``."""
+
+from sparsemae.cli import main
+
+main()

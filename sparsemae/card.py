@@ -1,0 +1,110 @@
+"""What a model is, beside its weights: the card that every file of ours carries, whatever its format.
+
+Weights files hold it as JSON in safetensors' metadata, packed files in their own. A model can be built, and an image
+prepared for it, from the card alone; nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from sparsemae.renamed import CARD, renamed
+
+VERSION = 2
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """How an image becomes a model's input; timm's names.
+
+    A classifier's: the shorter side is resized to ``img_size / crop_pct``, then the center is cropped. A segmenter's:
+    the shorter side is resized to ``short_side``, or less where the longer would pass ``long_side``.
+    """
+
+    img_size: int
+    """Side of the model's input (of a segmenter's window), px."""
+    mean: tuple[float, ...]
+    """Channel means, for pixels in 0 to 1."""
+    std: tuple[float, ...]
+    """Channel standard deviations, for pixels in 0 to 1."""
+    interpolation: str = "bicubic"
+    crop_pct: float = 1.0
+    short_side: int | None = None
+    long_side: int | None = None
+    exif: bool = False
+    """Turn images as their EXIF orientation says. timm does not: off agrees with its accuracy figures."""
+
+    @classmethod
+    def of(cls, options: Any) -> InputSpec:
+        """From the options that prepare a training's images, where they have a field of the name."""
+        return cls(**{f.name: getattr(options, f.name) for f in fields(cls) if hasattr(options, f.name)})
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """A model's architecture, input, classes and sparsity."""
+
+    task: str
+    """Which entry of `sparsemae.tasks.TASKS` it is a model for; only ever looked up there."""
+    architecture: str
+    """timm's name of the ViT."""
+    model_args: dict[str, Any]
+    """Arguments of timm's constructor that differ from that name's."""
+    input: InputSpec
+    class_names: tuple[str, ...] = ()
+    patterns: dict[str, str] = field(default_factory=dict)
+    """Sparse layer -> 'n:m'."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What else the task needs to build the model and to use it, JSON values."""
+    frozen: bool = False
+    """The masks are part of the weights; the pruned ones are 0 for good."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of the last evaluation, fractions."""
+    ema_decay: float | None = None
+    """The weights are a moving average with this decay."""
+    step: int | None = None
+    """Of a checkpoint: optimizer steps taken."""
+    source: str = ""
+    """The run or checkpoint that it was packed from."""
+    license: str = ""
+    """License of the weights."""
+
+    def with_settings(self, **settings: Any) -> ModelCard:
+        """The same with some of its task's settings changed."""
+        return replace(self, settings={**self.settings, **settings})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; `from_dict` reads them back."""
+        return {"version": VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> ModelCard:
+        """Raises ValueError if it is not what `to_dict`, or an earlier version of it, gives."""
+        version = document.get("version")
+        if version not in (1, VERSION):
+            newer = isinstance(version, int) and version > VERSION
+            raise ValueError(
+                f"wanted a sparsemae weights file of version 1 to {VERSION}, got "
+                + (f"version {version}: update sparsemae" if newer else "one without our card")
+            )
+        values = renamed(document, CARD) if version == 1 else dict(document)
+        del values["version"]
+        try:
+            spec = {
+                name: tuple(value) if isinstance(value, list) else value for name, value in values["input"].items()
+            }
+            card = cls(**{**values, "input": InputSpec(**spec), "class_names": tuple(values["class_names"])})
+        except (TypeError, LookupError, AttributeError) as error:
+            raise ValueError(f"wanted a model's card, got one that cannot be read: {error!r:.200}") from error
+        for name, kind in _KINDS.items():
+            if not isinstance(getattr(card, name), kind):
+                raise ValueError(f"card: {name}: wanted {kind.__name__}, got {getattr(card, name)!r:.60}")
+        return card
+
+
+_KINDS: dict[str, type] = {
+    "task": str, "architecture": str, "model_args": dict, "patterns": dict, "settings": dict, "frozen": bool,
+    "metrics": dict, "source": str, "license": str,
+}  # fmt: skip

@@ -1,0 +1,183 @@
+"""The options of the commands that train nothing."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sparsemae.limits import ABOVE_0, AT_LEAST_1, check_limits
+from sparsemae.options.data import SourceConfig
+from sparsemae.options.model import InferenceChange
+
+
+@dataclass
+class DemoConfig:
+    """The whole chain on embedded real images."""
+
+    task: Literal["classify", "segment"] = "classify"
+    """What the pretrained encoder is finetuned for; segment has masks that are computed, not drawn by people."""
+    out: str | None = None
+    """Folder of the demo's runs, emptied first; None: runs/demo, or runs/demo-segment."""
+    minutes: float | None = None
+    """Time limit: stages that would not end in time are left out; None: 6, or 12 for segment."""
+    seed: int = 0
+    """Seed of everything random."""
+
+
+@dataclass
+class EvaluateConfig:
+    """Accuracy of a finetuned classifier or of a probe on a pretrained model, or mIoU of a segmenter."""
+
+    model: str
+    """The model: a packed file, a run folder, or its model.safetensors."""
+    data: SourceConfig = field(default_factory=SourceConfig)
+    """Where the validation split lies; preparation of the images comes from the model's file."""
+    probe: Literal["knn", "linear"] | None = None
+    """Instead of the model's own head: a k-nearest-neighbor vote, or a linear classifier, on its frozen features."""
+    inference: InferenceChange = field(default_factory=InferenceChange)
+    """Of a segmenter: how it looks at an image, where not as its recipe says."""
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to run; packed files run on the CPU."""
+
+    def paths(self) -> dict[str, str | None]:
+        """What must be there, by option."""
+        return {"model": self.model, **self.data.paths()}
+
+
+@dataclass
+class PackConfig:
+    """Pack a finetuned model into one small file that runs without torch."""
+
+    checkpoint: str
+    """The model: a run folder, or its model.safetensors, with its mask frozen."""
+    out: str
+    """The packed file to write."""
+    dtype: Literal["bf16", "fp32", "int8"] = "bf16"
+    """Type of the kept weights; int8 has one scale per output row."""
+    license: str = ""
+    """License of the weights, recorded in the file."""
+    data: SourceConfig | None = None
+    """Images to check the file on, all of its validation part; None: eight random ones."""
+
+    def paths(self) -> dict[str, str | None]:
+        """What must be there, by option."""
+        return {"checkpoint": self.checkpoint, **(self.data.paths() if self.data else {})}
+
+
+@dataclass
+class PredictConfig:
+    """Classify images, or with a segmenter their pixels."""
+
+    model: str
+    """The model: a packed file, a run folder, or its model.safetensors."""
+    images: list[str]
+    """Image files, or folders of them."""
+    top_k: int = 3
+    """Classes to name for each image."""
+    out: str = "predictions"
+    """Of a segmenter: folder for NAME.png, the mask as a palette PNG, and NAME-overlay.png with its legend."""
+
+    def __post_init__(self) -> None:
+        check_limits(self, "", top_k=AT_LEAST_1)
+
+    def paths(self) -> dict[str, str | None]:
+        """What must be there, by option."""
+        return {"model": self.model, **{f"images[{i}]": path for i, path in enumerate(self.images)}}
+
+
+@dataclass
+class CheckConfig:
+    """Read every image of a data set; exit status 2 if something would break a run."""
+
+    data: SourceConfig = field(default_factory=lambda: SourceConfig(source="folder", workers=os.cpu_count() or 1))
+    """The data set; workers: processes that read, 0 for none but this one."""
+    task: Literal["pretrain", "classify", "segment"] | None = None
+    """What the images are for; pretrain: one class is enough; None: segment where `images` lies beside `masks`,
+    `annotations` or `labels`, else classify."""
+    smallest: int = 16
+    """Shortest side that an image may have: the model's patch, px."""
+    write_exclude: str | None = None
+    """File to write the paths to leave out to, for data.exclude: what cannot be used, and all but one of each group of
+    duplicates (a validation image stays rather than a training image)."""
+
+    def __post_init__(self) -> None:
+        check_limits(self, "", smallest=AT_LEAST_1)
+
+    def paths(self) -> dict[str, str | None]:
+        """What must be there, by option."""
+        return self.data.paths()
+
+
+@dataclass
+class PlanConfig:
+    """What a recipe of pretraining, finetuning or segmentation costs, before it runs."""
+
+    recipe: str
+    """A recipe's name, a YAML file, or the config.yaml of a run."""
+    job: str | None = None
+    """pretrain, finetune or segment; None: the one whose options the recipe has, or that its name says."""
+    devices: int | None = None
+    """Devices per machine; None: the recipe's."""
+    device_batch: int | None = None
+    """Images per device and forward; None: the recipe's."""
+    images: int | None = None
+    """Training images, of which a recipe's data.train_images may use fewer; None: ImageNet-1K's, SceneParse150's, or
+    the embedded ones if they are the recipe's data.source."""
+    classes: int | None = None
+    """Classes of a finetuned model, which a recipe does not say; None: those of the same."""
+    images_per_second: float | None = None
+    """Rate of training, over all devices together; without it no hours are given."""
+
+    def __post_init__(self) -> None:
+        counts = dict.fromkeys(("devices", "images", "classes", "device_batch"), AT_LEAST_1)
+        check_limits(self, "", images_per_second=ABOVE_0, **counts)
+
+
+@dataclass
+class ReportConfig:
+    """One page of curves, moving masks and settings of one or more runs."""
+
+    runs: list[str]
+    """Run folders; several are laid over one another."""
+    out: str | None = None
+    """The page; None: report.html in the first run's folder."""
+
+    def paths(self) -> dict[str, str | None]:
+        """What must be there, by option."""
+        return {f"runs[{i}]": path for i, path in enumerate(self.runs)}
+
+
+@dataclass
+class BenchmarkConfig:
+    """Measure packed models against dense ones in other engines, training against timm's, or what saving costs."""
+
+    section: Literal["packed", "training", "saving"] = "packed"
+    """packed: latency, throughput, memory and cold start of packed files and their rivals; training: images per second
+    of the input pipeline and of optimizer steps, beside timm's loader and its dense ViT-B; saving: what a checkpoint of
+    ViT-B with AdamW's state costs the loop, beside a save that blocks it."""
+    files: list[str] = field(default_factory=list)
+    """Packed files; none: SparseMAE-T and -S at ViT-B/16 size with random weights, bf16 and int8."""
+    engines: list[str] = field(default_factory=lambda: ["torch fp32", "torch bf16"])
+    """Rivals of packed files to run."""
+    dense: list[str] = field(default_factory=lambda: ["B", "S", "T"])
+    """Dense models for them: B, S, T."""
+    batches: list[int] = field(default_factory=lambda: [1, 8, 32])
+    """Images per call of a packed model."""
+    images: str | None = None
+    """Folder of JPEGs for the training section, as for data.source=folder; none: its steps alone are measured."""
+    step_batch: int = 8
+    """Images per optimizer step of the training and saving sections; 0: the input pipeline alone is measured."""
+    threads: int = 2
+    """Threads of every engine, and of a step."""
+    runs: int = 5
+    """Timed runs of each subject, in turn with the others, of which the median counts."""
+    artifacts: str = ""
+    """Folder that keeps exported models for the next time, or on whose disk checkpoints are written; none: a temporary
+    one."""
+    json: str = ""
+    """File to write all figures to."""
+
+    def paths(self) -> dict[str, str | None]:
+        """What must be there, by option."""
+        return {"images": self.images, **{f"files[{i}]": path for i, path in enumerate(self.files)}}

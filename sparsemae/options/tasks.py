@@ -1,0 +1,117 @@
+"""The options of the jobs that train: what all have, and each task's own. The defaults are the paper's tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from sparsemae.limits import AT_LEAST_0, BELOW_1, UNIT_INTERVAL, check_limits, may_change
+from sparsemae.options.data import DataConfig, ImageDataConfig, MaskDataConfig
+from sparsemae.options.model import DecoderConfig, HeadConfig, InferenceConfig, ModelConfig, SparseConfig
+from sparsemae.options.training import OptimConfig, TrainerConfig
+
+
+@dataclass
+class TrainingConfig:
+    """What every training takes."""
+
+    task: ClassVar[str]
+    """Which entry of `sparsemae.tasks.TASKS` these are the options of."""
+
+    out: str = may_change("runs/train")
+    """The run's folder."""
+    seed: int = 0
+    """Seed of everything random."""
+    init: str | None = None
+    """Weights to start from: a run folder, a file (MAE, timm, HF ViTMAE, our own), or timm:NAME; None: from scratch."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sparse: SparseConfig = field(default_factory=SparseConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+    def __post_init__(self) -> None:
+        check_limits(self, "", seed=AT_LEAST_0)
+
+    def paths(self) -> dict[str, str | None]:
+        """What must be there, by option."""
+        named = (self.init or "").partition(":")[0] in ("timm", "hf-hub")
+        return {"init": None if named else self.init, **self.data.paths()}
+
+
+@dataclass
+class PretrainConfig(TrainingConfig):
+    """Sparse pretraining (Table 1)."""
+
+    task: ClassVar[str] = "pretrain"
+
+    out: str = may_change("runs/pretrain")
+    """The run's folder."""
+    mask_ratio: float = 0.25
+    """Fraction of the patches that is masked."""
+    norm_pix_loss: bool = True
+    """Normalize each target patch by its own mean and variance."""
+    dense_loss_weight: float = 0.0
+    """Weight w of the full transformer's own loss, trained concurrently: loss(sparse) + w * loss(full), twice the cost;
+    0: the sparse network alone."""
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    data: ImageDataConfig = field(default_factory=ImageDataConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_limits(self, "", dense_loss_weight=AT_LEAST_0)
+        if self.dense_loss_weight and self.sparse.pattern == "dense":
+            raise ValueError(f"dense_loss_weight: wanted 0 with sparse.pattern=dense, got {self.dense_loss_weight:g}")
+
+
+@dataclass
+class FinetuneConfig(TrainingConfig):
+    """Sparse finetuning for classification (Table 2)."""
+
+    task: ClassVar[str] = "classify"
+
+    out: str = may_change("runs/finetune")
+    """The run's folder."""
+    label_smoothing: float = 0.1
+    """Label smoothing epsilon."""
+    mixup: float = 0.8
+    """Alpha of mixup; 0 switches it off."""
+    cutmix: float = 1.0
+    """Alpha of cutmix; 0 switches it off. With both, each batch takes one of them, with probability 0.5."""
+    erasing: float = 0.25
+    """Probability of erasing a random rectangle of an image with noise."""
+    data: ImageDataConfig = field(
+        default_factory=lambda: ImageDataConfig(crop_scale=(0.08, 1.0), auto_augment="rand-m9-mstd0.5-inc1")
+    )
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-3, min_lr=1e-6, layer_decay=0.65))
+    trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(epochs=200, global_batch=2048))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        alphas = {"mixup": AT_LEAST_0, "cutmix": AT_LEAST_0}
+        check_limits(self, "", label_smoothing=BELOW_1, erasing=UNIT_INTERVAL, **alphas)
+
+
+@dataclass
+class SegmentConfig(TrainingConfig):
+    """Sparse finetuning for semantic segmentation (Table 3)."""
+
+    task: ClassVar[str] = "segment"
+
+    out: str = may_change("runs/segment")
+    """The run's folder."""
+    out_indices: list[int] = field(default_factory=lambda: [3, 5, 7, 11])
+    """Four blocks after which the ViT is read, counted from 0; the last must be its last."""
+    head: HeadConfig = field(default_factory=HeadConfig)
+    data: MaskDataConfig = field(default_factory=MaskDataConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            lr=1e-4, min_lr=0.0, schedule="linear", warmup_steps=1500, warmup_start=1e-6, layer_decay=0.75
+        )
+    )
+    trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(steps=160_000, global_batch=16))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.inference.check(self.data.img_size)
