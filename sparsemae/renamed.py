@@ -25,6 +25,8 @@ CARD = {
     },
 }
 """What a weights file of version 1 says of its model; None: no longer kept."""
+CHECKPOINT = {"booked": "logged_through"}
+"""Counters in a checkpoint of version 1."""
 
 
 def renamed(tree: Mapping[str, Any], table: Mapping[str, str | None]) -> dict[str, Any]:

@@ -4,43 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
 from sparsemae.benchmark import packed
-from sparsemae.benchmark.packed import DENSE, ENGINES
-
-
-@dataclass
-class BenchmarkConfig:
-    """Measure packed models against dense ones in other engines, training against timm's, or what saving costs."""
-
-    section: Literal["packed", "training", "saving"] = "packed"
-    """packed: latency, throughput, memory and cold start of packed files and their rivals; training: images per second
-    of the input pipeline and of optimizer steps, beside timm's loader and its dense ViT-B; saving: what a checkpoint of
-    ViT-B with AdamW's state costs the loop, beside a save that blocks it."""
-    files: list[str] = field(default_factory=list)
-    """Packed files; none: SparseMAE-T and -S at ViT-B/16 size with random weights, bf16 and int8."""
-    engines: list[str] = field(default_factory=lambda: list(ENGINES))
-    """Rivals of packed files to run."""
-    dense: list[str] = field(default_factory=lambda: list(DENSE))
-    """Dense models for them: B, S, T."""
-    batches: list[int] = field(default_factory=lambda: [1, 8, 32])
-    """Images per call of a packed model."""
-    images: str | None = None
-    """Folder of JPEGs for the training section, as for data.source=folder; none: its steps alone are measured."""
-    step_batch: int = 8
-    """Images per optimizer step of the training and saving sections; 0: the input pipeline alone is measured."""
-    threads: int = 2
-    """Threads of every engine, and of a step."""
-    runs: int = 5
-    """Timed runs of each subject, in turn with the others, of which the median counts."""
-    artifacts: str = ""
-    """Folder that keeps exported models for the next time, or on whose disk checkpoints are written; none: a temporary
-    one."""
-    json: str = ""
-    """File to write all figures to."""
+from sparsemae.files import write_atomic
+from sparsemae.options.commands import BenchmarkConfig
 
 
 def benchmark(config: BenchmarkConfig) -> Sequence[Any]:
@@ -63,5 +32,5 @@ def benchmark(config: BenchmarkConfig) -> Sequence[Any]:
         print(training.table(rows))
     if config.json:
         figures = {"config": asdict(config), "results": [asdict(row) for row in rows]}
-        Path(config.json).write_text(json.dumps(figures, indent=1))
+        write_atomic(config.json, json.dumps(figures, indent=1))
     return rows

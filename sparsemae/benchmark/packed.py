@@ -23,16 +23,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 DENSE = {"B": "vit_base_patch16_224", "S": "vit_small_patch16_224", "T": "vit_tiny_patch16_224"}
-ENGINES = (
-    "torch fp32",
-    "torch bf16",
-    "torch compiled bf16",
-    "onnxruntime fp32",
-    "onnxruntime int8",
-    "openvino fp32",
-    "openvino bf16",
-    "openvino int8",
-)
 _WARM_SECONDS = 0.2
 _PAUSE_SECONDS = 0.3  # longer than the 0.2 s that OpenMP threads spin after their work
 

@@ -16,13 +16,15 @@ from statistics import median
 
 import torch
 
-from sparsemae.benchmark.training import Subject, finetuning, pretraining
+from sparsemae.benchmark.training import Subject, subject
+from sparsemae.card import InputSpec, ModelCard
 from sparsemae.sparsity import MaskSchedule, Topology
 from sparsemae.training.checkpoint import checkpoint_path, save_checkpoint
 from sparsemae.training.saver import Saver
 from sparsemae.training.state import TrainingState
 
-SUBJECTS: dict[str, Callable[[int, str], Subject]] = {"pretrain_t": pretraining, "finetune_t": finetuning}
+RECIPES = ("pretrain_t", "finetune_t")
+CARD = ModelCard("classify", "vit_base_patch16_224", {}, InputSpec(224, (), ()))
 
 
 @dataclass
@@ -44,7 +46,7 @@ class Saving:
     """That the steps lose while the thread writes."""
 
     @property
-    def held_share(self) -> float:
+    def held_fraction(self) -> float:
         """Of the time of a blocking save."""
         return self.held_seconds / self.blocking_seconds
 
@@ -56,8 +58,7 @@ def measure(step_batch: int, threads: int, runs: int, folder: str) -> list[Savin
     try:
         with tempfile.TemporaryDirectory(dir=folder or None) as temporary:
             return [
-                _measure(name, make(step_batch, "2:32"), Path(temporary) / name, runs)
-                for name, make in SUBJECTS.items()
+                _measure(name, subject(name, step_batch, "2:32"), Path(temporary) / name, runs) for name in RECIPES
             ]
     finally:
         torch.set_num_threads(before)
@@ -72,7 +73,7 @@ def table(rows: list[Saving]) -> str:
     for row in rows:
         lines.append(
             f"{row.subject:<14}{row.gigabytes:6.2f}{row.blocking_seconds:12.2f}{row.held_seconds:11.2f}"
-            f"{row.held_share:8.1%}{row.first_seconds:9.2f}{row.slowed_seconds:14.2f}{row.step_seconds:10.2f}"
+            f"{row.held_fraction:8.1%}{row.first_seconds:9.2f}{row.slowed_seconds:14.2f}{row.step_seconds:10.2f}"
         )
     return "\n".join(lines)
 
@@ -80,13 +81,13 @@ def table(rows: list[Saving]) -> str:
 def _measure(name: str, subject: Subject, folder: Path, runs: int) -> Saving:
     model, optimizer, step = subject
     state = TrainingState(model, optimizer, None, MaskSchedule(model), Topology(model))
-    saver = Saver(folder, keep=1, max_failures=1, say=print)
+    saver = Saver(folder, keep=1, max_failures=1, info=print)
     blocking, held, slowed, steps = [], [], [], []
     for turn in range(runs + 1):
         steps += [_seconds(step) for _ in range(3)][1:]
-        blocking.append(_seconds(lambda: save_checkpoint(checkpoint_path(folder, 1), *state.to_save({}))))
+        blocking.append(_seconds(lambda: save_checkpoint(checkpoint_path(folder, 1), *state.to_save(CARD))))
         step()
-        held.append(_seconds(lambda number=turn: saver.save(2 + number, *state.to_save({}))))  # type: ignore[misc]
+        held.append(_seconds(lambda number=turn: saver.save(2 + number, *state.to_save(CARD))))  # type: ignore[misc]
         begin, taken = time.perf_counter(), 0
         while saver.writing:
             step()

@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+from lightning_fabric import Fabric
 from timm import create_model
 from timm.data import create_loader
 from timm.data import dataset as timm_dataset
@@ -25,17 +26,21 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, default_collate
 
 from sparsemae.config import read_config
-from sparsemae.data.classification import ImageDataset, batches, load_image
+from sparsemae.data.dataset import ImageDataset
+from sparsemae.data.loader import batches
 from sparsemae.data.sampling import BatchPlan, TrainingSampler
 from sparsemae.data.sources import Source, open_source
-from sparsemae.data.transforms import DataConfig, normalize, training_transform
-from sparsemae.sparsity import add_srste_gradient, hold_masks, iter_sparse
-from sparsemae.tasks.build import build_autoencoder, build_classifier, make_sparse
-from sparsemae.tasks.finetune import FinetuneConfig
-from sparsemae.tasks.pretrain import PretrainConfig
-from sparsemae.training.config import TrainerConfig, resolved_precision
-from sparsemae.training.fit import use_plain_attention
+from sparsemae.data.transforms import normalize, training_transform
+from sparsemae.jobs import training_jobs
+from sparsemae.models import use_plain_attention
+from sparsemae.options.data import ImageDataConfig
+from sparsemae.options.training import TrainerConfig
+from sparsemae.sparsity import MaskSchedule
+from sparsemae.tasks import task_class
+from sparsemae.tasks.sparse import make_sparse
+from sparsemae.training.config import resolved_precision
 from sparsemae.training.optim import make_optimizer
+from sparsemae.training.step import optimizer_step
 
 LOADER_BATCH = 32
 _PREFETCHED = 2  # batches that a loader process makes ahead
@@ -71,7 +76,7 @@ def measure(images: str | None, step_batch: int, threads: int, runs: int) -> lis
     """
     rates = []
     if images is not None:
-        data = DataConfig(source="folder", root=images)
+        data = ImageDataConfig(source="folder", root=images)
         source = open_source(data, "train")
         if len(source) < LOADER_BATCH:
             raise ValueError(f"images: {images}: wanted {LOADER_BATCH} training images or more, got {len(source)}")
@@ -109,7 +114,7 @@ def _one_core() -> Iterator[None]:
             os.sched_setaffinity(0, cores)
 
 
-def _pipelines(data: DataConfig, source: Source, runs: int) -> list[Rate]:
+def _pipelines(data: ImageDataConfig, source: Source, runs: int) -> list[Rate]:
     count = max(1, _PASSES * len(source) // LOADER_BATCH)
     plan = BatchPlan.make(len(source), LOADER_BATCH, None, 1)
     sampler = TrainingSampler(plan, 0, 0, 0, 1_000_000)
@@ -140,10 +145,10 @@ def _pipelines(data: DataConfig, source: Source, runs: int) -> list[Rate]:
     ]
 
 
-def _timm_loader(data: DataConfig, source: Source, count: int) -> Iterator[Any]:
+def _timm_loader(data: ImageDataConfig, source: Source, count: int) -> Iterator[Any]:
     """timm's loader with its best settings: no pause between epochs, the transform that ours has."""
     images: Any = timm_dataset.ImageDataset("", reader=source.reader)
-    images.transform = training_transform(data)
+    images.transform = training_transform(data).steps
     repeated: ConcatDataset[Any] = ConcatDataset([images] * (count * LOADER_BATCH // len(source) + 1))
     loader = create_loader(
         repeated, data.img_size, LOADER_BATCH, is_training=True, num_workers=1, device=torch.device("cpu"),
@@ -157,9 +162,9 @@ def _consume(feed: Iterator[Any], count: int) -> None:
         pass
 
 
-def _stages(data: DataConfig, source: Source, runs: int) -> list[Rate]:
+def _stages(data: ImageDataConfig, source: Source, runs: int) -> list[Rate]:
     """The pipeline's parts, one after the other on the same images."""
-    *augment, to_tensor = training_transform(data).transforms
+    *augment, to_tensor = training_transform(data).steps.transforms
     numbers = range(min(len(source), 4 * LOADER_BATCH))
 
     def augmented(image: Any) -> Any:
@@ -167,12 +172,12 @@ def _stages(data: DataConfig, source: Source, runs: int) -> list[Rate]:
             image = transform(image)
         return image
 
-    names = ("decode", "crop, resize and flip", "to bytes [3, H, W]", "collate (copy)", "normalise")
+    names = ("decode", "crop, resize and flip", "to bytes [3, H, W]", "collate (copy)", "normalize")
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(runs + 1):
         made: Any = list(numbers)
         works: list[Callable[[Any], Any]] = [
-            lambda numbers: [load_image(source, i)[0] for i in numbers],
+            lambda numbers: [source.read(i)[0] for i in numbers],
             lambda images: [augmented(image) for image in images],
             lambda images: [to_tensor(image) for image in images],
             default_collate,
@@ -192,10 +197,10 @@ def _stages(data: DataConfig, source: Source, runs: int) -> list[Rate]:
 
 def _steps(batch: int, runs: int) -> list[Rate]:
     subjects = {
-        "pretrain_t, 147 + 1 tokens and the decoder": pretraining(batch, "2:32").step,
-        "the same, dense": pretraining(batch, "dense").step,
-        "finetune_t, 196 + 1 tokens": finetuning(batch, "2:32").step,
-        "the same, dense ": finetuning(batch, "dense").step,
+        "pretrain_t, 147 + 1 tokens and the decoder": subject("pretrain_t", batch, "2:32").step,
+        "the same, dense": subject("pretrain_t", batch, "dense").step,
+        "finetune_t, 196 + 1 tokens": subject("finetune_t", batch, "2:32").step,
+        "the same, dense ": subject("finetune_t", batch, "dense").step,
         _RIVAL_STEP: _timm(batch).step,
     }
     times: dict[str, list[float]] = {name: [] for name in subjects}
@@ -212,56 +217,47 @@ def _steps(batch: int, runs: int) -> list[Rate]:
     ]
 
 
-def pretraining(batch: int, pattern: str) -> Subject:
-    """pretrain_t with another pattern, and random images."""
-    config = read_config(PretrainConfig, ["--config", "pretrain_t", "--sparse.pattern", pattern])
-    model = build_autoencoder(config.model, config.decoder, config.data.img_size, config.seed)
+def subject(recipe: str, batch: int, pattern: str) -> Subject:
+    """A recipe's model with another pattern, and its optimizer step on blank images, at learning rate 0."""
+    job = recipe.split("_")[0]
+    config = read_config(training_jobs()[job], ["--config", recipe, "--sparse.pattern", pattern])
+    task = task_class(config.task)(config)
+    task.class_names = [str(number) for number in range(task.dataset_size[1])]
+    model = task.build(task.card(), config.model.drop_path)
     make_sparse(model, config.sparse)
-    images, noise = torch.randn(batch, 3, 224, 224), torch.rand(batch, 196)
-    loss = lambda: model(images, config.mask_ratio, noise).loss  # noqa: E731
-    return _subject(model, loss, make_optimizer(model, config.optim), config.sparse.strength)
+    task.prepare(model, Fabric(accelerator="cpu", devices=1), BatchPlan.make(batch, batch, None, 1))
+    optimizer, masks, forward = make_optimizer(model, config.optim), MaskSchedule(model), task.wrapped(model)
+    example, autocast = task.example_batch(model, batch), _autocast(model)
 
+    def backward() -> None:
+        with autocast:
+            loss = task.loss(forward, example)
+        loss.backward()  # type: ignore[no-untyped-call]
 
-def finetuning(batch: int, pattern: str) -> Subject:
-    """finetune_t with another pattern, and random images."""
-    config = read_config(FinetuneConfig, ["--config", "finetune_t", "--sparse.pattern", pattern])
-    model = build_classifier(config.model, config.data.img_size, 1000, config.seed)
-    make_sparse(model, config.sparse)
-    return _subject(model, _classify(model, batch), make_optimizer(model, config.optim), config.sparse.strength)
+    def step() -> None:
+        optimizer_step(model, optimizer, masks.step(0.0), backward, config.sparse, config.optim)
+
+    return Subject(model.train(), optimizer, step)
 
 
 def _timm(batch: int) -> Subject:
-    model = create_model("vit_base_patch16_224")
+    model = create_model("vit_base_patch16_224").train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
-    return _subject(model, _classify(model, batch), optimizer, 0.0)
-
-
-def _classify(model: nn.Module, batch: int) -> Callable[[], Tensor]:
-    images, target = torch.randn(batch, 3, 224, 224), torch.zeros(batch, dtype=torch.long)
-    return lambda: nn.functional.cross_entropy(model(images).float(), target)
-
-
-def _subject(
-    model: nn.Module, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, strength: float
-) -> Subject:
-    """The loop's optimizer step, at learning rate 0, in the precision that is best here."""
-    model.train()
-    precision = resolved_precision(TrainerConfig(accelerator="cpu"))
-    if precision == "bf16":
-        use_plain_attention(model)
-    autocast: AbstractContextManager[Any] = (
-        torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
-    )
-    sparse = any(iter_sparse(model))
+    images, target, autocast = torch.zeros(batch, 3, 224, 224), torch.zeros(batch, dtype=torch.long), _autocast(model)
 
     def step() -> None:
-        with hold_masks(model):
-            with autocast:
-                value = loss()
-            value.backward()  # type: ignore[no-untyped-call]
-            if sparse:
-                add_srste_gradient(model, strength)
-            optimizer.step()
+        with autocast:
+            loss = nn.functional.cross_entropy(model(images).float(), target)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
         optimizer.zero_grad()
 
     return Subject(model, optimizer, step)
+
+
+def _autocast(model: nn.Module) -> AbstractContextManager[Any]:
+    """The precision that is best here."""
+    if resolved_precision(TrainerConfig(accelerator="cpu")) != "bf16":
+        return nullcontext()
+    use_plain_attention(model)
+    return torch.autocast("cpu", torch.bfloat16)

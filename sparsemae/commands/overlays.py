@@ -1,28 +1,21 @@
 """Pictures of what a segmenter sees: masks as palette PNGs, and overlays with a legend.
 
-A mask's values are those of the data set that the model was trained on: it may stand where an annotation stands.
+A mask's values are those of the data set that the model was trained on: it may be used where an annotation is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
-from torchvision.transforms.v2 import functional as transforms
 
-from sparsemae.data.classification import decode_rgb
-from sparsemae.data.masks import Labels
-from sparsemae.sparsity import hold_masks
-from sparsemae.tasks.build import load_segmenter
-from sparsemae.commands.predict import Images
-from sparsemae.tasks.sliding_window import InferenceConfig, predict_scores
-from sparsemae.training.logs import RunLog
+from sparsemae.card import ModelCard
+from sparsemae.data.masks import Legend
+from sparsemae.files import replacing
+from sparsemae.predictor import Prediction
 
-Shares = list[tuple[str, float]]
-"""Classes of an image with their shares of its pixels, largest first."""
 OPACITY = 0.55
 SMALLEST_SIDE = 320
 """Of an overlay, px: a smaller image is magnified."""
@@ -31,46 +24,43 @@ FONT_SIZE, ROW, SWATCH, MARGIN, LINE = 15, 22, 14, 10, 1
 LEGIBLE_SIDE = 700
 
 
-def predict_masks(model: str, images: Images, out: Path) -> Iterator[tuple[Path, Shares]]:
-    """Write ``STEM.png`` and ``STEM-overlay.png`` for each file that can be read; yields it with the classes found.
+class Pictures:
+    """``STEM.png`` and ``STEM-overlay.png`` in a folder for each of some image files.
 
     Raises ValueError if two files have one stem, or a picture would be written over one of the files.
     """
-    files = images.files
-    targets = {file: (out / f"{file.stem}.png", out / f"{file.stem}-overlay.png") for file in files}
-    written: dict[Path, Path] = {}
-    for file, pictures in targets.items():
-        for picture in pictures:
-            other = written.setdefault(picture, file)
-            if other != file or picture.resolve() in {given.resolve() for given in files}:
-                raise ValueError(f"out: {picture}: wanted a new name for the mask of {file}, got that of {other}")
-    segmenter, description = load_segmenter(model)
-    prepared, inference = description["input"], InferenceConfig(**description["inference"])
-    names, palette = description["class_names"], [tuple(colour) for colour in description["palette"]]
-    labels = Labels(names, description["reduce_zero_label"])
-    out.mkdir(parents=True, exist_ok=True)
-    progress = RunLog(None).progress("predicting", 0, len(files), 1, unit="image")
-    with torch.inference_mode(), hold_masks(segmenter), progress as shown:
-        for done, (file, image) in enumerate(images.read(lambda f: decode_rgb(f, str(f), exif=prepared["exif"])), 1):
-            mask, overlay = targets[file]
-            pixels = transforms.pil_to_tensor(image)[None]
-            scores = predict_scores(lambda x: segmenter(x).logits, pixels, prepared, inference)
-            classes = scores[0].argmax(dim=0).numpy().astype(np.uint8)
-            palette_image(classes, labels, palette).save(mask)
-            counts = np.bincount(classes.ravel(), minlength=len(names))
-            order = [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
-            shares = [(names[index], float(counts[index] / classes.size)) for index in order]
-            overlay_image(image, classes, palette, shares, [palette[index] for index in order]).save(overlay)
-            shown.advance(done, file.name)
-            yield file, shares
+
+    def __init__(self, card: ModelCard, files: Sequence[Path], out: Path) -> None:
+        self.targets = {file: (out / f"{file.stem}.png", out / f"{file.stem}-overlay.png") for file in files}
+        written: dict[Path, Path] = {}
+        for file, pictures in self.targets.items():
+            for picture in pictures:
+                other = written.setdefault(picture, file)
+                if other != file or picture.resolve() in {given.resolve() for given in files}:
+                    raise ValueError(f"out: {picture}: wanted a new name for the mask of {file}, got that of {other}")
+        self.names, self.palette = card.class_names, [tuple(color) for color in card.settings["palette"]]
+        self.legend = Legend(list(card.class_names), card.settings["reduce_zero_label"])
+        out.mkdir(parents=True, exist_ok=True)
+
+    def write(self, file: Path, image: Image.Image, classes: np.ndarray) -> list[Prediction]:
+        """Write both for the classes uint8 ``[H, W]`` of an RGB image; returns the classes found, largest first."""
+        mask, overlay = self.targets[file]
+        counts = np.bincount(classes.ravel(), minlength=len(self.names))
+        order = [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
+        areas = [Prediction(self.names[index], index, float(counts[index] / classes.size)) for index in order]
+        with replacing(mask) as temporary:
+            palette_image(classes, self.legend, self.palette).save(temporary, "PNG")
+        with replacing(overlay) as temporary:
+            overlay_image(image, classes, self.palette, areas).save(temporary, "PNG")
+        return areas
 
 
-def palette_image(classes: np.ndarray, labels: Labels, palette: Sequence[tuple[int, ...]]) -> Image.Image:
+def palette_image(classes: np.ndarray, legend: Legend, palette: Sequence[tuple[int, ...]]) -> Image.Image:
     """Classes uint8 ``[H, W]`` as a palette image of the data set's own values."""
-    picture = Image.fromarray(labels.encode(classes))
-    colours = np.zeros((256, 3), np.uint8)
-    colours[labels.encode(np.arange(len(palette), dtype=np.uint8))] = palette
-    picture.putpalette(colours.tobytes())
+    picture = Image.fromarray(legend.encode(classes))
+    colors = np.zeros((256, 3), np.uint8)
+    colors[legend.encode(np.arange(len(palette), dtype=np.uint8))] = palette
+    picture.putpalette(colors.tobytes())
     return picture
 
 
@@ -78,10 +68,9 @@ def overlay_image(
     image: Image.Image,
     classes: np.ndarray,
     palette: Sequence[tuple[int, ...]],
-    shares: Shares,
-    swatches: Sequence[tuple[int, ...]],
+    areas: Sequence[Prediction],
 ) -> Image.Image:
-    """The image under its classes' colours, outlines between them, and a legend of the classes at its right."""
+    """The image under its classes' colors, outlines between them, and a legend of the classes at its right."""
     factor = max(1, -(-SMALLEST_SIDE // min(image.size)))
     size = (image.width * factor, image.height * factor)
     classes = classes.repeat(factor, axis=0).repeat(factor, axis=1)
@@ -97,10 +86,10 @@ def overlay_image(
 
     font = ImageFont.load_default(font_size)
     room = (size[1] - 2 * margin) // row_height
-    shown = len(shares) if len(shares) <= room else room - 1
-    lines = [f"{name} {share:.1%}" for name, share in shares[:shown]]
-    if shown < len(shares):
-        lines.append(f"and {len(shares) - shown} more")
+    shown = len(areas) if len(areas) <= room else room - 1
+    lines = [f"{area.label} {area.probability:.1%}" for area in areas[:shown]]
+    if shown < len(areas):
+        lines.append(f"and {len(areas) - shown} more")
     width = max(int(font.getlength(text)) for text in lines) + swatch + 3 * margin
     picture = Image.new("RGB", (size[0] + width, size[1]), "white")
     picture.paste(Image.fromarray(blended.astype(np.uint8)))
@@ -108,6 +97,6 @@ def overlay_image(
     for row, text in enumerate(lines):
         left, top = size[0] + margin, margin + row * row_height
         if row < shown:
-            draw.rectangle((left, top, left + swatch, top + swatch), fill=swatches[row], outline="black")
+            draw.rectangle((left, top, left + swatch, top + swatch), fill=palette[areas[row].index], outline="black")
         draw.text((left + swatch + margin, top - 2 * larger), text, fill="black", font=font)
     return picture

@@ -3,63 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
-from sparsemae.data.classification import ImageDataset, batches
+from sparsemae.card import ModelCard
+from sparsemae.data.loader import batches
 from sparsemae.data.sampling import EvaluationSampler
-from sparsemae.data.sources import SourceConfig, open_source
-from sparsemae.data.transforms import evaluation_transform, normalize
+from sparsemae.data.transforms import normalize
 from sparsemae.models.weights import find_weights
-from sparsemae.packing.format import Preprocess
+from sparsemae.options.commands import PackConfig
+from sparsemae.options.data import SourceConfig
 from sparsemae.packing.pack import PackReport
 from sparsemae.packing.pack import pack as pack_model
 from sparsemae.runtime import load
-from sparsemae.tasks.build import load_classifier
+from sparsemae.tasks import task_class
+from sparsemae.tasks.loading import load_model
 
 _BATCH = 64
-
-
-@dataclass
-class PackConfig:
-    """Pack a finetuned model into one small file that runs without torch."""
-
-    checkpoint: str
-    """The model: a run folder, or its model.safetensors, with its mask frozen."""
-    out: str
-    """The packed file to write."""
-    dtype: Literal["bf16", "fp32", "int8"] = "bf16"
-    """Type of the kept weights; int8 has one scale per output row."""
-    license: str = ""
-    """Licence of the weights, recorded in the file."""
-    data: SourceConfig | None = None
-    """Images to check the file on, all of its validation part; None: eight random ones."""
 
 
 def pack(config: PackConfig) -> PackReport:
     """Write the packed file, print its size by part, and compare its output with the masked dense model's."""
     if Path(config.out).resolve() == find_weights(config.checkpoint).resolve():
         raise ValueError(f"out: wanted another file than the model's own, got {config.out}")
-    model, description = load_classifier(config.checkpoint)
-    prepared, names = description["input"], description["class_names"]
-    preprocess = Preprocess(
-        tuple(prepared["mean"]),
-        tuple(prepared["std"]),
-        prepared["interpolation"],
-        prepared["eval_crop"],
-        prepared["exif"],
-    )
-    report = pack_model(
-        model, config.out, preprocess, config.dtype, architecture=description["model"]["name"],
-        overrides=description["model"]["args"], class_names=names, source=str(config.checkpoint),
-        license=config.license,
-    )  # fmt: skip
+    model, card = load_model(config.checkpoint, "classify")
+    card = replace(card, source=str(config.checkpoint), license=config.license)
+    report = pack_model(model, config.out, card, config.dtype)
     print(report)
-    agreement = compare(model, load(config.out), checked_images(config.data, description))
+    agreement = compare(model, load(config.out), checked_images(config.data, card))
     kind = "random images" if config.data is None else "images"
     print(f"{config.out}: against the masked dense model on {agreement.images} {kind}: {agreement}")
     return report
@@ -73,7 +48,7 @@ class Agreement:
     error: float
     """Largest difference of a logit, over the standard deviation of all logits."""
     same: float
-    """Share of images with the same class."""
+    """Fraction of images with the same class."""
 
     def __str__(self) -> str:
         return (
@@ -83,7 +58,7 @@ class Agreement:
 
 
 def compare(dense: torch.nn.Module, packed: Any, batches: Iterable[torch.Tensor]) -> Agreement:
-    """Run both on batches of normalised images [B, 3, H, W]; `packed` is called with float32 arrays."""
+    """Run both on batches of normalized images [B, 3, H, W]; `packed` is called with float32 arrays."""
     wanted, got = [], []
     for images in batches:
         with torch.inference_mode():
@@ -95,15 +70,12 @@ def compare(dense: torch.nn.Module, packed: Any, batches: Iterable[torch.Tensor]
     return Agreement(len(logits), error, same)
 
 
-def checked_images(data: SourceConfig | None, description: dict[str, Any]) -> Iterator[torch.Tensor]:
-    """Batches of normalised validation images [B, 3, H, W], as the model described expects them."""
-    prepared = description["input"]
-    size = prepared["img_size"]
+def checked_images(data: SourceConfig | None, card: ModelCard) -> Iterator[torch.Tensor]:
+    """Batches of normalized validation images [B, 3, H, W], as the card says."""
+    spec = card.input
     if data is None:
-        yield torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0))
+        yield torch.randn(8, 3, spec.img_size, spec.img_size, generator=torch.Generator().manual_seed(0))
         return
-    source = open_source(data, "val")
-    transform = evaluation_transform(size, prepared["interpolation"], prepared["eval_crop"])
-    sampler = EvaluationSampler(len(source), _BATCH)
-    for batch in batches(ImageDataset(source, transform, exif=prepared["exif"]), sampler, data.workers):
-        yield normalize(batch["image"], prepared["mean"], prepared["std"])
+    dataset = task_class(card.task).evaluation_set(card, data, 1)
+    for batch in batches(dataset, EvaluationSampler(len(dataset), _BATCH), data.workers):
+        yield normalize(batch["image"], spec.mean, spec.std)

@@ -3,75 +3,58 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
+import numpy as np
 from PIL import Image
 
-from sparsemae.packing.format import is_packed
+import sparsemae
+from sparsemae.commands.overlays import Pictures
+from sparsemae.data.images import image_files, open_rgb
+from sparsemae.options.commands import PredictConfig
+from sparsemae.predictor import Prediction
 
-T = TypeVar("T")
-Ranking = list[tuple[str, float]]
-"""Classes with their probabilities, or a segmenter's with their shares of the pixels, best first."""
-
-
-@dataclass
-class PredictConfig:
-    """Classify images, or with a segmenter their pixels."""
-
-    model: str
-    """The model: a packed file, a run folder, or its model.safetensors."""
-    images: list[str]
-    """Image files, or folders of them."""
-    top_k: int = 3
-    """Classes to name for each image."""
-    out: str = "predictions"
-    """Of a segmenter: folder for NAME.png, the mask as a palette PNG, and NAME-overlay.png with its legend."""
+BATCH = 8
 
 
-def predict(config: PredictConfig) -> dict[str, Ranking]:
-    """Print and return, per file, the ``top_k`` classes with their probabilities or shares.
+def predict(config: PredictConfig) -> dict[str, Any]:
+    """Print and return, per file, the ``top_k`` classes with their probabilities, or a segmenter's with their areas.
 
     Each is printed as soon as it is known. Images that cannot be read are named on stderr and left out; in the end a
     ValueError counts them.
     """
-    if config.top_k < 1:
-        raise ValueError(f"top_k: wanted at least 1, got {config.top_k}")
-    images = Images([file for path in config.images for file in _image_files(Path(path))])
-    if is_packed(config.model):
-        rankings = _by_packed(config.model, images, config.top_k)
-    else:
-        # imported here: a packed file must not load torch
-        from sparsemae.tasks.build import task_of
-        from sparsemae.commands.overlays import predict_masks
-
-        if task_of(config.model) == "segment":
-            rankings = predict_masks(config.model, images, Path(config.out))
-        else:
-            rankings = _by_torch(config.model, images, config.top_k)
-    results = {}
-    for file, ranking in rankings:
-        results[str(file)] = ranking[: config.top_k]
-        print(f"{file}: " + ", ".join(f"{name} {share:.1%}" for name, share in results[str(file)]), flush=True)
+    files = [file for path in config.images for file in image_files(Path(path))]
+    predictor = sparsemae.load(config.model)
+    pictures = Pictures(predictor.card, files, Path(config.out)) if "palette" in predictor.card.settings else None
+    images = _Images(files, predictor.card.input.exif)
+    results: dict[str, Any] = {}
+    rest = iter(images)
+    while batch := list(islice(rest, 1 if pictures else BATCH)):
+        for (file, image), result in zip(
+            batch, predictor.predict([image for _, image in batch], config.top_k), strict=True
+        ):
+            result = pictures.write(file, image, result)[: config.top_k] if pictures else result
+            results[str(file)] = result
+            print(f"{file}: {_shown(result)}", flush=True)
     if images.unreadable:
-        raise ValueError(f"{images.unreadable} of {len(images.files)} images could not be read; the others are done")
+        raise ValueError(f"{images.unreadable} of {len(files)} images could not be read; the others are done")
     return results
 
 
-class Images:
+class _Images:
     """Image files, of which some may not be readable. One alone must be."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        self.files, self.unreadable = files, 0
+    def __init__(self, files: Sequence[Path], exif: bool) -> None:
+        self.files, self.exif, self.unreadable = files, exif, 0
 
-    def read(self, read: Callable[[Path], T]) -> Iterator[tuple[Path, T]]:
-        """Files with what ``read`` makes of them, or their names on stderr if it raises ValueError or OSError."""
+    def __iter__(self) -> Iterator[tuple[Path, Image.Image]]:
+        """Files with their RGB image, or their names on stderr."""
         for file in self.files:
             try:
-                image = read(file)
+                image = open_rgb(file, exif=self.exif)
             except (ValueError, OSError) as error:
                 if len(self.files) == 1:
                     raise
@@ -81,45 +64,7 @@ class Images:
                 yield file, image
 
 
-def _by_packed(model: str, images: Images, top_k: int, batch_size: int = 8) -> Iterator[tuple[Path, Ranking]]:
-    import numpy as np
-
-    from sparsemae.runtime import load, load_image
-
-    packed = load(model)
-    inputs = images.read(lambda file: load_image(file, packed.config.vit, packed.config.preprocess))
-    while batch := list(islice(inputs, batch_size)):
-        logits = packed(np.stack([image for _, image in batch]))
-        for (file, _), row in zip(batch, logits, strict=True):
-            yield file, [(best.label, best.probability) for best in packed.rank(row, top_k)]
-
-
-def _by_torch(model: str, images: Images, top_k: int) -> Iterator[tuple[Path, Ranking]]:
-    import torch
-
-    from sparsemae.data.classification import decode_rgb
-    from sparsemae.data.transforms import evaluation_transform, normalize
-    from sparsemae.sparsity import hold_masks
-    from sparsemae.tasks.build import load_classifier
-
-    classifier, description = load_classifier(model)
-    prepared, names = description["input"], description["class_names"]
-    transform = evaluation_transform(prepared["img_size"], prepared["interpolation"], prepared["eval_crop"])
-    with torch.inference_mode(), hold_masks(classifier):
-        for file, image in images.read(lambda file: decode_rgb(file, str(file), exif=prepared["exif"])):
-            pixels = torch.as_tensor(transform(image))[None]
-            probabilities = classifier(normalize(pixels, prepared["mean"], prepared["std"])).softmax(dim=-1)[0]
-            best = probabilities.topk(min(top_k, len(names)))
-            yield file, [(names[i], float(p)) for p, i in zip(best.values, best.indices, strict=True)]
-
-
-def _image_files(path: Path) -> list[Path]:
-    if path.is_dir():
-        extensions = Image.registered_extensions()
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in extensions)
-        if not found:
-            raise ValueError(f"{path}: wanted image files, found none")
-        return found
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file or folder")
-    return [path]
+def _shown(result: Any) -> str:
+    if isinstance(result, list) and all(isinstance(best, Prediction) for best in result):
+        return ", ".join(f"{best.label} {best.probability:.1%}" for best in result)
+    return f"{result:.4g}" if isinstance(result, float | np.floating) else str(result)

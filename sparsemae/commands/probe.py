@@ -1,4 +1,4 @@
-"""Quick checks of an encoder without finetuning it: a k-nearest-neighbour vote and a linear classifier.
+"""Quick checks of an encoder without finetuning it: a k-nearest-neighbor vote and a linear classifier.
 
 Both see frozen features of the *sparse* network, from images prepared as in evaluation, no augmentation. Features are
 the mean of the patch tokens after the final norm, as the finetuned classifier pools them.
@@ -7,7 +7,6 @@ the mean of the patch tokens after the final norm, as the finetuned classifier p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from lightning_fabric import Fabric
@@ -15,22 +14,26 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from sparsemae.data.classification import ImageDataset, batches
+from sparsemae.card import InputSpec
+from sparsemae.data.dataset import ImageDataset
+from sparsemae.data.loader import batches
 from sparsemae.data.sampling import HOLDOUT, EvaluationSampler, stream
-from sparsemae.data.sources import SourceConfig, open_source
+from sparsemae.data.sources import open_source
 from sparsemae.data.transforms import evaluation_transform, normalize
+from sparsemae.models import patch_side
+from sparsemae.options.data import SourceConfig
 from sparsemae.sparsity import hold_masks
-from sparsemae.tasks.build import load_encoder
-from sparsemae.training.logs import watched
+from sparsemae.tasks.loading import load_encoder
+from sparsemae.training.logs import with_progress
 
 BATCH = 256
-NEIGHBOURS, TEMPERATURE = 20, 0.07  # of the vote (Wu et al., arXiv 1805.01978; DINO, arXiv 2104.14294)
+NEIGHBORS, TEMPERATURE = 20, 0.07  # of the vote (Wu et al., arXiv 1805.01978; DINO, arXiv 2104.14294)
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 """L2 penalties that the linear probe tries on a tenth of the training features."""
 
 
 def probe(kind: str, model: str, data: SourceConfig, fabric: Fabric) -> dict[str, float]:
-    """Top-1, top-5 and the standard error of top-1, as shares, of a probe trained on the training split's features.
+    """Top-1, top-5 and the standard error of top-1, as fractions, of a probe trained on the training split's features.
 
     Args:
         kind: knn or linear.
@@ -39,20 +42,15 @@ def probe(kind: str, model: str, data: SourceConfig, fabric: Fabric) -> dict[str
     Raises:
         ValueError: if the file is foreign, or the splits differ in their classes.
     """
-    encoder, description = load_encoder(model)
+    encoder, card = load_encoder(model)
     encoder.to(fabric.device)
-    prepared, patch = description["input"], max(encoder.patch_embed.patch_size)
-    transform = evaluation_transform(prepared["img_size"], prepared["interpolation"], prepared["eval_crop"])
+    spec, transform = card.input, evaluation_transform(card.input)
     features, targets, classes = {}, {}, {}
     for split in ("train", "val"):
         source = open_source(data, split)
-        dataset = ImageDataset(source, transform, smallest=patch, exif=prepared["exif"])
+        dataset = ImageDataset(source, transform, smallest=patch_side(encoder), exif=spec.exif)
         classes[split] = source.class_names
-
-        def prepare(images: Tensor) -> Tensor:
-            return normalize(images, prepared["mean"], prepared["std"])
-
-        features[split], targets[split] = encode(fabric, encoder, dataset, prepare, data.workers)
+        features[split], targets[split] = encode(fabric, encoder, dataset, spec, data.workers)
     if classes["train"] != classes["val"]:
         raise ValueError(f"{data.root}: wanted the same classes in train and val, got {classes}")
     scores_of = {"knn": knn, "linear": linear}[kind]
@@ -66,16 +64,16 @@ def probe(kind: str, model: str, data: SourceConfig, fabric: Fabric) -> dict[str
 
 @torch.no_grad()
 def encode(
-    fabric: Fabric, encoder: VisionTransformer, dataset: ImageDataset, prepare: Callable[[Tensor], Tensor], workers: int
+    fabric: Fabric, encoder: VisionTransformer, dataset: ImageDataset, spec: InputSpec, workers: int
 ) -> tuple[Tensor, Tensor]:
     """Features ``[N, D]`` float32 and targets ``[N]`` of a whole set, on the device."""
     features, targets = [], []
     found = batches(dataset, EvaluationSampler(len(dataset), BATCH), workers)
     with hold_masks(encoder):
-        for batch in watched(found, "encoding", len(dataset)):
+        for batch in with_progress(found, "encoding", len(dataset)):
             images, target = fabric.to_device((batch["image"], batch["target"]))
             with fabric.autocast():
-                tokens = encoder.forward_features(prepare(images)).float()  # B L D
+                tokens = encoder.forward_features(normalize(images, spec.mean, spec.std)).float()  # B L D
                 pooled = tokens[:, encoder.num_prefix_tokens :].mean(dim=1)
                 features.append(encoder.fc_norm(pooled).float())
             targets.append(target)
@@ -87,14 +85,14 @@ def knn(train: Tensor, train_targets: Tensor, val: Tensor, classes: int) -> Tens
     train, val = (nn.functional.normalize(features, dim=1) for features in (train, val))
     votes = []
     for chunk in torch.split(val, BATCH):
-        similarity, nearest = (chunk @ train.T).topk(min(NEIGHBOURS, len(train)), dim=1)
+        similarity, nearest = (chunk @ train.T).topk(min(NEIGHBORS, len(train)), dim=1)
         vote = torch.zeros(len(chunk), classes, device=val.device)
         votes.append(vote.scatter_add_(1, train_targets[nearest], (similarity / TEMPERATURE).exp()))
     return torch.cat(votes)
 
 
 def linear(train: Tensor, train_targets: Tensor, val: Tensor, classes: int) -> Tensor:
-    """Logits ``[N, C]`` of a multinomial logistic regression on standardised features, by L-BFGS.
+    """Logits ``[N, C]`` of a multinomial logistic regression on standardized features, by L-BFGS.
 
     The penalty is the best of `PENALTIES` on a held-out tenth of the training features; then all of them are used.
     """

@@ -6,57 +6,25 @@ Everything is counted on the models that the job would build, on the meta device
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from lightning_fabric import Fabric
+from torch import nn
 
 from sparsemae.config import read_config
-from sparsemae.data.embedded import TRAIN_IMAGES
-from sparsemae.data.masks import IGNORED
-from sparsemae.data.sampling import BatchPlan
-from sparsemae.data.transforms import normalize
-from sparsemae.models import MaskedAutoencoder
-from sparsemae.models.segmenter import Segmenter, segmentation_loss
-from sparsemae.sparsity import SparsitySummary, summarize
-from sparsemae.tasks.build import build_autoencoder, build_classifier, build_segmenter, make_sparse
-from sparsemae.tasks.finetune import FinetuneConfig
-from sparsemae.tasks.pretrain import ConcurrentLoss, PretrainConfig
-from sparsemae.tasks.segment import SegmentConfig, count_segmenter, refuse_single_images
-from sparsemae.costs.multiply_adds import Forward, count_forward
-from sparsemae.training.config import resolved_precision
-from sparsemae.training.fit import use_plain_attention
+from sparsemae.costs.multiply_adds import Forward
 from sparsemae.costs.step_memory import StepMemory, step_memory
-
-Recipe = PretrainConfig | FinetuneConfig | SegmentConfig
-KINDS: dict[str, type[Recipe]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "segment": SegmentConfig}
-DATA_SETS = {"pretrain": (1_281_167, 1000), "finetune": (1_281_167, 1000), "segment": (20_210, 150)}
-"""Training images and classes of ImageNet-1K and SceneParse150."""
-EMBEDDED = {"pretrain": (TRAIN_IMAGES, 10), "finetune": (TRAIN_IMAGES, 10), "segment": (TRAIN_IMAGES, 11)}
-"""The same of the embedded images."""
-
-
-@dataclass
-class PlanConfig:
-    """What a recipe of pretraining, finetuning or segmentation costs, before it runs."""
-
-    recipe: str
-    """A recipe's name, a YAML file, or the config.yaml of a run."""
-    job: str | None = None
-    """pretrain, finetune or segment; None: the one whose options the recipe has, or that its name says."""
-    devices: int | None = None
-    """Devices per machine; None: the recipe's."""
-    device_batch: int | None = None
-    """Images per device and forward; None: the recipe's."""
-    images: int | None = None
-    """Training images, of which a recipe's data.train_images may use fewer; None: ImageNet-1K's, SceneParse150's, or
-    the embedded ones if they are the recipe's data.source."""
-    classes: int | None = None
-    """Classes of a finetuned model, which a recipe does not say; None: those of the same."""
-    images_per_second: float | None = None
-    """Rate of training, over all devices together; without it no hours are given."""
+from sparsemae.data.embedded import TRAIN_IMAGES
+from sparsemae.data.sampling import BatchPlan
+from sparsemae.jobs import training_jobs
+from sparsemae.models import use_plain_attention
+from sparsemae.options.commands import PlanConfig
+from sparsemae.options.tasks import TrainingConfig
+from sparsemae.sparsity import SparsitySummary, summarize
+from sparsemae.tasks import task_class
+from sparsemae.tasks.sparse import meta_model
+from sparsemae.tasks.task import encoder_of
+from sparsemae.training.config import resolved_precision
 
 
 @dataclass(frozen=True)
@@ -122,15 +90,11 @@ class Plan:
 
 def plan(config: PlanConfig) -> Plan:
     """Print and return what a recipe costs. Raises ValueError if the recipe cannot run on that many devices."""
-    if config.images_per_second is not None and config.images_per_second <= 0:
-        raise ValueError(f"images_per_second: wanted a rate above 0, got {config.images_per_second:g}")
-    for name in ("devices", "images", "classes", "device_batch"):
-        if (value := getattr(config, name)) is not None and value < 1:
-            raise ValueError(f"{name}: wanted at least 1, got {value}")
     job, recipe = _read_recipe(config.recipe, config.job)
-    trainer = recipe.trainer
-    usual = EMBEDDED[job] if recipe.data.source == "embedded" else DATA_SETS[job]
+    trainer, task = recipe.trainer, task_class(recipe.task)(recipe)
+    usual = (TRAIN_IMAGES, task.embedded_classes) if recipe.data.source == "embedded" else task.dataset_size
     images, classes = (given or own for given, own in zip((config.images, config.classes), usual, strict=True))
+    task.class_names = [str(number) for number in range(classes)]
     world = (config.devices or trainer.devices) * trainer.num_nodes
     batches = BatchPlan.make(
         min(images, recipe.data.train_images or images),
@@ -141,21 +105,16 @@ def plan(config: PlanConfig) -> Plan:
     total = trainer.schedule_steps(batches.steps_per_epoch)
     steps = min(total, trainer.max_steps or total)
 
-    if job == "segment":
-        refuse_single_images(batches.micro_batch)
-    encoder, around, forwards = _count(
-        _build(recipe, classes), recipe.mask_ratio if isinstance(recipe, PretrainConfig) else None
-    )
-    model = _build(recipe, classes)
+    counted, model = meta_model(task), meta_model(task)
+    task.prepare(model, Fabric(accelerator="cpu", devices=1), batches)
+    encoder, forwards = summarize(encoder_of(counted)), task.forwards(counted)
+    around = (task.around, _parameters(counted) - _parameters(encoder_of(counted))) if task.around else None
     # auto: the plan may be made on a machine without the devices it is for
     precision = "bf16" if trainer.precision == "auto" and trainer.accelerator != "cpu" else resolved_precision(trainer)
     plain = trainer.accelerator == "cpu" and precision == "bf16"  # as in the loop
     if plain:
         use_plain_attention(model)
-    memory = step_memory(
-        model, _loss_of(recipe, batches.micro_batch, classes), recipe.optim, precision=precision,
-        accumulate=batches.accumulate, world=world, srste_strength=recipe.sparse.strength,
-    )  # fmt: skip
+    memory = step_memory(task, model, batches, precision)
     if trainer.ema_decay is not None:
         memory = replace(memory, weights=2 * memory.weights)
     topology_bytes = 2 * encoder.sparse_total // 8  # reference and last look, in bits
@@ -172,87 +131,23 @@ def plan(config: PlanConfig) -> Plan:
     return result
 
 
-def _read_recipe(recipe: str, job: str | None) -> tuple[str, Recipe]:
-    if job is not None and job not in KINDS:
-        raise ValueError(f"job: wanted {' or '.join(KINDS)}, got {job}")
-    named = [name for name in KINDS if name in Path(recipe).stem]
-    found: dict[str, Recipe] = {}
+def _read_recipe(recipe: str, job: str | None) -> tuple[str, TrainingConfig]:
+    kinds = training_jobs()
+    if job is not None and job not in kinds:
+        raise ValueError(f"job: wanted {' or '.join(kinds)}, got {job}")
+    named = [name for name in kinds if name in Path(recipe).stem]
+    found: dict[str, TrainingConfig] = {}
     errors = []
-    for name in [job] if job else named or KINDS:
+    for name in [job] if job else named or kinds:
         try:
-            found[name] = read_config(KINDS[name], ["--config", recipe])
+            found[name] = read_config(kinds[name], ["--config", recipe])
         except ValueError as error:
             errors.append(error)
     if not found:
         raise errors[0]
     if len(found) > 1:
-        raise ValueError(f"{recipe}: wanted --job {' or '.join(KINDS)}, since its options are both jobs'")
+        raise ValueError(f"{recipe}: wanted --job {' or '.join(kinds)}, since its options are those of several")
     return next(iter(found.items()))
-
-
-def _build(recipe: Recipe, classes: int) -> nn.Module:
-    """The model that the job would train, on the meta device."""
-    with torch.device("meta"):
-        model: nn.Module
-        if isinstance(recipe, PretrainConfig):
-            model = build_autoencoder(recipe.model, recipe.decoder, recipe.data.img_size, recipe.seed)
-        elif isinstance(recipe, SegmentConfig):
-            size = recipe.data.img_size
-            model = build_segmenter(recipe.model, recipe.head, recipe.taps, size, classes, recipe.seed)
-        else:
-            model = build_classifier(recipe.model, recipe.data.img_size, classes, recipe.seed)
-    # a fixed mask takes no less memory than a moving one, and meta tensors have none to fix
-    make_sparse(model, replace(recipe.sparse, mask="dynamic", init_weights="full"))
-    return model
-
-
-def _loss_of(recipe: Recipe, batch: int, classes: int) -> Any:
-    """A function of the model: the loss of one micro-batch of bytes, as the job computes it."""
-    data = recipe.data
-
-    def images() -> Tensor:
-        return normalize(torch.empty(batch, 3, data.img_size, data.img_size, dtype=torch.uint8), data.mean, data.std)
-
-    def pretraining(model: Any) -> Tensor:
-        noise = torch.rand(batch, model.encoder.patch_embed.num_patches)
-        loss: Tensor = ConcurrentLoss(model, recipe.dense_loss_weight)(images(), recipe.mask_ratio, noise)  # type: ignore[union-attr]
-        return loss
-
-    def finetuning(model: Any) -> Tensor:
-        return nn.functional.cross_entropy(model(images()).float(), torch.zeros(batch, dtype=torch.long))
-
-    def segmentation(model: Any) -> Tensor:
-        target = torch.zeros(batch, data.img_size, data.img_size, dtype=torch.uint8)
-        return segmentation_loss(model(images()), target, recipe.head.auxiliary_weight, IGNORED)  # type: ignore[union-attr]
-
-    return {PretrainConfig: pretraining, FinetuneConfig: finetuning, SegmentConfig: segmentation}[type(recipe)]
-
-
-def _count(model: Any, mask_ratio: float | None) -> tuple[SparsitySummary, tuple[str, int] | None, list[Forward]]:
-    """Encoder's (or classifier's) summary, what is around it, and the forwards of one image."""
-    if isinstance(model, Segmenter):
-        return (
-            summarize(model.encoder),
-            ("heads", _parameters(model) - _parameters(model.encoder)),
-            count_segmenter(model),
-        )
-    use_plain_attention(model)  # matrix products, each of which the counter knows
-    model.eval()
-    encoder = model.encoder if isinstance(model, MaskedAutoencoder) else model
-    patches, (height, width) = encoder.patch_embed.num_patches, encoder.patch_embed.img_size
-    image = torch.empty(1, encoder.in_chans, height, width, device="meta")
-    tokens = patches + encoder.num_prefix_tokens
-    if mask_ratio is None:
-        return summarize(model), None, [count_forward("the model", tokens, model, lambda: model(image))]
-    noise = torch.empty(1, patches, device="meta")
-    latent, _, ids_restore = model.forward_encoder(image, mask_ratio, noise)
-    count = partial(count_forward, model=model)
-    forwards = [
-        count("the encoder", latent.shape[1], forward=lambda: model.forward_encoder(image, mask_ratio, noise)),
-        count("the decoder", tokens, forward=lambda: model.forward_decoder(latent, ids_restore)),
-        count("the encoder afterwards", tokens, forward=lambda: encoder.forward_features(image)),
-    ]
-    return summarize(encoder), ("decoder", _parameters(model) - _parameters(encoder)), forwards
 
 
 def _parameters(model: nn.Module) -> int:

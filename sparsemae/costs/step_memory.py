@@ -10,7 +10,6 @@ Formulas per layer would be shorter, and wrong at the next change of a layer.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sparsemae.sparsity import Topology, add_srste_gradient, hold_masks, iter_sparse
-from sparsemae.training.optim import OptimConfig, make_optimizer
+from sparsemae.data.sampling import BatchPlan
+from sparsemae.sparsity import MaskSchedule, Topology, iter_sparse
+from sparsemae.tasks.task import Task
+from sparsemae.training.optim import make_optimizer
+from sparsemae.training.step import optimizer_step
 
 _MASKING = (torch.ops.aten.where, torch.ops.aten.masked_fill)
 
@@ -48,25 +50,18 @@ class StepMemory:
         return self.weights + self.gradients + self.optimizer + self.masks + self.activations
 
 
-def step_memory(
-    model: nn.Module,
-    loss_of: Callable[[nn.Module], Tensor],
-    optim: OptimConfig,
-    *,
-    precision: str = "bf16",
-    accumulate: int = 1,
-    world: int = 1,
-    srste_strength: float = 0.0,
-) -> StepMemory:
+def step_memory(task: Task[Any], model: nn.Module, batches: BatchPlan, precision: str = "bf16") -> StepMemory:
     """The peak of an optimizer step as the loop takes it, once optimizer state and topology log exist.
 
+    A batch counts as activations. From the second micro-batch on, a forward finds gradients there; several processes
+    keep their gradients a second time, in the buckets they are gathered in.
+
     Args:
-        model: on the meta device; its parameters become fake ones.
-        loss_of: makes its own batch, which counts as activations, and returns the loss of one micro-batch.
+        task: prepared for ``batches``.
+        model: its model, on the meta device; its parameters become fake ones.
         precision: bf16 (autocast), fp32 or fp64, as in the trainer.
-        accumulate: micro-batches per optimizer step: from the second on, a forward finds gradients there.
-        world: processes; more than one keep their gradients a second time, in the buckets they are gathered in.
     """
+    config = task.config
     autocast: AbstractContextManager[Any] = (
         torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
     )
@@ -76,26 +71,24 @@ def step_memory(
         _make_fake(model, torch.float64 if precision == "fp64" else torch.float32)
         model.train()
         with _Live(model) as live:
-            optimizer = make_optimizer(model, optim)
+            optimizer = make_optimizer(model, config.optim)
             live.optimizer = optimizer
             # reference and last look: one mask until the first epoch ends, then two
             topology = [Topology(model), Topology(model)] if any(iter_sparse(model)) else []
+            masks, forward = MaskSchedule(model), task.wrapped(model)
+
+            def backward() -> None:
+                for _ in range(min(batches.accumulate, 2)):
+                    with autocast:
+                        loss = task.loss(forward, task.example_batch(model, batches.micro_batch))
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    del loss
+
             for _ in range(2):  # the first step makes the optimizer's state
                 live.forget_peak()
-                with hold_masks(model):
-                    for _ in range(min(accumulate, 2)):
-                        with autocast:
-                            loss = loss_of(model)
-                        loss.backward()  # type: ignore[no-untyped-call]
-                        del loss
-                    if srste_strength:
-                        add_srste_gradient(model, srste_strength)
-                if optim.clip_grad is not None:
-                    nn.utils.clip_grad_norm_(model.parameters(), optim.clip_grad)
-                optimizer.step()
-                optimizer.zero_grad()
+                optimizer_step(model, optimizer, masks.step(0.0), backward, config.sparse, config.optim)
             del topology
-        buckets = sum(_bytes(p) for p in model.parameters() if p.requires_grad) if world > 1 else 0
+        buckets = sum(_bytes(p) for p in model.parameters() if p.requires_grad) if batches.world > 1 else 0
         weights = sum(_bytes(tensor) for tensor in (*model.parameters(), *model.buffers()))
     peak = live.peak
     rest = peak.total - weights - peak.gradients - peak.optimizer - peak.masks

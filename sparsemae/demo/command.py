@@ -7,9 +7,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,35 +16,23 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from sparsemae.commands.evaluate import evaluate
+from sparsemae.commands.pack import pack
+from sparsemae.commands.predict import predict
 from sparsemae.data.embedded import CLASS_NAMES, EmbeddedReader
-from sparsemae.data.sources import SourceConfig
 from sparsemae.demo.segmentation import demo_segment
+from sparsemae.demo.stages import DENSE, PRETRAINING, SMALL, Stage, cores, empty, left_out, run_stages
+from sparsemae.files import write_atomic
+from sparsemae.options.commands import DemoConfig, EvaluateConfig, PackConfig, PredictConfig
+from sparsemae.options.data import SourceConfig
 from sparsemae.report.plots import reconstruction_picture
 from sparsemae.runtime import load
-from sparsemae.sparsity import densify, iter_sparse, summarize
-from sparsemae.demo.stages import DENSE, PRETRAINING, SMALL, Stage, cores, empty, left_out, run_stages
-from sparsemae.tasks.build import load_autoencoder, load_classifier
-from sparsemae.commands.evaluate import EvaluateConfig, evaluate
-from sparsemae.commands.pack import PackConfig, pack
-from sparsemae.commands.predict import PredictConfig, predict
+from sparsemae.sparsity import summarize
+from sparsemae.tasks.loading import load_model, load_predictor
 
 PREDICTED_IMAGES = 5
 ENDING_SECONDS = 35.0
 """Set aside for evaluation, predictions and the picture."""
-
-
-@dataclass
-class DemoConfig:
-    """The whole chain on embedded real images."""
-
-    task: Literal["classify", "segment"] = "classify"
-    """What the pretrained encoder is finetuned for; segment has masks that are computed, not drawn by people."""
-    out: str | None = None
-    """Folder of the demo's runs, emptied first; None: runs/demo, or runs/demo-segment."""
-    minutes: float | None = None
-    """Time limit: stages that would not end in time are left out; None: 6, or 12 for segment."""
-    seed: int = 0
-    """Seed of everything random."""
 
 
 STAGES = [  # in order of starting
@@ -92,8 +79,7 @@ def _demo_classify(out: Path, seed: int, minutes: float, images: Path, console: 
         console.print(line)
     console.print(left_out(STAGES, done, minutes))
     picture = out / "reconstructions.png"
-    model, description = load_autoencoder(out / "pretrain-sparse")
-    reconstruction_picture(model, description, picture, seed)
+    reconstruction_picture(*load_model(out / "pretrain-sparse", "pretrain"), picture, seed)
     console.print(f"\nPicture: {picture} (originals, masked, reconstructed by the sparse and by the full weights)")
     console.print("\nPacked, to run on any CPU without torch:")
     packed = out / "packed.safetensors"
@@ -102,8 +88,8 @@ def _demo_classify(out: Path, seed: int, minutes: float, images: Path, console: 
     console.print(f"Try: sparsemae predict {packed} {out}/images")
     seconds = time.monotonic() - begin
     console.print(f"{seconds:.0f} s on {cores()} cores")
-    (out / "results.json").write_text(json.dumps({"seconds": seconds, "arms": results}, indent=1))
-    (out / "results.md").write_text(_markdown(results))
+    write_atomic(out / "results.json", json.dumps({"seconds": seconds, "arms": results}, indent=1))
+    write_atomic(out / "results.md", _markdown(results))
 
 
 def _write_test_images(folder: Path) -> Path:
@@ -116,9 +102,9 @@ def _write_test_images(folder: Path) -> Path:
 
 
 def _result(folder: Path) -> dict[str, Any]:
-    model, description = load_classifier(folder)
+    model, card = load_model(folder, "classify")
     title = next(stage.title for stage in STAGES if stage.name == folder.name)
-    summary, metrics = summarize(model), description["metrics"]
+    summary, metrics = summarize(model), card.metrics
     return {
         "title": title, "top1": metrics["top1"], "standard_error": metrics["standard_error"],
         "kept": summary.kept + summary.dense_total, "total": summary.sparse_total + summary.dense_total,
@@ -157,10 +143,8 @@ def _speed_table(packed: Path, runs: list[Path]) -> Table:
     shape = runtime.config.vit
     forwards: dict[str, tuple[Path, Callable[[np.ndarray], Any]]] = {"packed bf16": (packed, runtime)}
     for run in runs:
-        model = load_classifier(run)[0]
-        if any(iter_sparse(model)):
-            densify(model)
-        title = f"dense {model.embed_dim} wide, torch fp32"
+        model = load_predictor(run).model
+        title = f"dense, embedding dimension {model.embed_dim}, torch fp32"
         forwards[title] = run / "model.safetensors", _torch_forward(model)
     times: dict[tuple[str, int], list[float]] = {}
     for batch in (1, 8):

@@ -17,10 +17,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sparsemae.sparsity import summarize
+from sparsemae.commands.predict import predict
 from sparsemae.demo.stages import DENSE, PRETRAINING, SMALL, Stage, cores, left_out, run_stages
-from sparsemae.tasks.build import load_segmenter
-from sparsemae.commands.predict import PredictConfig, predict
+from sparsemae.files import write_atomic
+from sparsemae.options.commands import PredictConfig
+from sparsemae.sparsity import summarize
+from sparsemae.tasks.loading import load_model
 
 ENDING_SECONDS = 20.0
 """Set aside for predictions and the tables."""
@@ -74,8 +76,8 @@ def demo_segment(out: Path, seed: int, minutes: float, images: Path, console: Co
     console.print(f"{seconds:.0f} s on {cores()} cores")
     lines = [HEADINGS, ("---", *["---:"] * (len(HEADINGS) - 1)), *rows]
     markdown = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-    (out / "results.md").write_text(f"{markdown}\n{study}\n")
-    (out / "results.json").write_text(json.dumps({"seconds": seconds, "arms": arms}, indent=1))
+    write_atomic(out / "results.md", f"{markdown}\n{study}\n")
+    write_atomic(out / "results.json", json.dumps({"seconds": seconds, "arms": arms}, indent=1))
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Paired:
 
     @classmethod
     def of(cls, ours: list[float], theirs: list[float]) -> Paired:
-        """From shares, in the order of the seeds."""
+        """From fractions, in the order of the seeds."""
         differences = [100 * (a - b) for a, b in zip(ours, theirs, strict=True)]
         error = statistics.stdev(differences) / math.sqrt(len(differences))
         return cls(differences, statistics.mean(differences), error)
@@ -105,10 +107,10 @@ class Paired:
 
 
 def _result(folder: Path) -> dict[str, Any]:
-    model, description = load_segmenter(folder)
+    model, card = load_model(folder, "segment")
     summary = summarize(model)
     kept, total = summary.kept + summary.dense_total, summary.sparse_total + summary.dense_total
-    return {**description["metrics"], "kept": kept, "total": total}
+    return {**card.metrics, "kept": kept, "total": total}
 
 
 def _rows(arms: dict[str, list[dict[str, Any]]]) -> list[tuple[str, ...]]:

@@ -7,7 +7,6 @@ one. A stage that would not end within the time limit is left out.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import multiprocessing
 import os
@@ -25,6 +24,7 @@ import torch
 from rich.console import Console
 
 from sparsemae.config import read_config
+from sparsemae.jobs import JOBS, resolve
 
 MARKER = ".sparsemae-demo"
 DENSE = ("--sparse.pattern", "dense")
@@ -47,12 +47,12 @@ class Stage:
     seed: int = 0
     """Added to the demo's."""
 
-    def words(self, out: Path, seed: int) -> list[str]:
-        """Command-line words after ``sparsemae``."""
-        words = ["--config", f"demo_{self.job}", "--out", f"{out}/{self.name}", "--seed", str(seed + self.seed)]
+    def argv(self, out: Path, seed: int) -> list[str]:
+        """The command line after ``sparsemae JOB``."""
+        argv = ["--config", f"demo_{self.job}", "--out", f"{out}/{self.name}", "--seed", str(seed + self.seed)]
         if self.job != "pretrain":
-            words += ["--init", f"{out}/{self.init}" if self.init else "null"]
-        return words + list(self.options)
+            argv += ["--init", f"{out}/{self.init}" if self.init else "null"]
+        return argv + list(self.options)
 
 
 PRETRAINING = [
@@ -92,9 +92,9 @@ def run_stages(stages: Sequence[Stage], out: Path, seed: int, until: float, cons
                     break
                 waiting.remove(stage)
                 if stage.required or time.monotonic() + stage.cost * seconds.get(stage.job, 0.0) < until:
-                    words = stage.words(out, seed)
-                    console.print(f"$ sparsemae {stage.job} {shlex.join(words)}", style="dim")
-                    running[pool.submit(_run_job, stage.job, words, f"{out}/{stage.name}.log")] = stage
+                    argv = stage.argv(out, seed)
+                    console.print(f"$ sparsemae {stage.job} {shlex.join(argv)}", style="dim")
+                    running[pool.submit(_run_job, stage.job, argv, f"{out}/{stage.name}.log")] = stage
             if not running:
                 break  # what waits starts from a stage that was left out
             titles = "; ".join(f"{stage.title} {_progress(out / stage.name)}" for stage in running.values())
@@ -133,11 +133,12 @@ def _progress(folder: Path) -> str:
         return ""
 
 
-def _run_job(job: str, words: list[str], log: str) -> float:
+def _run_job(name: str, argv: list[str], log: str) -> float:
     """Run one job in this process, single-threaded, its output in a file; returns its seconds."""
     begin = time.monotonic()
     torch.set_num_threads(1)
-    module: Any = importlib.import_module(f"sparsemae.tasks.{job}")
+    job = JOBS[name]
+    config: Any = read_config(resolve(job.options), argv)
     with open(log, "w") as file, contextlib.redirect_stderr(file), contextlib.redirect_stdout(file):
-        getattr(module, job)(read_config(getattr(module, f"{job.capitalize()}Config"), words))
+        resolve(job.function)(config)
     return time.monotonic() - begin

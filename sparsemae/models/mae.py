@@ -1,7 +1,7 @@
 """Masked autoencoder on a timm ViT (MAE, arXiv 2111.06377).
 
 The encoder *is* a ``timm.models.VisionTransformer``: this file never re-implements its blocks, it only walks
-through them with the removed patches left out. Patch mask convention, as in the field: 1 = removed, 0 = kept.
+through them with the masked patches left out. Patch mask convention, as in the field: 1 = masked, 0 = kept.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ class MAEOutput(NamedTuple):
     """What one forward of the autoencoder gives."""
 
     loss: Tensor
-    """Scalar: mean squared error over the removed patches."""
+    """Scalar: mean squared error over the masked patches."""
     pred: Tensor
-    """``[B, L, P*P*3]``: predicted patches, normalised when ``norm_pix_loss``."""
+    """``[B, L, P*P*3]``: predicted patches, normalized when ``norm_pix_loss``."""
     mask: Tensor
-    """``[B, L]``: 1 = removed, 0 = kept."""
+    """``[B, L]``: 1 = masked, 0 = kept."""
     ids_restore: Tensor
     """``[B, L]``: position of each patch in the shuffled order."""
 
@@ -30,16 +30,16 @@ class MAEOutput(NamedTuple):
 class MaskedAutoencoder(nn.Module):
     """Encoder over the kept patches, a light dense decoder over all of them.
 
-    Construction initialises encoder *and* decoder as MAE does (Xavier, fixed sin-cos positions): load
-    pretrained weights afterwards. Positions are not trained in this stage.
+    Construction initializes encoder *and* decoder as MAE does (Xavier, fixed sin-cos position embeddings): load
+    pretrained weights afterwards. Position embeddings are not trained in this stage.
 
     Args:
         encoder: timm ViT with a class token, without register tokens, ending in its ``norm``.
-        decoder_embed_dim: width of the decoder, divisible by 4 and by its heads.
-        norm_pix_loss: normalise each target patch by its own mean and unbiased variance.
+        decoder_embed_dim: embedding dimension of the decoder, divisible by 4 and by its heads.
+        norm_pix_loss: normalize each target patch by its own mean and unbiased variance.
 
     Raises:
-        ValueError: if the encoder is not such a ViT, or a width does not divide.
+        ValueError: if the encoder is not such a ViT, or an embedding dimension does not divide.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class MaskedAutoencoder(nn.Module):
 
         self.decoder_embed = nn.Linear(width, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
-        self.decoder_pos_embed = nn.Parameter(sincos_positions(grid, decoder_embed_dim), requires_grad=False)
+        self.decoder_pos_embed = nn.Parameter(sincos_pos_embed(grid, decoder_embed_dim), requires_grad=False)
         self.decoder_blocks = nn.ModuleList(
             Block(decoder_embed_dim, decoder_num_heads, qkv_bias=True, norm_layer=LayerNorm)
             for _ in range(decoder_depth)
@@ -72,7 +72,7 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_norm = LayerNorm(decoder_embed_dim)
         self.decoder_pred = nn.Linear(decoder_embed_dim, patch_height * patch_width * encoder.in_chans)
 
-        encoder.pos_embed = nn.Parameter(sincos_positions(grid, width), requires_grad=False)
+        encoder.pos_embed = nn.Parameter(sincos_pos_embed(grid, width), requires_grad=False)
         self.apply(_init_linear)
         patch_weight = encoder.patch_embed.proj.weight
         nn.init.xavier_uniform_(patch_weight.view(patch_weight.shape[0], -1))
@@ -84,15 +84,15 @@ class MaskedAutoencoder(nn.Module):
         return {"mask_token", "decoder_pos_embed"}
 
     def forward(self, images: Tensor, mask_ratio: float = 0.25, noise: Tensor | None = None) -> MAEOutput:
-        """Remove patches, encode the rest, reconstruct.
+        """Mask patches, encode the rest, reconstruct.
 
         Args:
             images: ``[B, 3, H, W]`` at the encoder's input size.
-            mask_ratio: share of the patches to *remove*, between 0 and 1.
+            mask_ratio: fraction of the patches to *mask*, between 0 and 1.
             noise: ``[B, L]``, the patches of lowest noise are kept; drawn from torch's global generator if None.
 
         Raises:
-            ValueError: if ``mask_ratio`` leaves no patch, or removes none.
+            ValueError: if ``mask_ratio`` keeps no patch, or masks none.
         """
         latent, mask, ids_restore = self.forward_encoder(images, mask_ratio, noise)
         pred = self.forward_decoder(latent, ids_restore)
@@ -125,7 +125,7 @@ class MaskedAutoencoder(nn.Module):
         return pred[:, 1:]
 
     def forward_loss(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-        """Mean squared error per patch, averaged over the removed ones; at least in fp32 under autocast."""
+        """Mean squared error per patch, averaged over the masked ones; at least in fp32 under autocast."""
         pred = pred.to(torch.promote_types(pred.dtype, torch.float32))
         target = self.patchify(images).to(pred.dtype)
         if self.norm_pix_loss:
@@ -146,7 +146,7 @@ class MaskedAutoencoder(nn.Module):
         return patches.reshape(B, h, w, p, q, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, h * p, w * q)
 
     def reconstruct(self, images: Tensor, output: MAEOutput) -> Tensor:
-        """Predictions as pixels ``[B, 3, H, W]``, each patch given back the mean and spread of its target."""
+        """Predictions as pixels ``[B, 3, H, W]``, each patch given back the mean and standard deviation of its target."""
         pred = output.pred.float()
         if self.norm_pix_loss:
             target = self.patchify(images)
@@ -160,11 +160,11 @@ def random_masking(x: Tensor, mask_ratio: float, noise: Tensor) -> tuple[Tensor,
 
     Args:
         x: ``[B, L, D]``.
-        mask_ratio: share to remove; ``int(L * (1 - mask_ratio))`` are kept.
+        mask_ratio: fraction to mask; ``int(L * (1 - mask_ratio))`` are kept.
         noise: ``[B, L]``.
 
     Returns:
-        kept ``[B, kept, D]``, mask ``[B, L]`` (1 = removed), ids_restore ``[B, L]``.
+        kept ``[B, kept, D]``, mask ``[B, L]`` (1 = masked), ids_restore ``[B, L]``.
     """
     len_keep = patches_kept(x.shape[1], mask_ratio)
     ids_shuffle = noise.argsort(dim=1, stable=True)
@@ -175,29 +175,29 @@ def random_masking(x: Tensor, mask_ratio: float, noise: Tensor) -> tuple[Tensor,
 
 
 def patches_kept(patches: int, mask_ratio: float) -> int:
-    """``int(L * (1 - mask_ratio))``. Raises ValueError if that keeps no patch, or removes none."""
+    """``int(L * (1 - mask_ratio))``. Raises ValueError if that keeps no patch, or masks none."""
     kept = int(patches * (1 - mask_ratio))
     if not 0 < kept < patches:
         raise ValueError(
-            f"mask_ratio: wanted a share that keeps and removes at least one of {patches} patches, got {mask_ratio}"
+            f"mask_ratio: wanted a fraction that keeps and masks at least one of {patches} patches, got {mask_ratio}"
         )
     return kept
 
 
-def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
-    """Fixed 2-D positions ``[1, 1 + H*W, D]``, the class token's first and zero.
+def sincos_pos_embed(grid: tuple[int, int], embed_dim: int) -> Tensor:
+    """Fixed 2-D position embeddings ``[1, 1 + H*W, D]``, the class token's first and zero.
 
-    A quarter of the width each for sin and cos of the column, then of the row (MAE's files have columns first).
-    Raises ValueError if 4 does not divide ``width``.
+    A quarter of the embedding dimension each for sin and cos of the column, then of the row (MAE's files have columns first).
+    Raises ValueError if 4 does not divide ``embed_dim``.
     """
-    if width % 4:
-        raise ValueError(f"sin-cos positions: wanted a width divisible by 4, got {width}")
-    omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    if embed_dim % 4:
+        raise ValueError(f"sin-cos position embeddings: wanted an embedding dimension divisible by 4, got {embed_dim}")
+    omega = 10000.0 ** -(torch.arange(embed_dim // 4, dtype=torch.float64) / (embed_dim // 4))
     rows, columns = (torch.arange(size, dtype=torch.float64)[:, None] * omega for size in grid)
     rows = rows[:, None].expand(*grid, -1)  # H W D/4
     columns = columns[None].expand(*grid, -1)
-    positions = torch.cat((columns.sin(), columns.cos(), rows.sin(), rows.cos()), dim=-1).reshape(-1, width)
-    return torch.cat((torch.zeros(1, width), positions)).float()[None]
+    positions = torch.cat((columns.sin(), columns.cos(), rows.sin(), rows.cos()), dim=-1).reshape(-1, embed_dim)
+    return torch.cat((torch.zeros(1, embed_dim), positions)).float()[None]
 
 
 def _init_linear(module: nn.Module) -> None:
@@ -216,7 +216,7 @@ def _check_encoder(encoder: nn.Module) -> None:
     wanted = {
         "a class token": encoder.cls_token is not None,
         "no register tokens": encoder.reg_token is None,
-        "learned positions that include the class token": encoder.pos_embed is not None and not encoder.no_embed_class,
+        "learned position embeddings that include the class token": encoder.pos_embed is not None and not encoder.no_embed_class,
         "a fixed input size": not encoder.dynamic_img_size,
         "a final `norm` (global_pool='token')": isinstance(encoder.norm, nn.LayerNorm),
     }

@@ -1,15 +1,14 @@
 """A segmenter: a ViT read at four depths, a pyramid of them, and UperNet's head over the pyramid.
 
-The ViT's four taps all have the patch's stride. Transposed convolutions bring the first two to a quarter and a half of
+The ViT's four maps all have the patch's stride. Transposed convolutions bring the first two to a quarter and a half of
 it, max pooling the last to twice: strides 4, 8, 16, 32 for patches of 16 px (as BEiT and MAE do). The head is UperNet
 (Xiao et al., arXiv 1807.10221): pyramid pooling on the coarsest map, then a feature pyramid. An auxiliary FCN head on
-the third tap helps training and is not run otherwise. The appendix names neither the head nor its width.
+the third map helps training and is not run otherwise. The appendix names neither the head nor its channels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -17,29 +16,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsemae.limits import AT_LEAST_0, AT_LEAST_1, BELOW_1, check_limits
+from sparsemae.options.model import HeadConfig
 
 POOL_SCALES = (1, 2, 3, 6)
-AUXILIARY_TAP = 2
-TAPS = 4
-
-
-@dataclass
-class HeadConfig:
-    """UperNet's head and the auxiliary one."""
-
-    width: int = 512
-    """Channels of UperNet's maps."""
-    auxiliary_width: int = 256
-    """Channels of the auxiliary head's map."""
-    auxiliary_weight: float = 0.4
-    """Weight of the auxiliary head's loss; the main one's is 1."""
-    dropout: float = 0.0
-    """Probability of dropping a channel before the last layer of each head; mmsegmentation's is 0.1."""
-
-    def __post_init__(self) -> None:
-        positive = {"width": AT_LEAST_1, "auxiliary_width": AT_LEAST_1}
-        check_limits(self, "head.", auxiliary_weight=AT_LEAST_0, dropout=BELOW_1, **positive)
+AUXILIARY_MAP = 2
+MAPS = 4
 
 
 class SegmenterOutput(NamedTuple):
@@ -55,28 +36,29 @@ class Segmenter(nn.Module):
 
     Args:
         encoder: a timm ViT without a head. Its last norm is taken out: all maps are read before it.
-        taps: blocks after which it is read, counted from 0; the last must be its last.
+        out_indices: blocks after which it is read, counted from 0; the last must be its last.
 
     Raises:
-        ValueError: on taps that are not four ascending blocks.
+        ValueError: on out_indices that are not four ascending blocks.
     """
 
     def __init__(
         self,
         encoder: VisionTransformer,
         num_classes: int,
-        taps: Sequence[int] = (3, 5, 7, 11),
+        out_indices: Sequence[int] = (3, 5, 7, 11),
         head: HeadConfig | None = None,
     ) -> None:
         super().__init__()
         head = head or HeadConfig()
         last = len(encoder.blocks) - 1
-        if len(taps) != TAPS or sorted({*taps}) != list(taps) or taps[0] < 0 or taps[-1] != last:
-            raise ValueError(f"taps: wanted {TAPS} ascending blocks that end with the last, {last}, got {list(taps)}")
+        indices = list(out_indices)
+        if len(indices) != MAPS or sorted({*indices}) != indices or indices[0] < 0 or indices[-1] != last:
+            raise ValueError(f"out_indices: wanted {MAPS} ascending blocks that end with the last, {last}, got {indices}")
         encoder.norm, encoder.fc_norm = nn.Identity(), nn.Identity()
-        self.encoder, self.taps = encoder, list(taps)
+        self.encoder, self.out_indices = encoder, indices
         self.pyramid = Pyramid(encoder.embed_dim)
-        self.decode_head = UperNetHead([encoder.embed_dim] * TAPS, head.width, num_classes, head.dropout)
+        self.decode_head = UperNetHead([encoder.embed_dim] * MAPS, head.width, num_classes, head.dropout)
         self.auxiliary_head = FCNHead(encoder.embed_dim, head.auxiliary_width, num_classes, head.dropout)
         for part in (self.decode_head, self.auxiliary_head):
             for module in part.modules():
@@ -87,7 +69,7 @@ class Segmenter(nn.Module):
             nn.init.zeros_(part.classifier.bias)
 
     def forward(self, images: Tensor) -> SegmenterOutput:
-        """Normalised images ``[B, 3, H, W]``; an encoder with dynamic_img_pad takes any size."""
+        """Normalized images ``[B, 3, H, W]``; an encoder with dynamic_img_pad takes any size."""
         patches = zip(images.shape[-2:], self.encoder.patch_embed.patch_size, strict=True)
         padded = [-(-side // patch) * patch for side, patch in patches]
 
@@ -96,13 +78,13 @@ class Segmenter(nn.Module):
             return resized[..., : images.shape[-2], : images.shape[-1]]
 
         maps = self.forward_pyramid(images)
-        auxiliary = to_image(self.auxiliary_head(maps[AUXILIARY_TAP])) if self.training else None
+        auxiliary = to_image(self.auxiliary_head(maps[AUXILIARY_MAP])) if self.training else None
         return SegmenterOutput(to_image(self.decode_head(maps)), auxiliary)
 
     def forward_pyramid(self, images: Tensor) -> list[Tensor]:
-        """Maps ``[B, D, h, w]`` of the tapped blocks, from a quarter of the patch's stride to twice it."""
+        """Maps ``[B, D, h, w]`` of those blocks, from a quarter of the patch's stride to twice it."""
         maps: list[Tensor] = self.encoder.forward_intermediates(
-            images, indices=self.taps, norm=False, output_fmt="NCHW", intermediates_only=True
+            images, indices=self.out_indices, norm=False, output_fmt="NCHW", intermediates_only=True
         )
         pyramid: list[Tensor] = self.pyramid(maps)
         return pyramid

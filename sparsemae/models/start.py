@@ -13,13 +13,13 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from sparsemae.models.mae import sincos_positions
+from sparsemae.models.mae import sincos_pos_embed
 from sparsemae.models.weights import Loaded, load_weights, read_weights, to_public_names
 
 NEW = ("head.*", "fc_norm.*", "*.weight_mask")
 """Never taken over: the head and its norm are new in each stage, and a frozen mask moves again."""
-WANTED_SHARE = 0.9
-MAE_LICENCE = "weights published by MAE's authors are under CC BY-NC 4.0: not for commercial use"
+WANTED_FRACTION = 0.9
+MAE_LICENSE = "weights published by MAE's authors are under CC BY-NC 4.0: not for commercial use"
 
 
 @dataclass
@@ -27,15 +27,15 @@ class Start:
     """What `start_from` did."""
 
     loaded: Loaded
-    share: float
-    """Parameters of the encoder that the source filled, as a share of all of them."""
+    fraction: float
+    """Parameters of the encoder that the source filled, as a fraction of all of them."""
     resized: list[str] = field(default_factory=list)
     """Position embeddings that were resampled to another grid."""
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         resized = f"; resampled: {', '.join(self.resized)}" if self.resized else ""
-        return "; ".join([f"{self.share:.1%} of the encoder's parameters; {self.loaded}{resized}", *self.notes])
+        return "; ".join([f"{self.fraction:.1%} of the encoder's parameters; {self.loaded}{resized}", *self.notes])
 
 
 def start_from(model: nn.Module, source: str) -> Start:
@@ -53,9 +53,9 @@ def start_from(model: nn.Module, source: str) -> Start:
     encoder = model if isinstance(model, VisionTransformer) else model.encoder
     assert isinstance(encoder, VisionTransformer)
     try:
-        state, licence = _state(source)
+        state, license = _state(source)
         resized = _resample_positions(state, encoder)
-    except RuntimeError as error:  # torch's, on positions that are no grid of numbers
+    except RuntimeError as error:  # torch's, on position embeddings that are no grid of numbers
         raise ValueError(f"{source}: {error}") from error
     wanted = {
         name: parameter.shape
@@ -63,51 +63,51 @@ def start_from(model: nn.Module, source: str) -> Start:
         if not any(fnmatchcase(name, glob) for glob in NEW)
     }
     fits = {name for name, shape in wanted.items() if name in state and state[name].shape == shape}
-    share = sum(wanted[name].numel() for name in fits) / sum(shape.numel() for shape in wanted.values())
-    if share < WANTED_SHARE:
+    fraction = sum(wanted[name].numel() for name in fits) / sum(shape.numel() for shape in wanted.values())
+    if fraction < WANTED_FRACTION:
         raise ValueError(
-            f"{source}: checkpoint of another architecture: wanted at least {WANTED_SHARE:.0%} of the encoder's "
-            f"parameters, matched {share:.1%}; {_difference(state, wanted, fits)}"
+            f"{source}: checkpoint of another architecture: wanted at least {WANTED_FRACTION:.0%} of the encoder's "
+            f"parameters, matched {fraction:.1%}; {_difference(state, wanted, fits)}"
         )
     unfit = [name for name in wanted if name in state and name not in fits]
     loaded = load_weights(model, state, ignore=[*NEW, *unfit], name=source)
-    return Start(loaded, share, resized, [licence] if licence else [])
+    return Start(loaded, fraction, resized, [license] if license else [])
 
 
 def _state(source: str) -> tuple[dict[str, Tensor], str]:
-    """Tensors under public names, and what to say of their licence."""
+    """Tensors under public names, and what to say of their license."""
     name = source.removeprefix("timm:")
     if name == source:
-        tensors, description = read_weights(source)
+        tensors, metadata = read_weights(source)
         try:
             state = to_public_names(tensors)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
-        return state, MAE_LICENCE if not description and _is_of_mae(state) else ""
+        return state, MAE_LICENSE if not metadata and _is_of_mae(state) else ""
     if not timm.is_model(name):
         raise ValueError(f"{source}: wanted a timm model after timm:, got {name!r}")
     create: Callable[..., nn.Module] = timm.create_model
     model = create(name, pretrained=True)
-    licence = getattr(model, "pretrained_cfg", {}).get("license")
-    return dict(model.state_dict()), f"licence of {source}, as timm names it: {licence}" if licence else ""
+    license = getattr(model, "pretrained_cfg", {}).get("license")
+    return dict(model.state_dict()), f"license of {source}, as timm names it: {license}" if license else ""
 
 
 def _is_of_mae(state: Mapping[str, Tensor]) -> bool:
-    """A decoder's mask token, or in a file of the encoder alone positions that are still MAE's fixed ones."""
+    """A decoder's mask token, or in a file of the encoder alone position embeddings that are still MAE's fixed ones."""
     positions = state.get("pos_embed")
     if "mask_token" in state or positions is None or positions.ndim != 3 or positions.shape[-1] % 4:
         return "mask_token" in state
     side = math.isqrt(positions.shape[1] - 1)
     if side * side != positions.shape[1] - 1:
         return False
-    return torch.allclose(positions.float(), sincos_positions((side, side), positions.shape[-1]), atol=1e-3)
+    return torch.allclose(positions.float(), sincos_pos_embed((side, side), positions.shape[-1]), atol=1e-3)
 
 
 def _resample_positions(state: dict[str, Tensor], encoder: VisionTransformer) -> list[str]:
-    """Bring a square grid of positions to the encoder's own, as timm does (bicubic, antialiased).
+    """Bring a square grid of position embeddings to the encoder's own, as timm does (bicubic, antialiased).
 
-    Before it stand positions of as many other tokens as leave a square: one for a class token, two in distilled DeiTs,
-    none where tokens take no positions (DeiT III), which is as good as a zero. What does not fit is left as it is.
+    Before it stand position embeddings of as many other tokens as leave a square: one for a class token, two in distilled DeiTs,
+    none where tokens take none (DeiT III), which is as good as a zero. What does not fit is left as it is.
     """
     positions, own = state.get("pos_embed"), encoder.pos_embed
     if positions is None or own is None or positions.dim() != 3 or positions.shape[-1] != own.shape[-1]:

@@ -2,13 +2,12 @@
 
 A pretraining file has the keys of MAE's published full checkpoints (encoder keys as in timm, then ``mask_token``,
 ``decoder_*``); a classifier's file has timm's. Our own files are safetensors whose metadata entry ``sparsemae`` (JSON)
-says what is needed to build the model again.
+is a `ModelCard`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sparsemae.card import ModelCard
+from sparsemae.files import replacing
 from sparsemae.models.torch_file import load_torch_file
 
 
@@ -127,35 +128,19 @@ def _own_name(key: str, prefix: str) -> str:
     return prefix + key if key.startswith("blocks.") else key
 
 
-def save_model(path: Path, model: nn.Module, description: Mapping[str, Any]) -> None:
-    """Write public weights as safetensors, with ``description`` as JSON metadata; appears whole or not at all."""
-    save_tensors(path, public_state(model), description)
+def save_model(path: Path, model: nn.Module, card: ModelCard) -> None:
+    """Write public weights as safetensors, with the card as JSON metadata; appears whole or not at all."""
+    save_tensors(path, public_state(model), card.to_dict())
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
-    """As `save_model`. Raises OSError if it cannot be written; nothing is left of it then."""
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """As `save_model`, with any JSON values. Raises OSError if it cannot be written; nothing is left of it then."""
     state = {key: value.cpu().contiguous() for key, value in tensors.items()}
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        save_file(_unshared(state), temporary, {"sparsemae": json.dumps(description)})
-        temporary.chmod(mode)  # safetensors makes its files for their owner alone
-        fsync(temporary)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            save_file(_unshared(state), temporary, {"sparsemae": json.dumps(metadata)})
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def fsync(path: Path) -> None:
-    """Have the system write a file, or a folder's entries, to the disk now."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -186,17 +171,26 @@ def find_weights(source: str | Path) -> Path:
     return path
 
 
-def read_description(source: str | Path) -> dict[str, Any]:
-    """What a weights file says of itself; empty for foreign ones. Raises ValueError if there is no file."""
+def read_card(source: str | Path) -> ModelCard | None:
+    """The card of a weights file; None for foreign ones. Raises ValueError if there is no file, or no such card."""
     path = find_weights(source)
     if path.suffix != ".safetensors":
-        return {}
+        return None
     with _opened(path) as file:
-        return _description(file)
+        metadata = _metadata(file)
+    return card_of(metadata, path) if metadata else None
+
+
+def card_of(metadata: Mapping[str, Any], path: Path) -> ModelCard:
+    """The card in a file's metadata. Raises ValueError, naming the file, if it is not one."""
+    try:
+        return ModelCard.from_dict(metadata)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and our description (empty for foreign files) of a weights file. Never runs pickled code.
+    """Tensors and our metadata (empty for foreign files) of a weights file. Never runs pickled code.
 
     Raises ValueError, naming the file, if it cannot be read as tensors.
     """
@@ -204,7 +198,7 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     if path.suffix != ".safetensors":
         return load_torch_file(path), {}
     with _opened(path) as file:
-        return {key: file.get_tensor(key) for key in list(file.keys())}, _description(file)
+        return {key: file.get_tensor(key) for key in list(file.keys())}, _metadata(file)
 
 
 @contextmanager
@@ -223,11 +217,11 @@ def _opened(path: Path) -> Iterator[Any]:
         raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
 
 
-def _description(file: Any) -> dict[str, Any]:
-    description = json.loads((file.metadata() or {}).get("sparsemae", "{}"))
-    if not isinstance(description, dict):
-        raise ValueError(f"wanted a description in the metadata entry sparsemae, got {description!r:.60}")
-    return description
+def _metadata(file: Any) -> dict[str, Any]:
+    metadata = json.loads((file.metadata() or {}).get("sparsemae", "{}"))
+    if not isinstance(metadata, dict):
+        raise ValueError(f"wanted a card in the metadata entry sparsemae, got {metadata!r:.60}")
+    return metadata
 
 
 # HF ViTMAE -> MAE. Both the names of transformers >= 5 and the older ones of the published files.

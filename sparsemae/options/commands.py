@@ -10,6 +10,18 @@ from sparsemae.limits import ABOVE_0, AT_LEAST_1, check_limits
 from sparsemae.options.data import SourceConfig
 from sparsemae.options.model import InferenceChange
 
+ENGINES = (
+    "torch fp32",
+    "torch bf16",
+    "torch compiled bf16",
+    "onnxruntime fp32",
+    "onnxruntime int8",
+    "openvino fp32",
+    "openvino bf16",
+    "openvino int8",
+)
+"""What packed files are measured against."""
+
 
 @dataclass
 class DemoConfig:
@@ -158,7 +170,7 @@ class BenchmarkConfig:
     ViT-B with AdamW's state costs the loop, beside a save that blocks it."""
     files: list[str] = field(default_factory=list)
     """Packed files; none: SparseMAE-T and -S at ViT-B/16 size with random weights, bf16 and int8."""
-    engines: list[str] = field(default_factory=lambda: ["torch fp32", "torch bf16"])
+    engines: list[str] = field(default_factory=lambda: list(ENGINES))
     """Rivals of packed files to run."""
     dense: list[str] = field(default_factory=lambda: ["B", "S", "T"])
     """Dense models for them: B, S, T."""

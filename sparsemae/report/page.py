@@ -18,7 +18,9 @@ import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sparsemae.training.config import flat
+from sparsemae.files import write_atomic
+from sparsemae.options.commands import ReportConfig
+from sparsemae.training.config import flatten_config
 
 WHERE = {"step", "epoch"}
 LINE = {"loss", "lr", "images_per_second", "standard_error"}
@@ -26,16 +28,6 @@ STYLE = """body { font: 15px/1.5 sans-serif; max-width: 68em; margin: 2em auto; 
 figure { margin: 1em 0 } svg { max-width: 100%; height: auto } .curves { display: flex; flex-wrap: wrap }
 table { border-collapse: collapse; font-size: 13px } td, th { text-align: left; padding: .15em .8em .15em 0;
 border-bottom: 1px solid #ddd; vertical-align: top } caption { text-align: left; font-weight: bold; padding: .5em 0 }"""
-
-
-@dataclass
-class ReportConfig:
-    """One page of curves, moving masks and settings of one or more runs."""
-
-    runs: list[str]
-    """Run folders; several are laid over one another."""
-    out: str | None = None
-    """The page; None: report.html in the first run's folder."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +50,10 @@ def report(config: ReportConfig) -> Path:
     layers = [_layers(run) for run in runs if run.topology]
     settings = _table("Settings" if len(runs) == 1 else "Settings that differ", runs, lambda run: run.settings)
     machine = _table("Machine", runs, lambda run: run.environment)
-    out.write_text(
+    write_atomic(
+        out,
         f"<!doctype html><meta charset=utf-8><title>{html.escape(named)}</title><style>{STYLE}</style>"
-        f"<h1>{html.escape(named)}</h1><div class=curves>{''.join(curves)}</div>{''.join(layers)}{settings}{machine}\n"
+        f"<h1>{html.escape(named)}</h1><div class=curves>{''.join(curves)}</div>{''.join(layers)}{settings}{machine}\n",
     )
     print(f"wrote {out}")
     return out
@@ -74,8 +67,8 @@ def _read(folder: Path) -> _Run:
         str(folder),
         _lines(folder / "metrics.jsonl"),
         _lines(topology) if topology.is_file() else [],
-        flat(yaml.safe_load((folder / "config.yaml").read_text())),
-        flat(json.loads(environment.read_text())),
+        flatten_config(yaml.safe_load((folder / "config.yaml").read_text())),
+        flatten_config(json.loads(environment.read_text())),
     )
 
 
@@ -117,7 +110,7 @@ def _layers(run: _Run) -> str:
     extent = (first, max(last, first + 1e-3), len(names) - 0.5, -0.5)
     image = axes.imshow(rates, aspect="auto", extent=extent)
     axes.set_yticks(range(len(names)), names, fontsize=6)
-    axes.set(title=f"{run.name}: share of the mask that moved since the look before", xlabel="epoch")
+    axes.set(title=f"{run.name}: fraction of the mask that moved since the last epoch", xlabel="epoch")
     figure.colorbar(image)
     return _drawn(figure, axes)
 

@@ -187,7 +187,7 @@ def add_srste_gradient(model: nn.Module, strength: float = 2e-4) -> None:
                 weight.grad.add_(weight.masked_fill(mask, 0.0).to(weight.grad.dtype), alpha=strength)
 
 
-def drop_pruned(model: nn.Module) -> None:
+def zero_pruned(model: nn.Module) -> None:
     """Set the weights outside today's masks to 0: what is left is the sparse network alone. The masks still move."""
     for weight, mask in _moving_weights(model):
         with torch.no_grad():

@@ -62,10 +62,10 @@ class MaskSchedule:
         for name, layer in iter_sparse(self._model):
             layer.pattern = self._final[name]
 
-    def share(self, twin: nn.Module) -> nn.Module:
+    def sync_to(self, twin: nn.Module) -> nn.Module:
         """Give a copy of the model (an average of its weights) the pattern of now and the masks once fixed; returns it.
 
-        Masks that move are not shared: the copy's follow from its own weights.
+        Masks that move are not synced: the copy's follow from its own weights.
         """
         for (_, own), (_, other) in zip(iter_sparse(self._model), iter_sparse(twin), strict=True):
             other.pattern, other.held_mask = own.pattern, own.held_mask

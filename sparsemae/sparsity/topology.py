@@ -19,7 +19,7 @@ class Movement:
     """Change of one mask, or of all of them together."""
 
     flip_rate: float
-    """Share of mask entries that changed since the last look, 0 to 1."""
+    """Fraction of mask entries that changed since the last look, 0 to 1."""
     sad: int
     """Sparse architecture divergence: number of entries that differ from the reference mask."""
 

@@ -1,4 +1,4 @@
-"""A run's checkpoints: folders that appear whole or not at all, and prove on loading that they are unharmed.
+"""A run's checkpoints: folders that appear whole or not at all, and prove on loading that they are intact.
 
 ``checkpoints/step-NNNNNNNN/`` holds ``model.safetensors`` (public weights, usable on their own), ``ema.safetensors``
 where there is a moving average, ``training.safetensors`` (optimizer, masks and, as JSON metadata, counters) and
@@ -17,7 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsemae.models.weights import fsync, read_weights, save_tensors
+from sparsemae.files import fsync
+from sparsemae.models.weights import read_weights, save_tensors
 
 WEIGHTS, AVERAGE, TRAINING = "model", "ema", "training"
 """Names of a checkpoint's files, without ``.safetensors``."""
@@ -71,9 +72,9 @@ def save_checkpoint(
 def remove_checkpoint(path: Path) -> None:
     """Remove one whole: a kill in the middle leaves no torn one under its name."""
     if path.exists():
-        condemned = path.with_name(f".{path.name}.old")
-        path.rename(condemned)
-        shutil.rmtree(condemned)
+        removed = path.with_name(f".{path.name}.old")
+        path.rename(removed)
+        shutil.rmtree(removed)
 
 
 def remove_old_checkpoints(folder: Path, keep: int, best: int | None = None) -> None:

@@ -25,9 +25,9 @@ class Feed:
     Args:
         open_at: a fresh loader's micro-batches from an optimizer step on.
         retries: how often in a row the loader is started again, after 1, 2, 4, ... seconds.
-        say: told of each failure.
+        info: told of each failure.
         in_a_hurry: True gives up at once: the run has been asked to end.
-        stuck_after: seconds after which loader processes are killed; the loader's own time-out does not see one that
+        hang_timeout: seconds after which loader processes are killed; the loader's own time-out does not see one that
             stops with a batch half handed over.
     """
 
@@ -35,12 +35,12 @@ class Feed:
         self,
         open_at: Callable[[int], Iterator[Any]],
         retries: int,
-        say: Callable[[str], None],
+        info: Callable[[str], None],
         in_a_hurry: Callable[[], bool] = bool,
-        stuck_after: float | None = None,
+        hang_timeout: float | None = None,
     ) -> None:
-        self._open_at, self._retries, self._say, self._in_a_hurry = open_at, retries, say, in_a_hurry
-        self._stuck_after = stuck_after
+        self._open_at, self._retries, self._info, self._in_a_hurry = open_at, retries, info, in_a_hurry
+        self._hang_timeout = hang_timeout
         self._loader: Iterator[Any] | None = None
         self._on_child_death: Any = signal.SIG_DFL
 
@@ -56,7 +56,7 @@ class Feed:
         """The next one, which is ``number`` of ``step``. Raises ValueError when all retries have failed."""
         for attempt in range(self._retries + 1):
             try:
-                with self._hearing_of_dead_workers(), self._killing_stuck_workers():
+                with self._worker_death_raises(), self._hung_workers_are_killed():
                     if self._loader is None:
                         self._loader = self._open_at(step)
                         for _ in range(number):
@@ -69,12 +69,12 @@ class Feed:
             pause = min(2.0**attempt, LONGEST_PAUSE_SECONDS)
             if attempt == self._retries or self._in_a_hurry():
                 break
-            self._say(f"{reason}; trying again in {pause:g} s ({attempt + 1} of {self._retries})")
+            self._info(f"{reason}; trying again in {pause:g} s ({attempt + 1} of {self._retries})")
             time.sleep(pause)
         raise ValueError(f"no data at step {step}: {reason} (tried {attempt + 1} times)")
 
     @contextmanager
-    def _hearing_of_dead_workers(self) -> Iterator[None]:
+    def _worker_death_raises(self) -> Iterator[None]:
         """torch's handler raises wherever the main thread happens to be, half-way through an optimizer step too.
 
         So it is in place here only; a death that came at another time is asked for.
@@ -89,11 +89,11 @@ class Feed:
             _set_child_handler(signal.SIG_DFL)
 
     @contextmanager
-    def _killing_stuck_workers(self) -> Iterator[None]:
-        if self._stuck_after is None:
+    def _hung_workers_are_killed(self) -> Iterator[None]:
+        if self._hang_timeout is None:
             yield
             return
-        watch = threading.Timer(self._stuck_after, _kill_children)
+        watch = threading.Timer(self._hang_timeout, _kill_children)
         watch.daemon = True
         watch.start()
         try:

@@ -18,7 +18,7 @@ LOCK_FILE = ".lock"
 
 
 @contextmanager
-def run_lock(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+def run_lock(folder: Path, info: Callable[[str], None]) -> Iterator[None]:
     """Hold the lock of a run's folder.
 
     Raises ValueError, naming process and host, if another run holds it.
@@ -32,9 +32,9 @@ def run_lock(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
                 f"{folder}: in use by {_text(descriptor) or 'another run'}; wait for its end, or choose another --out"
             ) from error
         except OSError as error:
-            say(f"{folder}: no locks on this file system ({error.strerror}): nothing keeps a second run out")
+            info(f"{folder}: no locks on this file system ({error.strerror}): nothing keeps a second run out")
         if holder := _text(descriptor):
-            say(f"{folder}: the lock is stale: {holder} ended without releasing it")
+            info(f"{folder}: the lock is stale: {holder} ended without releasing it")
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         try:

@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sparsemae.models.weights import fsync
+from sparsemae.files import write_atomic
 
 PLAIN_LINE_SECONDS = 10.0
 _PACKAGES = ("sparsemae", "torch", "torchvision", "timm", "lightning-fabric", "torchmetrics", "numpy", "pillow")
@@ -41,7 +41,7 @@ class RunLog:
         self._bar: Progress | None = None
         self._unwritten: dict[str, str] = {}
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """Print one message, above the progress bar where there is one."""
         (self._bar.console if self._bar else self.console).print(text, markup=False)
 
@@ -59,17 +59,17 @@ class RunLog:
             if path.is_file():
                 os.truncate(path, size)  # what was written of it
             self._unwritten[file] = lines
-            self.say(f"warning: {path}: could not be written: {error.strerror}; the line is kept")
+            self.info(f"warning: {path}: could not be written: {error.strerror}; the line is kept")
 
-    def forget_after(self, step: int) -> None:
-        """Drop the lines of steps beyond the checkpoint that a run continues from, so that no step stands twice."""
+    def truncate_after(self, step: int) -> None:
+        """Drop the lines of steps beyond the checkpoint that a run continues from, so that no step is listed twice."""
         if self.folder is None:
             return
         for name in ("metrics.jsonl", "topology.jsonl", "bad-batches.jsonl"):
             file = self.folder / name
             if file.is_file():
                 lines = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
-                write_whole(file, "".join(line + "\n" for line in lines))
+                write_atomic(file, "".join(line + "\n" for line in lines))
 
     @contextmanager
     def progress(
@@ -116,12 +116,12 @@ class StepProgress:
         elif now - self._last_line >= PLAIN_LINE_SECONDS:
             self._last_line = now
             left = (self._total - step) * self._images_per_step / max(rate, 1e-9)
-            self._log.say(
+            self._log.info(
                 f"{self._title}: {self._unit} {step}/{self._total}, {rate:,.0f} images/s, {left:,.0f} s left, {status}"
             )
 
 
-def watched(batches: Iterable[Any], title: str, images: int) -> Iterator[Any]:
+def with_progress(batches: Iterable[Any], title: str, images: int) -> Iterator[Any]:
     """Batches as they come, under a progress display over their images."""
     rest, seen = iter(batches), 0
     first = list(islice(rest, 1))  # starts a loader's processes, before the progress display starts its thread
@@ -130,17 +130,6 @@ def watched(batches: Iterable[Any], title: str, images: int) -> Iterator[Any]:
             yield batch
             seen += len(batch["image"])
             progress.advance(seen, "")
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a text file; it appears whole or not at all, a kill at any moment included."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    try:
-        temporary.write_text(text)
-        fsync(temporary)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _step_of(line: str) -> int:

@@ -3,51 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
-from sparsemae.limits import ABOVE_0, AT_LEAST_0, BELOW_1, SHARE, UP_TO_1, check_limits
-
-
-@dataclass
-class OptimConfig:
-    """AdamW and its schedule. The defaults are Table 1's."""
-
-    lr: float = 2.4e-3
-    """Peak learning rate, for the global batch as it is (no hidden scaling)."""
-    lr_batch: int | None = None
-    """The global batch, in images, that lr and min_lr are given for; only trainer.scale_lr uses it."""
-    min_lr: float = 1e-5
-    """Learning rate at the end of the schedule."""
-    schedule: Literal["cosine", "linear"] = "cosine"
-    """How the learning rate falls from its peak to min_lr."""
-    warmup_epochs: float = 5.0
-    """Epochs of linear warm-up."""
-    warmup_steps: int | None = None
-    """Length of the warm-up in optimizer steps instead of epochs."""
-    warmup_start: float = 0.0
-    """Where the warm-up begins, as a share of the peak."""
-    weight_decay: float = 0.05
-    """Decoupled weight decay; biases, norms, positions, class and mask tokens take none."""
-    layer_decay: float = 1.0
-    """Learning-rate factor per layer from the head down; 1 switches it off."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Adam's beta."""
-    eps: float = 1e-8
-    """Adam's epsilon."""
-    clip_grad: float | None = None
-    """Largest norm of the gradient; None: no clipping."""
-
-    def __post_init__(self) -> None:
-        rates = {"lr": AT_LEAST_0, "lr_batch": ABOVE_0, "min_lr": AT_LEAST_0, "warmup_start": SHARE}
-        warmup = {"warmup_epochs": AT_LEAST_0, "warmup_steps": AT_LEAST_0}
-        adam = {"weight_decay": AT_LEAST_0, "betas": BELOW_1, "eps": ABOVE_0, "clip_grad": ABOVE_0}
-        check_limits(self, "optim.", layer_decay=UP_TO_1, **rates, **warmup, **adam)
+from sparsemae.options.training import OptimConfig
 
 
 def scaled_to_batch(optim: OptimConfig, global_batch: int) -> OptimConfig:
@@ -102,7 +66,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) 
     """Groups with ``lr_scale``: timm's layer decay on the ViT, scale 1 for all around it (decoder, heads).
 
     The ViT is ``model`` itself or its ``encoder``: timm's grouping gives a wrapper no decay at all.
-    For L blocks: patch embedding, tokens and positions ``decay**(L+1)``, block i ``decay**(L-i)``, head 1.
+    For L blocks: patch embedding, tokens and position embeddings ``decay**(L+1)``, block i ``decay**(L-i)``, head 1.
     """
     encoder = model if isinstance(model, VisionTransformer) else model.encoder
     assert isinstance(encoder, VisionTransformer)

@@ -16,10 +16,15 @@ import torch.distributed as dist
 import yaml
 from lightning_fabric import Fabric
 
+from sparsemae.files import write_atomic
+from sparsemae.limits import fields_that_may_change
+from sparsemae.options.tasks import TrainingConfig
+from sparsemae.options.training import TrainerConfig
+from sparsemae.renamed import OPTIONS, renamed
 from sparsemae.training.checkpoint import list_checkpoints, remove_leftovers
-from sparsemae.training.config import PRECISIONS, TrainerConfig, differences, resolved_precision
+from sparsemae.training.config import PRECISIONS, differences, resolved_precision
 from sparsemae.training.lock import run_lock
-from sparsemae.training.logs import RunLog, environment, write_whole
+from sparsemae.training.logs import RunLog, environment
 
 
 @dataclass
@@ -56,11 +61,11 @@ class Run:
                 try:
                     self._check_folder()
                     self.folder.mkdir(parents=True, exist_ok=True)
-                    held.enter_context(run_lock(self.folder, self.log.say))
+                    held.enter_context(run_lock(self.folder, self.log.info))
                     remove_leftovers(self.checkpoints)
                     # first: it is what tells a run's folder from somebody's
-                    write_whole(self.folder / "environment.json", json.dumps(environment(), indent=1))
-                    write_whole(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
+                    write_atomic(self.folder / "environment.json", json.dumps(environment(), indent=1))
+                    write_atomic(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
                 except (ValueError, OSError) as error:
                     problem = str(error)
             problem = self.fabric.broadcast(problem)
@@ -85,11 +90,12 @@ class Run:
                 raise ValueError(f"--out: {folder}: wanted a new folder or that of a run, got one with other files")
 
 
-def start(config: Any, trainer: TrainerConfig, out: str, seed: int) -> Run:
-    """Launch the devices. ``config`` is the command's dataclass. Nothing is written before `Run.open`.
+def start(config: TrainingConfig) -> Run:
+    """Launch the devices. Nothing is written before `Run.open`.
 
     Raises ValueError on settings that cannot work.
     """
+    trainer = config.trainer
     precision = resolved_precision(trainer)
     if precision not in PRECISIONS:
         reason = " (fp16's loss scale would multiply SR-STE's term, and its range loses small gradients)"
@@ -107,12 +113,13 @@ def start(config: Any, trainer: TrainerConfig, out: str, seed: int) -> Run:
         raise ValueError(f"trainer.accelerator: {trainer.accelerator} cannot be had here: {error}") from error
     fabric.launch()
     atexit.register(_leave_process_group)  # gloo's threads, left alive, can abort a process that ends (pytorch #190489)
-    folder = Path(out)
+    folder = Path(config.out)
     before = _kept_config(folder)
     trainer = _with_device_batch(trainer, fabric.world_size, before, folder)
     now = {**asdict(config), "trainer": asdict(trainer)}
-    changed = differences(before, now, asdict(type(config)())) if before else []
-    return Run(fabric, RunLog(folder, fabric.is_global_zero), folder, trainer, seed, precision, now, changed)
+    may_change = set(fields_that_may_change(config))
+    changed = differences(before, now, asdict(type(config)()), may_change) if before else []
+    return Run(fabric, RunLog(folder, fabric.is_global_zero), folder, trainer, config.seed, precision, now, changed)
 
 
 def _leave_process_group() -> None:
@@ -126,14 +133,14 @@ def _kept_config(folder: Path) -> dict[str, Any]:
     if not list_checkpoints(folder / "checkpoints"):
         return {}
     try:
-        before = yaml.safe_load((folder / "config.yaml").read_text())
+        before = renamed(yaml.safe_load((folder / "config.yaml").read_text()), OPTIONS)
         trainer = before["trainer"]
         if trainer["device_batch"] is None:  # written before it was resolved
             trainer["device_batch"] = trainer["global_batch"] // (trainer["devices"] * trainer["num_nodes"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ZeroDivisionError) as error:
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         file = folder / "config.yaml"
         raise ValueError(f"{file}: wanted the configuration of the run to continue: {error}") from error
-    return before  # type: ignore[no-any-return]
+    return before
 
 
 def _with_device_batch(trainer: TrainerConfig, world: int, before: dict[str, Any], folder: Path) -> TrainerConfig:

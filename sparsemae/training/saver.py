@@ -28,7 +28,7 @@ from sparsemae.training.checkpoint import (
 class Saver:
     """Writes a run's checkpoints, one at a time, and keeps the last few and the best.
 
-    A checkpoint that cannot be written does not end the run: `say` tells of it, and `failure` when it is enough.
+    A checkpoint that cannot be written does not end the run: `info` tells of it, and `failure` when it is enough.
 
     Args:
         folder: of the checkpoints.
@@ -36,8 +36,8 @@ class Saver:
         max_failures: failures in a row that are enough.
     """
 
-    def __init__(self, folder: Path, keep: int, max_failures: int, say: Callable[[str], None]) -> None:
-        self._folder, self._keep, self._max_failures, self._say = folder, keep, max_failures, say
+    def __init__(self, folder: Path, keep: int, max_failures: int, info: Callable[[str], None]) -> None:
+        self._folder, self._keep, self._max_failures, self._info = folder, keep, max_failures, info
         self._buffers: dict[tuple[str, str], Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -91,7 +91,7 @@ class Saver:
         """Whether a checkpoint is being written."""
         return self._thread is not None and self._thread.is_alive()
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Report on a write that has ended; does not wait."""
         if not self.writing:
             self.wait()
@@ -106,7 +106,7 @@ class Saver:
             self._failures = 0
         elif isinstance(error, OSError):
             self._failures += 1
-            self._say(
+            self._info(
                 f"warning: the checkpoint of step {self.step} could not be written: {error}; {self._last_good()}; "
                 f"failure {self._failures} of {self._max_failures} in a row"
             )

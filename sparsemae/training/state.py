@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,16 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from sparsemae.card import ModelCard
 from sparsemae.models.weights import load_weights, public_state
+from sparsemae.renamed import CHECKPOINT, renamed
 from sparsemae.sparsity import MaskSchedule, Topology, iter_sparse
 from sparsemae.sparsity.pattern import check_finite
 from sparsemae.training.bad_steps import BadSteps
 from sparsemae.training.checkpoint import AVERAGE, TRAINING, WEIGHTS, Tensors, flatten, load_checkpoint, unflatten
+
+VERSION = 2
+"""Of a checkpoint's counters."""
 
 
 @dataclass
@@ -32,7 +37,7 @@ class TrainingState:
     bad: BadSteps = field(default_factory=BadSteps)
     done: int = 0
     """Optimizer steps taken, or skipped for their bad numbers."""
-    booked: int = 0
+    logged_through: int = 0
     """How many of them are logged, evaluated and saved where due."""
     losses: list[float] = field(default_factory=list)
     """Of the steps since the last line of the log, over all processes."""
@@ -47,7 +52,7 @@ class TrainingState:
         self.best = {"step": self.done, "value": value}
         return True
 
-    def to_save(self, description: Mapping[str, Any]) -> tuple[dict[str, Tensors], dict[str, dict[str, Any]]]:
+    def to_save(self, card: ModelCard) -> tuple[dict[str, Tensors], dict[str, dict[str, Any]]]:
         """Tensors (not copied) and metadata by file, as `save_checkpoint` takes them.
 
         Raises ValueError naming the layer if a sparse weight is not finite.
@@ -58,22 +63,22 @@ class TrainingState:
         topology = self.topology.state_dict() if self.topology else {}
         training = {"optimizer": optimizer, "topology": topology, "masks": self.masks.state_dict()}
         files = {WEIGHTS: public_state(self.model), TRAINING: flatten(training)}
-        weights = {**description, "step": self.done}
-        metadata = {WEIGHTS: {**weights, "ema_decay": None}, TRAINING: self._counters()}
+        card = replace(card, step=self.done)
+        metadata = {WEIGHTS: replace(card, ema_decay=None).to_dict(), TRAINING: self._counters()}
         if self.average is not None:
-            files[AVERAGE], metadata[AVERAGE] = public_state(self.average.module), weights
+            files[AVERAGE], metadata[AVERAGE] = public_state(self.average.module), card.to_dict()
         return files, metadata
 
     def _counters(self) -> dict[str, Any]:
         return {
-            "done": self.done, "booked": self.booked, "losses": list(self.losses), "best": self.best,
-            "bad": asdict(self.bad),
+            "version": VERSION, "done": self.done, "logged_through": self.logged_through, "losses": list(self.losses),
+            "best": self.best, "bad": asdict(self.bad),
         }  # fmt: skip
 
     def restore(self, path: Path) -> None:
         """Become what a checkpoint holds.
 
-        Raises ValueError, naming it, if it is harmed, or of another architecture or another kind of run.
+        Raises ValueError, naming it, if it is corrupt, or of another architecture or another kind of run.
         """
         files, counters = load_checkpoint(path)
         try:
@@ -108,8 +113,12 @@ class TrainingState:
 
     def _set_counters(self, counters: Mapping[str, Any]) -> None:
         self.bad = BadSteps(**{name: int(value) for name, value in counters["bad"].items()})
-        self.done, self.booked = int(counters["done"]), int(counters["booked"])
+        version = counters.get("version", 1)
+        if not 1 <= version <= VERSION:
+            raise ValueError(f"wanted a checkpoint of version 1 to {VERSION}, got {version}: update sparsemae")
+        counters = renamed(counters, CHECKPOINT)
+        self.done, self.logged_through = int(counters["done"]), int(counters["logged_through"])
         self.losses, best = [float(loss) for loss in counters["losses"]], counters["best"]
         self.best = None if best is None else {name: best[name] + 0 for name in ("step", "value")}
-        if not 0 <= self.booked <= self.done:
-            raise ValueError(f"counters: wanted 0 <= booked <= done, got {self.booked} and {self.done}")
+        if not 0 <= self.logged_through <= self.done:
+            raise ValueError(f"counters: wanted 0 <= logged_through <= done, got {self.logged_through} and {self.done}")

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsemae.sparsity import MaskSchedule, NMPattern, drop_pruned, iter_sparse, nm_mask, shrink_pruned, sparsify
+from sparsemae.sparsity import MaskSchedule, NMPattern, zero_pruned, iter_sparse, nm_mask, shrink_pruned, sparsify
 from sparsemae.sparsity.schedule import pattern_at
 
 
@@ -89,10 +89,10 @@ def test_the_decoupled_term_is_a_shrink_at_each_groups_rate(strength: float) -> 
         assert torch.equal(layer.weight[mask], before[name][mask])
 
 
-def test_drop_pruned_leaves_the_sparse_network_alone() -> None:
+def test_zero_pruned_leaves_the_sparse_network_alone() -> None:
     model = sparse_model()
     x = torch.randn(2, 64)
     wanted = model(x)
-    drop_pruned(model)
+    zero_pruned(model)
     assert (model[0].weight.view(-1, 32) != 0).sum(1).eq(2).all()
     assert torch.equal(model(x), wanted)

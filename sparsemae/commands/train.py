@@ -1,0 +1,49 @@
+"""Every training, whatever its task: open, build, start, make sparse, fit, freeze, save."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from sparsemae.data.sampling import INIT, BatchPlan, seed_all
+from sparsemae.models.start import start_from
+from sparsemae.models.weights import save_model
+from sparsemae.options.tasks import TrainingConfig
+from sparsemae.sparsity import freeze, iter_sparse, summarize
+from sparsemae.tasks import task_class
+from sparsemae.tasks.sparse import make_sparse, mask_schedule
+from sparsemae.tasks.task import encoder_of
+from sparsemae.training.fit import fit
+from sparsemae.training.run import start
+from sparsemae.training.subject import Subject
+
+
+def train(config: TrainingConfig) -> Path:
+    """Run (or continue) a training; returns the file of its weights, frozen where the task ends in a frozen model."""
+    task = task_class(config.task)(config)
+    task.open_data()
+    card, sparse = task.card(), config.sparse
+    seed_all(config.seed, INIT)
+    model = task.build(card, config.model.drop_path)
+    dataset, _ = task.datasets(model)
+
+    run = start(config)
+    trainer = run.trainer  # device_batch resolved
+    plan = BatchPlan.make(len(dataset), trainer.global_batch, trainer.device_batch, run.fabric.world_size)
+    if config.init is not None:
+        run.log.info(f"{config.init}: {start_from(model, config.init)}")
+    make_sparse(model, sparse)
+    run.log.info("\n".join([str(summarize(encoder_of(model))), *task.notes(model)]))
+    task.prepare(model, run.fabric, plan)
+    card = replace(card, patterns={name: str(layer.pattern) for name, layer in iter_sparse(model)})
+
+    masks = mask_schedule(model, sparse, trainer, plan)
+    metrics = fit(run, Subject(task, model, task.wrapped(model), dataset, card, masks))
+    frozen = task.freezes and sparse.pattern != "dense"
+    if frozen:
+        freeze(model)
+    path = run.folder / "model.safetensors"
+    if run.fabric.is_global_zero:
+        save_model(path, model, replace(card, frozen=frozen, metrics=metrics))
+        run.log.info(f"wrote {path}: {task.result(metrics)}")
+    return path

@@ -1,0 +1,149 @@
+"""Sparse finetuning for classification: the mask keeps moving, then it is frozen (stage 2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from lightning_fabric import Fabric
+from PIL import Image
+from timm.data.mixup import Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from sparsemae.card import ModelCard
+from sparsemae.costs.multiply_adds import Forward, count_forward
+from sparsemae.data.dataset import ImageDataset
+from sparsemae.data.loader import UnreadableImages, batches
+from sparsemae.data.sampling import BatchPlan, EvaluationSampler
+from sparsemae.data.sources import open_source
+from sparsemae.data.transforms import evaluation_transform, normalize, training_transform
+from sparsemae.models import build_vit, use_plain_attention
+from sparsemae.options.data import SourceConfig
+from sparsemae.options.tasks import FinetuneConfig
+from sparsemae.predictor import Prediction
+from sparsemae.tasks.task import Network, Task, blank_images, check_classes, encoder_of, smallest_side
+from sparsemae.training.logs import with_progress
+
+EVALUATION_BATCH = 256
+
+
+class Classification(Task[FinetuneConfig]):
+    """One class for each image."""
+
+    title: ClassVar[str] = "finetuning"
+    best_by: ClassVar[str | None] = "top1"
+
+    def open_data(self) -> None:
+        data = self.config.data
+        self.train, self.val = open_source(data, "train", data.train_images), open_source(data, "val")
+        self.class_names = self.train.class_names
+        if len(self.class_names) < 2:
+            raise ValueError(f"{data.root}: wanted at least two class folders, got {self.class_names}")
+
+    def datasets(self, model: nn.Module) -> tuple[ImageDataset, ImageDataset]:
+        data, smallest = self.config.data, smallest_side(model)
+        training = ImageDataset(
+            self.train, training_transform(data), self.config.seed, 0, smallest, data.exif, data.max_unreadable
+        )
+        transform = evaluation_transform(self.card().input)
+        self.validation = ImageDataset(self.val, transform, smallest=smallest, exif=data.exif)
+        return training, self.validation
+
+    def prepare(self, model: nn.Module, fabric: Fabric, batches: BatchPlan) -> None:
+        config = self.config
+        self.mix: Mixup | None = None
+        if config.mixup or config.cutmix:  # timm's, on every batch; they make the targets soft and smooth them
+            if batches.micro_batch % 2:
+                raise ValueError(f"trainer.device_batch: mixup and cutmix want an even batch, got {batches.micro_batch}")
+            self.mix = Mixup(
+                config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=len(self.class_names)
+            )
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if self.mix else config.label_smoothing)
+        self.erase: Callable[[Tensor], Tensor] = lambda images: images
+        if config.erasing:  # on the normalized batch; draws from the generators that the loop seeds
+            self.erase = RandomErasing(config.erasing, mode="pixel", device=str(fabric.device))
+
+    def loss(self, forward: nn.Module, batch: dict[str, Any]) -> Tensor:
+        data = self.config.data
+        images, target = self.erase(normalize(batch["image"], data.mean, data.std)), batch["target"]
+        if self.mix is not None:
+            images, target = self.mix(images, target)
+        loss: Tensor = self.criterion(forward(images).float(), target)
+        return loss
+
+    def example_batch(self, model: nn.Module, size: int) -> dict[str, Any]:
+        return {"image": blank_images(size, self.config.data.img_size), "target": torch.zeros(size, dtype=torch.long)}
+
+    def forwards(self, model: nn.Module) -> list[Forward]:
+        use_plain_attention(model)  # matrix products, each of which the counter knows
+        vit = encoder_of(model.eval())
+        image = torch.empty(1, vit.in_chans, *vit.patch_embed.img_size, device="meta")
+        tokens = vit.patch_embed.num_patches + vit.num_prefix_tokens
+        return [count_forward("the model", tokens, model, lambda: model(image))]
+
+    def evaluate(self, fabric: Fabric, model: nn.Module) -> dict[str, float]:
+        return self.measure(fabric, model, self.card(), self.validation, self.config.data.workers)
+
+    def result(self, metrics: dict[str, float]) -> str:
+        return f"top-1 {metrics['top1']:.2%} on {len(self.validation):,} images"
+
+    @classmethod
+    def build(cls, card: ModelCard, drop_path: float = 0.0) -> VisionTransformer:
+        return build_vit(
+            card.architecture, card.model_args, card.input.img_size, len(card.class_names), drop_path=drop_path
+        )
+
+    @classmethod
+    def evaluation_set(cls, card: ModelCard, data: SourceConfig, smallest: int) -> ImageDataset:
+        source = open_source(data, "val")
+        check_classes(card, data, source.class_names)
+        return ImageDataset(source, evaluation_transform(card.input), smallest=smallest, exif=card.input.exif)
+
+    @classmethod
+    def measure(
+        cls, fabric: Fabric, network: Network, card: ModelCard, dataset: ImageDataset, workers: int,
+        progress: bool = False,
+    ) -> dict[str, float]:  # fmt: skip
+        """Top-1, top-5 and the standard error of top-1.
+
+        Raises ValueError, on all processes, naming an image that cannot be read: each is to count once.
+        """
+        classes = len(card.class_names)
+        ranks = {"top1": 1, "top5": min(5, classes)}
+        meters = {
+            name: MulticlassAccuracy(classes, top_k=k, average="micro").to(fabric.device) for name, k in ranks.items()
+        }
+        sampler = EvaluationSampler(len(dataset), EVALUATION_BATCH, fabric.global_rank, fabric.world_size)
+        unreadable = UnreadableImages(len(dataset), 0.0)
+        found = batches(dataset, sampler, workers, unreadable=unreadable)
+        for batch in with_progress(found, "evaluating", len(dataset)) if progress else found:
+            images, targets = fabric.to_device((batch["image"], batch["target"]))
+            with fabric.autocast():
+                logits = network(normalize(images, card.input.mean, card.input.std)).float()
+            for meter in meters.values():
+                meter.update(logits, targets)
+        unreadable.synchronize()
+        result: dict[str, Any] = {name: float(meter.compute()) for name, meter in meters.items()}
+        result["standard_error"] = math.sqrt(result["top1"] * (1 - result["top1"]) / len(dataset))
+        return result
+
+    @classmethod
+    def predict(cls, network: Network, card: ModelCard, images: Sequence[Image.Image], top_k: int) -> list[Any]:
+        """For each image the ``top_k`` `Prediction` s, best first."""
+        transform, spec = evaluation_transform(card.input), card.input
+        pixels = torch.stack([transform(image, 0)[0] for image in images])
+        probabilities = network(normalize(pixels, spec.mean, spec.std)).float().softmax(dim=-1)
+        best = probabilities.topk(min(top_k, len(card.class_names)))
+        return [
+            [Prediction(card.class_names[i], i, p) for p, i in zip(values, indices, strict=True)]
+            for values, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+
+    @classmethod
+    def summary(cls, metrics: dict[str, float]) -> str:
+        return f"top-1 {metrics['top1']:.2%} ± {metrics['standard_error']:.2%}, top-5 {metrics['top5']:.2%}"

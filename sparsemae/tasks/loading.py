@@ -1,0 +1,104 @@
+"""Models from their files: built as the card says, filled, and ready to be used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from sparsemae.card import ModelCard
+from sparsemae.models.weights import card_of, find_weights, load_weights, read_weights
+from sparsemae.sparsity import densify, freeze, iter_sparse, sparsify
+from sparsemae.tasks import task_class
+from sparsemae.tasks.task import encoder_of, smallest_side
+
+
+class TorchPredictor:
+    """A trained model in torch, computed with the kept weights alone."""
+
+    def __init__(self, model: nn.Module, card: ModelCard) -> None:
+        if any(iter_sparse(model)):  # computed as a plain model with zeros; a checkpoint's mask is that of now
+            freeze(model)
+            densify(model)
+        self.model, self.card = model, card
+
+    @property
+    def smallest_side(self) -> int:
+        """The shorter side that an image needs, px."""
+        return smallest_side(self.model)
+
+    @torch.inference_mode()
+    def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Logits of normalized images ``[B, 3, H, W]``: ``[B, C]``, or ``[B, C, H, W]`` of a segmenter."""
+        output = self.model(torch.from_numpy(images))
+        logits: NDArray[np.float32] = getattr(output, "logits", output).float().numpy()
+        return logits
+
+    @torch.inference_mode()
+    def features(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """All tokens of the ViT after its last block and norm, ``[B, L, D]``."""
+        tokens: NDArray[np.float32] = encoder_of(self.model).forward_features(torch.from_numpy(images)).float().numpy()
+        return tokens
+
+    @torch.inference_mode()
+    def predict(self, images: Sequence[Image.Image], top_k: int = 5) -> list[Any]:
+        """One result for each RGB image: the ``top_k`` `Prediction` s, best first, or a segmenter's class map."""
+        return task_class(self.card.task).predict(self.model, self.card, images, top_k)
+
+
+def load_predictor(source: str | Path) -> TorchPredictor:
+    """A finetuned model from its file or run folder. Raises ValueError as `load_model`."""
+    return TorchPredictor(*load_model(source))
+
+
+def load_encoder(source: str | Path) -> tuple[nn.Module, ModelCard]:
+    """The ViT of a pretrained or a finetuned model, as `load_model`."""
+    model, card = load_model(source)
+    return encoder_of(model), card
+
+
+def load_model(source: str | Path, task: str | None = None) -> tuple[Any, ModelCard]:
+    """A model from its file or run folder, in evaluation mode, with its card.
+
+    It is built only once it is known to be as large as what the file holds. Raises ValueError, naming the file, if it
+    is foreign, of another ``task``, or does not fit its own card.
+    """
+    path = find_weights(source)
+    state, metadata = read_weights(path)
+    card = card_of(metadata, path)
+    if task is not None and card.task != task:
+        raise ValueError(f"{path}: wanted a model for {task}, got one for {card.task}")
+    try:
+        build = task_class(card.task).build
+        _check_depth(state, card.model_args, "blocks")
+        _check_depth(state, card.settings.get("decoder", {}), "decoder_blocks")
+        with torch.device("meta"):
+            described = sum(parameter.numel() for parameter in build(card).parameters())
+        if described > (held := sum(value.numel() for value in state.values())):
+            raise ValueError(f"wanted {described:,} parameters, as its card says, got {held:,}")
+        model = build(card)
+        for pattern in sorted(set(card.patterns.values())):
+            sparsify(model, pattern, include=[name for name, own in card.patterns.items() if own == pattern])
+        load_weights(model, state, strict=True, name=path)
+    except ValueError as error:
+        said = " ".join(str(error).split())  # torch's go over many lines
+        raise ValueError(f"{path}: {said.removeprefix(f'{path}: ')}") from error
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"{path}: wanted a model that can be built as described, got {error!r:.200}") from error
+    moving = [name for name, layer in iter_sparse(model) if not layer.frozen]
+    if card.frozen and moving:
+        raise ValueError(f"{path}: wanted a frozen model, as its card says, got no mask for {moving[0]}")
+    return model.eval(), card
+
+
+def _check_depth(state: dict[str, Tensor], args: dict[str, Any], blocks: str) -> None:
+    """A depth from a file is how often something is built: that many blocks it must hold."""
+    held = len({key.split(".")[1] for key in state if key.startswith(f"{blocks}.")})
+    if args.get("depth", held) != held:
+        raise ValueError(f"wanted {blocks} as its card says, {args['depth']!r:.40}, got {held}")

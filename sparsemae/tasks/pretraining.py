@@ -1,0 +1,128 @@
+"""Sparse pretraining: a masked autoencoder whose encoder is N:M sparse, its mask moving (stage 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from lightning_fabric import Fabric
+from PIL import Image
+from torch import Tensor, nn
+
+from sparsemae.card import ModelCard
+from sparsemae.costs.multiply_adds import Forward, count_forward
+from sparsemae.data.dataset import ImageDataset
+from sparsemae.data.sources import open_source
+from sparsemae.data.transforms import normalize, training_transform
+from sparsemae.models import MaskedAutoencoder, build_vit, use_plain_attention
+from sparsemae.models.mae import patches_kept
+from sparsemae.options.data import SourceConfig
+from sparsemae.options.tasks import PretrainConfig
+from sparsemae.sparsity import dense_weights
+from sparsemae.tasks.task import Network, Task, blank_images, encoder_of, smallest_side
+
+
+class Pretraining(Task[PretrainConfig]):
+    """Reconstruction of masked patches."""
+
+    title: ClassVar[str] = "pretraining"
+    around: ClassVar[str | None] = "decoder"
+    freezes: ClassVar[bool] = False
+
+    def open_data(self) -> None:
+        self.source = open_source(self.config.data, "train", self.config.data.train_images)
+
+    def settings(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "decoder": asdict(config.decoder), "mask_ratio": config.mask_ratio, "norm_pix_loss": config.norm_pix_loss
+        }  # fmt: skip
+
+    def datasets(self, model: nn.Module) -> tuple[ImageDataset, None]:
+        data, patches = self.config.data, encoder_of(model).patch_embed.num_patches
+        patches_kept(patches, self.config.mask_ratio)
+        transform, smallest = training_transform(data), smallest_side(model)
+        return ImageDataset(
+            self.source, transform, self.config.seed, patches, smallest, data.exif, data.max_unreadable
+        ), None  # fmt: skip
+
+    def wrapped(self, model: nn.Module) -> nn.Module:
+        assert isinstance(model, MaskedAutoencoder)
+        return ConcurrentLoss(model, self.config.dense_loss_weight)
+
+    def loss(self, forward: nn.Module, batch: dict[str, Any]) -> Tensor:
+        data = self.config.data
+        loss: Tensor = forward(normalize(batch["image"], data.mean, data.std), self.config.mask_ratio, batch["noise"])
+        return loss
+
+    def example_batch(self, model: nn.Module, size: int) -> dict[str, Any]:
+        patches = encoder_of(model).patch_embed.num_patches
+        return {"image": blank_images(size, self.config.data.img_size), "noise": torch.rand(size, patches)}
+
+    def forwards(self, model: nn.Module) -> list[Forward]:
+        assert isinstance(model, MaskedAutoencoder)
+        use_plain_attention(model)  # matrix products, each of which the counter knows
+        encoder, ratio = model.eval().encoder, self.config.mask_ratio
+        patches = encoder.patch_embed.num_patches
+        tokens = patches + encoder.num_prefix_tokens
+        image = torch.empty(1, encoder.in_chans, *encoder.patch_embed.img_size, device="meta")
+        noise = torch.empty(1, patches, device="meta")
+        latent, _, ids_restore = model.forward_encoder(image, ratio, noise)
+        count = partial(count_forward, model=model)
+        return [
+            count("the encoder", latent.shape[1], forward=lambda: model.forward_encoder(image, ratio, noise)),
+            count("the decoder", tokens, forward=lambda: model.forward_decoder(latent, ids_restore)),
+            count("the encoder afterwards", tokens, forward=lambda: encoder.forward_features(image)),
+        ]
+
+    def result(self, metrics: dict[str, float]) -> str:
+        return f"the full latent weights, to start finetuning from (--init {self.config.out})"
+
+    @classmethod
+    def build(cls, card: ModelCard, drop_path: float = 0.0) -> MaskedAutoencoder:
+        encoder = build_vit(card.architecture, card.model_args, card.input.img_size, drop_path=drop_path)
+        decoder = card.settings["decoder"]
+        return MaskedAutoencoder(
+            encoder, decoder["embed_dim"], decoder["depth"], decoder["num_heads"], card.settings["norm_pix_loss"]
+        )
+
+    @classmethod
+    def evaluation_set(cls, card: ModelCard, data: SourceConfig, smallest: int) -> NoReturn:
+        raise ValueError("wanted a finetuned model, got a pretrained one (--probe knn or linear looks at its encoder)")
+
+    @classmethod
+    def measure(
+        cls, fabric: Fabric, network: Network, card: ModelCard, dataset: ImageDataset, workers: int,
+        progress: bool = False,
+    ) -> NoReturn:  # fmt: skip
+        raise NotImplementedError
+
+    @classmethod
+    def predict(cls, network: Network, card: ModelCard, images: Sequence[Image.Image], top_k: int) -> NoReturn:
+        raise ValueError("wanted a finetuned model, got a pretrained one, which has no classes")
+
+    @classmethod
+    def summary(cls, metrics: dict[str, float]) -> str:
+        return ""
+
+
+class ConcurrentLoss(nn.Module):
+    """The loss of the sparse network plus that of the full one, on the same images and the same masked patches.
+
+    Both passes lie inside one forward, so that DDP sees one: ``loss(M * W) + weight * loss(W)``, the weights shared.
+    """
+
+    def __init__(self, model: MaskedAutoencoder, weight: float) -> None:
+        super().__init__()
+        self.model, self.weight = model, weight
+
+    def forward(self, images: Tensor, mask_ratio: float, noise: Tensor) -> Tensor:
+        """``images [B, 3, H, W]``, ``noise [B, L]`` to a scalar."""
+        loss: Tensor = self.model(images, mask_ratio, noise).loss
+        if self.weight:
+            with dense_weights(self.model):
+                loss = loss + self.weight * self.model(images, mask_ratio, noise).loss
+        return loss

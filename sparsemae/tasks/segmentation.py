@@ -1,0 +1,229 @@
+"""Sparse finetuning for semantic segmentation: the mask keeps moving, then it is frozen (stage 2).
+
+Predictions are compared with the masks at the images' own size. All scores come from one confusion matrix, summed over
+all images and processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+from lightning_fabric import Fabric
+from PIL import Image
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassConfusionMatrix
+from torchvision.transforms.v2 import functional as transforms
+
+from sparsemae.card import ModelCard
+from sparsemae.costs.multiply_adds import Forward, count_forward
+from sparsemae.data.dataset import ImageDataset
+from sparsemae.data.loader import batches
+from sparsemae.data.mask_transforms import mask_evaluation_transform, mask_training_transform
+from sparsemae.data.masks import IGNORED, Legend
+from sparsemae.data.pairs import open_masks, sample_classes
+from sparsemae.data.sampling import BatchPlan, EvaluationSampler
+from sparsemae.data.transforms import normalize
+from sparsemae.models import build_vit, use_plain_attention
+from sparsemae.models.segmenter import Segmenter, segmentation_loss
+from sparsemae.options.data import SourceConfig
+from sparsemae.options.model import HeadConfig, InferenceConfig
+from sparsemae.options.tasks import SegmentConfig
+from sparsemae.tasks.sliding_window import predict_scores
+from sparsemae.tasks.sparse import meta_model
+from sparsemae.tasks.task import Network, Task, blank_images, check_classes, smallest_side
+from sparsemae.training.logs import with_progress
+
+PER_CLASS = "iou/"
+"""Before a class's name, in the metrics."""
+SMALL_IMAGES_AT_ONCE = 250
+"""Of a source whose images have one size; others come one at a time."""
+
+
+class Segmentation(Task[SegmentConfig]):
+    """One class for each pixel."""
+
+    title: ClassVar[str] = "segmentation"
+    around: ClassVar[str | None] = "heads"
+    best_by: ClassVar[str | None] = "miou"
+    dataset_size: ClassVar[tuple[int, int]] = (20_210, 150)
+    embedded_classes: ClassVar[int] = 11
+
+    def __init__(self, config: SegmentConfig) -> None:
+        super().__init__(config)
+        self.legend = Legend([])
+
+    def open_data(self) -> None:
+        data = self.config.data
+        self.train, self.val = open_masks(data, "train", data.train_images), open_masks(data, "val")
+        assert self.train.legend is not None
+        self.class_names, self.legend = self.train.class_names, self.train.legend
+
+    def settings(self) -> dict[str, Any]:
+        config = self.config
+        settings = {
+            "head": asdict(config.head), "out_indices": config.out_indices, "inference": asdict(config.inference)
+        }  # fmt: skip
+        return settings | {"palette": self.legend.palette, "reduce_zero_label": self.legend.reduce_zero_label}
+
+    def datasets(self, model: nn.Module) -> tuple[ImageDataset, ImageDataset]:
+        data, smallest = self.config.data, smallest_side(model)
+        training = ImageDataset(
+            self.train, mask_training_transform(data), self.config.seed, 0, smallest, data.exif, data.max_unreadable
+        )
+        self.validation = ImageDataset(self.val, mask_evaluation_transform, smallest=smallest, exif=data.exif)
+        return training, self.validation
+
+    def prepare(self, model: nn.Module, fabric: Fabric, batches: BatchPlan) -> None:
+        if batches.micro_batch < 2:
+            raise ValueError(
+                "trainer.device_batch: wanted at least 2 images per device and forward, got 1: the head pools to "
+                "1 x 1, where batch normalization has nothing to normalize over in a single image"
+            )
+        if fabric.device.type == "cuda" and fabric.world_size > 1:  # torch has none for CPUs
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+
+    def notes(self, model: nn.Module) -> list[str]:
+        """A warning where masks seem to be of another kind, and what the head costs."""
+        found, side = sample_classes(self.train), self.config.data.img_size
+        names = ", ".join(self.class_names[i] for i in found) or "none"
+        warning = (
+            f"warning: {self.train.filename(0)}, ...: masks with one class only: {names} (a binary mask has 0 and 1, "
+            "not 0 and 255; sparsemae check reads all)"
+        )
+        around = ", ".join(
+            f"{sum(parameter.numel() for parameter in part.parameters()):,} {name}"
+            for name, part in model.named_children()
+            if name != "encoder"
+        )
+        encoder, head = (forward.total for forward in self.forwards(meta_model(self)))
+        cost = (
+            f"UperNet {self.config.head.width} wide: {around} parameters, dense; multiply-adds per {side} px image: "
+            f"{(encoder.kept + head.kept) / 1e9:.1f} G with the kept weights, {(encoder.dense + head.dense) / 1e9:.1f} "
+            f"G with all, of both {head.dense / 1e9:.1f} G in the head"
+        )
+        return [warning, cost] if len(found) < 2 else [cost]
+
+    def loss(self, forward: nn.Module, batch: dict[str, Any]) -> Tensor:
+        data = self.config.data
+        output = forward(normalize(batch["image"], data.mean, data.std))
+        return segmentation_loss(output, batch["target"], self.config.head.auxiliary_weight, IGNORED)
+
+    def example_batch(self, model: nn.Module, size: int) -> dict[str, Any]:
+        images = blank_images(size, self.config.data.img_size)
+        return {"image": images, "target": torch.zeros_like(images[:, 0])}
+
+    def forwards(self, model: nn.Module) -> list[Forward]:
+        assert isinstance(model, Segmenter)
+        use_plain_attention(model)  # matrix products, each of which the counter knows
+        embed = model.eval().encoder.patch_embed
+        image = torch.empty(1, model.encoder.in_chans, *embed.img_size, device="meta")
+        tokens, maps = embed.num_patches + model.encoder.num_prefix_tokens, model.forward_pyramid(image)
+        return [
+            count_forward("encoder and pyramid", tokens, model, lambda: model.forward_pyramid(image)),
+            count_forward("the head", tokens, model, lambda: model.decode_head(maps)),
+        ]
+
+    def evaluate(self, fabric: Fabric, model: nn.Module) -> dict[str, float]:
+        metrics = self.measure(fabric, model, self.card(), self.validation, self.config.data.workers)
+        return {name: value for name, value in metrics.items() if not name.startswith(PER_CLASS)}
+
+    def result(self, metrics: dict[str, float]) -> str:
+        return f"{self.summary(metrics)} on {len(self.validation):,} images"
+
+    @classmethod
+    def build(cls, card: ModelCard, drop_path: float = 0.0) -> Segmenter:
+        any_size = {"dynamic_img_size": True, "dynamic_img_pad": True}
+        args = {**card.model_args, **any_size}
+        encoder = build_vit(card.architecture, args, card.input.img_size, drop_path=drop_path)
+        head = HeadConfig(**card.settings["head"])
+        return Segmenter(encoder, len(card.class_names), card.settings["out_indices"], head)
+
+    @classmethod
+    def evaluation_set(cls, card: ModelCard, data: SourceConfig, smallest: int) -> ImageDataset:
+        source = open_masks(data, "val")
+        check_classes(card, data, source.class_names)
+        return ImageDataset(source, mask_evaluation_transform, smallest=smallest, exif=card.input.exif)
+
+    @classmethod
+    def measure(
+        cls, fabric: Fabric, network: Network, card: ModelCard, dataset: ImageDataset, workers: int,
+        progress: bool = False,
+    ) -> dict[str, float]:  # fmt: skip
+        """mIoU, mean and pixel accuracy, and ``iou/CLASS`` for each class (nan: in no mask and no prediction).
+
+        Raises ValueError if there is no labeled pixel.
+        """
+        names, inference = card.class_names, InferenceConfig(**card.settings["inference"])
+        meter = MulticlassConfusionMatrix(len(names), ignore_index=IGNORED).to(fabric.device)
+        at_once = SMALL_IMAGES_AT_ONCE if dataset.source.one_size else 1
+        sampler = EvaluationSampler(len(dataset), at_once, fabric.global_rank, fabric.world_size)
+
+        def logits(images: Tensor) -> Tensor:
+            with fabric.autocast():
+                result: Tensor = network(images).logits
+            return result
+
+        found = batches(dataset, sampler, workers)
+        for batch in with_progress(found, "evaluating", len(dataset)) if progress else found:
+            images, targets = fabric.to_device((batch["image"], batch["target"]))
+            meter.update(predict_scores(logits, images, card.input, inference).argmax(dim=1), targets.long())
+        confusion = meter.compute()
+        if not confusion.sum():
+            name = dataset.source.filename(0)
+            raise ValueError(f"{name}, ...: wanted labeled pixels to evaluate on, got ignored ones only")
+        scores = Scores.of(confusion)
+        means = {"miou": scores.miou, "mean_accuracy": scores.mean_accuracy, "pixel_accuracy": scores.pixel_accuracy}
+        return means | {PER_CLASS + name: iou for name, iou in zip(names, scores.iou, strict=True)}
+
+    @classmethod
+    def predict(cls, network: Network, card: ModelCard, images: Sequence[Image.Image], top_k: int) -> list[Any]:
+        """For each image its classes uint8 ``[H, W]``, at its own size."""
+        inference = InferenceConfig(**card.settings["inference"])
+        pixels = (transforms.pil_to_tensor(image)[None] for image in images)
+        scores = (predict_scores(lambda x: network(x).logits, image, card.input, inference) for image in pixels)
+        return [one[0].argmax(dim=0).to("cpu", torch.uint8).numpy() for one in scores]
+
+    @classmethod
+    def summary(cls, metrics: dict[str, float]) -> str:
+        return (
+            f"mIoU {metrics['miou']:.2%}, mean accuracy {metrics['mean_accuracy']:.2%}, "
+            f"pixel accuracy {metrics['pixel_accuracy']:.2%}"
+        )
+
+    @classmethod
+    def details(cls, card: ModelCard, metrics: dict[str, float]) -> list[str]:
+        width = max(map(len, card.class_names))
+        ious = {name: metrics[PER_CLASS + name] for name in card.class_names}
+        return [f"  {name:<{width}} {'absent' if math.isnan(x) else f'{x:.2%}':>7}" for name, x in ious.items()]
+
+    @classmethod
+    def conditions(cls, card: ModelCard) -> str:
+        inference = {**card.settings["inference"]}
+        if inference["mode"] == "whole":
+            del inference["stride"]
+        return ", ".join(f"{name} {value}" for name, value in inference.items())
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Fractions; classes without a labeled pixel are nan, and left out of the means."""
+
+    miou: float
+    """Over the classes that are in the truth or in a prediction."""
+    mean_accuracy: float
+    """Over the classes that are in the truth."""
+    pixel_accuracy: float
+    iou: list[float]
+    """Per class."""
+
+    @classmethod
+    def of(cls, confusion: Tensor) -> Scores:
+        """From a matrix ``[C, C]`` of pixels, rows the truth, columns the prediction."""
+        confusion = confusion.double()
+        right, truth, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+        iou, recall = right / (truth + predicted - right), right / truth  # 0 / 0 is nan
+        return cls(float(iou.nanmean()), float(recall.nanmean()), float(right.sum() / truth.sum()), iou.tolist())

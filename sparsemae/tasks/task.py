@@ -1,0 +1,164 @@
+"""What a task is: all that differs between pretraining, classification and segmentation, and nothing else.
+
+While a model is trained, an object made of the options has the data, the loss and the evaluation. Afterwards there is
+only a model's card: what then remains to be done with it (build, measure, predict) are class methods.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from lightning_fabric import Fabric
+from PIL import Image
+from torch import Tensor, nn
+
+from sparsemae.card import InputSpec, ModelCard
+from sparsemae.costs.multiply_adds import Forward
+from sparsemae.data.dataset import ImageDataset
+from sparsemae.data.sampling import BatchPlan
+from sparsemae.models import patch_side
+from sparsemae.options.data import SourceConfig
+from sparsemae.options.tasks import TrainingConfig
+
+Config = TypeVar("Config", bound=TrainingConfig)
+Network = Callable[[Tensor], Any]
+"""Normalized images ``[B, 3, H, W]`` to what the task's model gives for them."""
+
+
+class Task(ABC, Generic[Config]):
+    """One training, by its options; its class methods need no more than a model's card."""
+
+    title: ClassVar[str]
+    """What the progress display calls the training."""
+    around: ClassVar[str | None] = None
+    """What stands around the encoder, if anything does."""
+    best_by: ClassVar[str | None] = None
+    """The metric by which the best checkpoint is kept; None: there is no evaluation."""
+    higher_is_better: ClassVar[bool] = True
+    freezes: ClassVar[bool] = True
+    """The masks are frozen at the end; not if a later stage trains on."""
+    dataset_size: ClassVar[tuple[int, int]] = (1_281_167, 1000)
+    """Images and classes that a plan assumes."""
+    embedded_classes: ClassVar[int] = 10
+    """Classes of the embedded images."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.class_names: Sequence[str] = ()
+
+    @abstractmethod
+    def open_data(self) -> None:
+        """Find the images and set ``class_names``. Raises ValueError if they cannot be trained on."""
+
+    def settings(self) -> dict[str, Any]:
+        """JSON values that `build`, `measure` and `predict` will find in the card."""
+        return {}
+
+    @abstractmethod
+    def datasets(self, model: nn.Module) -> tuple[ImageDataset, ImageDataset | None]:
+        """Training and validation set for a model. Raises ValueError on options that do not go with it."""
+
+    def prepare(self, model: nn.Module, fabric: Fabric, batches: BatchPlan) -> None:
+        """What depends on the devices and the batch, just before the loop. Raises ValueError if they cannot do."""
+
+    def notes(self, model: nn.Module) -> list[str]:
+        """What the log is told at the start, besides the encoder's summary."""
+        return []
+
+    def wrapped(self, model: nn.Module) -> nn.Module:
+        """The module whose forward the loss calls: the model, or one around it."""
+        return model
+
+    @abstractmethod
+    def loss(self, forward: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """Loss of one micro-batch of bytes on the device, a scalar mean over it; ``forward`` is `wrapped`'s."""
+
+    @abstractmethod
+    def example_batch(self, model: nn.Module, size: int) -> dict[str, Any]:
+        """A micro-batch of so many blank images, for plans and benchmarks."""
+
+    @abstractmethod
+    def forwards(self, model: nn.Module) -> list[Forward]:
+        """Multiply-adds of one image, of a model on the meta device."""
+
+    def evaluate(self, fabric: Fabric, model: nn.Module) -> dict[str, float]:
+        """Metrics on the validation set, as fractions; `measure` with what `datasets` made."""
+        raise NotImplementedError
+
+    def result(self, metrics: dict[str, float]) -> str:
+        """What a finished training says of itself."""
+        return self.summary(metrics)
+
+    def card(self) -> ModelCard:
+        """Of the model to train, before it is made sparse."""
+        config = self.config
+        return ModelCard(
+            config.task, config.model.name, dict(config.model.args), InputSpec.of(config.data),
+            tuple(self.class_names), settings=self.settings(), ema_decay=config.trainer.ema_decay,
+        )  # fmt: skip
+
+    @classmethod
+    @abstractmethod
+    def build(cls, card: ModelCard, drop_path: float = 0.0) -> nn.Module:
+        """A model as described, its weights drawn from torch's global generator."""
+
+    @classmethod
+    @abstractmethod
+    def evaluation_set(cls, card: ModelCard, data: SourceConfig, smallest: int) -> ImageDataset:
+        """The validation images, prepared as the card says. Raises ValueError if their classes are not the card's."""
+
+    @classmethod
+    @abstractmethod
+    def measure(
+        cls, fabric: Fabric, network: Network, card: ModelCard, dataset: ImageDataset, workers: int,
+        progress: bool = False,
+    ) -> dict[str, float]:  # fmt: skip
+        """Metrics as fractions over all processes, each image counted once."""
+
+    @classmethod
+    @abstractmethod
+    def predict(cls, network: Network, card: ModelCard, images: Sequence[Image.Image], top_k: int) -> list[Any]:
+        """One result for each RGB image, in order."""
+
+    @classmethod
+    @abstractmethod
+    def summary(cls, metrics: dict[str, float]) -> str:
+        """The metrics in one line."""
+
+    @classmethod
+    def details(cls, card: ModelCard, metrics: dict[str, float]) -> list[str]:
+        """Lines of metrics that are too many for the summary."""
+        return []
+
+    @classmethod
+    def conditions(cls, card: ModelCard) -> str:
+        """How the model looked at the images, where there is a choice."""
+        return ""
+
+
+def encoder_of(model: nn.Module) -> Any:
+    """The ViT of a model, which may be all of it."""
+    return getattr(model, "encoder", model)
+
+
+def smallest_side(model: nn.Module) -> int:
+    """The shorter side that an image needs: one patch, px."""
+    return patch_side(encoder_of(model))
+
+
+def blank_images(size: int, side: int) -> Tensor:
+    """uint8 ``[B, 3, H, W]``."""
+    return torch.zeros(size, 3, side, side, dtype=torch.uint8)
+
+
+def check_classes(card: ModelCard, data: SourceConfig, class_names: Sequence[str]) -> None:
+    """Raises ValueError if a data set's classes are not those of the model."""
+    if tuple(class_names) != card.class_names:
+        wanted, got = (f"{', '.join(names[:3])}, ..." for names in (card.class_names, tuple(class_names)))
+        raise ValueError(
+            f"{data.root or data.source}: wanted the {len(card.class_names)} classes of the model ({wanted}), "
+            f"got {len(class_names)} ({got})" + " (--data.source and --data.root name others)" * (data.root is None)
+        )

@@ -1,0 +1,50 @@
+"""One optimizer step: the same for the loop, for the plan of its memory and for the benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from sparsemae.options.model import SparseConfig
+from sparsemae.options.training import OptimConfig
+from sparsemae.sparsity import add_srste_gradient, shrink_pruned
+
+
+def optimizer_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    masks: AbstractContextManager[bool],
+    backward: Callable[[], object],
+    sparse: SparseConfig,
+    optim: OptimConfig,
+    accept: Callable[[Tensor], bool] = lambda norm: True,
+) -> bool:
+    """Hold the masks, make the gradients, add SR-STE's term once, clip and step; the gradients are gone afterwards.
+
+    Args:
+        masks: holds the masks of the step, as `MaskSchedule.step` does, and gives False while the forward is dense.
+        backward: forward and backward of all micro-batches.
+        accept: takes the gradient's norm, SR-STE's term included; False leaves weights and optimizer as they are.
+
+    Returns:
+        Whether the step was taken.
+    """
+    decoupled = sparse.term == "decoupled"
+    with masks as masked:
+        backward()
+        pull = masked and sparse.strength > 0
+        if pull and not decoupled:
+            add_srste_gradient(model, sparse.strength)
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        if accepted := accept(norm):
+            if optim.clip_grad is not None:
+                nn.utils.clip_grads_with_norm_(parameters, optim.clip_grad, norm)
+            optimizer.step()
+            if pull and decoupled:
+                shrink_pruned(optimizer, model, sparse.strength)
+    optimizer.zero_grad()
+    return accepted
