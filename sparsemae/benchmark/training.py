@@ -219,7 +219,7 @@ def _steps(batch: int, runs: int) -> list[Rate]:
 
 def subject(recipe: str, batch: int, pattern: str) -> Subject:
     """A recipe's model with another pattern, and its optimizer step on blank images, at learning rate 0."""
-    job = recipe.split("_")[0]
+    job = recipe.partition("_")[0]
     config = read_config(training_jobs()[job], ["--config", recipe, "--sparse.pattern", pattern])
     task = task_class(config.task)(config)
     task.class_names = [str(number) for number in range(task.dataset_size[1])]

@@ -33,12 +33,11 @@ def predict(config: PredictConfig) -> dict[str, Any]:
     results: dict[str, Any] = {}
     rest = iter(images)
     while batch := list(islice(rest, 1 if pictures else BATCH)):
-        for (file, image), result in zip(
-            batch, predictor.predict([image for _, image in batch], config.top_k), strict=True
-        ):
-            result = pictures.write(file, image, result)[: config.top_k] if pictures else result
-            results[str(file)] = result
-            print(f"{file}: {_shown(result)}", flush=True)
+        found = predictor.predict([image for _, image in batch], config.top_k)
+        for (file, image), result in zip(batch, found, strict=True):
+            best = pictures.write(file, image, result)[: config.top_k] if pictures else result
+            results[str(file)] = best
+            print(f"{file}: {_shown(best)}", flush=True)
     if images.unreadable:
         raise ValueError(f"{images.unreadable} of {len(files)} images could not be read; the others are done")
     return results

@@ -146,7 +146,7 @@ class MaskedAutoencoder(nn.Module):
         return patches.reshape(B, h, w, p, q, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, h * p, w * q)
 
     def reconstruct(self, images: Tensor, output: MAEOutput) -> Tensor:
-        """Predictions as pixels ``[B, 3, H, W]``, each patch given back the mean and standard deviation of its target."""
+        """Predictions as pixels ``[B, 3, H, W]``, each patch with the mean and standard deviation of its target."""
         pred = output.pred.float()
         if self.norm_pix_loss:
             target = self.patchify(images)
@@ -187,7 +187,8 @@ def patches_kept(patches: int, mask_ratio: float) -> int:
 def sincos_pos_embed(grid: tuple[int, int], embed_dim: int) -> Tensor:
     """Fixed 2-D position embeddings ``[1, 1 + H*W, D]``, the class token's first and zero.
 
-    A quarter of the embedding dimension each for sin and cos of the column, then of the row (MAE's files have columns first).
+    A quarter of the embedding dimension each for sin and cos of the column, then of the row (MAE's files have columns
+    first).
     Raises ValueError if 4 does not divide ``embed_dim``.
     """
     if embed_dim % 4:
@@ -216,7 +217,9 @@ def _check_encoder(encoder: nn.Module) -> None:
     wanted = {
         "a class token": encoder.cls_token is not None,
         "no register tokens": encoder.reg_token is None,
-        "learned position embeddings that include the class token": encoder.pos_embed is not None and not encoder.no_embed_class,
+        "learned position embeddings, the class token's included": (
+            encoder.pos_embed is not None and not encoder.no_embed_class
+        ),
         "a fixed input size": not encoder.dynamic_img_size,
         "a final `norm` (global_pool='token')": isinstance(encoder.norm, nn.LayerNorm),
     }

@@ -54,7 +54,7 @@ class Segmenter(nn.Module):
         last = len(encoder.blocks) - 1
         indices = list(out_indices)
         if len(indices) != MAPS or sorted({*indices}) != indices or indices[0] < 0 or indices[-1] != last:
-            raise ValueError(f"out_indices: wanted {MAPS} ascending blocks that end with the last, {last}, got {indices}")
+            raise ValueError(f"out_indices: wanted {MAPS} ascending blocks up to the last, {last}, got {indices}")
         encoder.norm, encoder.fc_norm = nn.Identity(), nn.Identity()
         self.encoder, self.out_indices = encoder, indices
         self.pyramid = Pyramid(encoder.embed_dim)

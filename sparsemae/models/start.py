@@ -106,8 +106,8 @@ def _is_of_mae(state: Mapping[str, Tensor]) -> bool:
 def _resample_positions(state: dict[str, Tensor], encoder: VisionTransformer) -> list[str]:
     """Bring a square grid of position embeddings to the encoder's own, as timm does (bicubic, antialiased).
 
-    Before it stand position embeddings of as many other tokens as leave a square: one for a class token, two in distilled DeiTs,
-    none where tokens take none (DeiT III), which is as good as a zero. What does not fit is left as it is.
+    Before it come those of as many other tokens as leave a square: one for a class token, two in distilled DeiTs, none
+    where tokens take none (DeiT III), which is as good as a zero. What does not fit is left as it is.
     """
     positions, own = state.get("pos_embed"), encoder.pos_embed
     if positions is None or own is None or positions.dim() != 3 or positions.shape[-1] != own.shape[-1]:
