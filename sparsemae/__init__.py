@@ -11,6 +11,10 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "sparsemae.card": ("InputSpec", "ModelCard"),
+    "sparsemae.loading": ("load",),
+    "sparsemae.packing.pack": ("pack",),
+    "sparsemae.predictor": ("Prediction", "Predictor"),
     "sparsemae.sparsity": (
         "NMLinear", "NMPattern", "Topology", "add_srste_gradient", "dense_weights", "densify", "freeze", "hold_masks",
         "iter_sparse", "nm_mask", "sparsify", "summarize",

@@ -92,7 +92,7 @@ class ModelCard:
         values = renamed(document, CARD) if version == 1 else dict(document)
         del values["version"]
         try:
-            spec = {
+            spec: dict[str, Any] = {
                 name: tuple(value) if isinstance(value, list) else value for name, value in values["input"].items()
             }
             card = cls(**{**values, "input": InputSpec(**spec), "class_names": tuple(values["class_names"])})

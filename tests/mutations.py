@@ -11,8 +11,8 @@ import numpy as np
 Random = np.random.Generator
 HUGE = (-1, 0, 1, 2**31, 2**40, 2**62, 2**63, 2**64 - 1, 10**30)
 DTYPES = ("F32", "F64", "F16", "BF16", "I64", "I32", "U16", "I8", "U8", "BOOL", "C64", "F8_E4M3", "F8_E5M2", "F4", "X9")
-
 WIDTHS = {"F16": 2, "BF16": 2, "I32": 4, "F64": 8, "I64": 8, "C64": 8, "U8": 1, "BOOL": 1, "F8_E4M3": 1}
+_DOCUMENTS = {"description": "sparsemae", "config": "config"}  # of weights files, of packed files
 
 
 def scramble(rng: Random, data: bytes, end: int) -> bytes:
@@ -57,12 +57,11 @@ def edit(rng: Random, data: bytes, where: str = "header") -> bytes:
     header, body = split(data)
     names = [name for name in header if name != "__metadata__"]
     name = names[rng.integers(len(names))]
-    if where == "description":
-        metadata = header.setdefault("__metadata__", {})
-        description = json.loads(metadata.get("sparsemae", "{}"))
-        metadata["sparsemae"] = json.dumps(_graft(rng, description))
+    if where in _DOCUMENTS:
+        metadata, key = header.setdefault("__metadata__", {}), _DOCUMENTS[where]
+        metadata[key] = json.dumps(_graft(rng, json.loads(metadata.get(key, "{}"))))
         if rng.random() < 0.05:
-            metadata["sparsemae"] = "[" * 100_000
+            metadata[key] = "[" * 100_000
         return join(header, body)
     if where == "values":
         return join(header, _other_values(rng, header[name], body))

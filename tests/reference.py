@@ -7,18 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from sparsemae.card import InputSpec, ModelCard
 from sparsemae.packing.codec import encode_mask
-from sparsemae.packing.format import (
-    LINEARS,
-    PackedConfig,
-    PackedModel,
-    Preprocess,
-    VitShape,
-    dense_shapes,
-    parse_pattern,
-    to_bf16,
-    unpack,
-)
+from sparsemae.packing.format import LINEARS, PackedModel, dense_shapes, to_bf16, unpack
+from sparsemae.packing.metadata import PackedConfig, VitShape, parse_pattern
 
 TINY = VitShape(
     embed_dim=64,
@@ -82,9 +74,9 @@ def random_model(
             weight *= 0.5
         dtypes[name] = dense
         tensors[name] = to_bf16(weight) if dense == "bf16" else weight
-    preprocess = Preprocess((0.5,) * vit.in_chans, (0.25,) * vit.in_chans, "bicubic", 0.875, False)
-    config = PackedConfig("vit_test", {}, vit, preprocess, (), "random", "Apache-2.0", patterns, dtypes)
-    return PackedModel(config, tensors)
+    spec = InputSpec(vit.image_height, (0.5,) * vit.in_chans, (0.25,) * vit.in_chans, crop_pct=0.875)
+    card = ModelCard("classify", "vit_test", {}, spec, (), patterns, frozen=True, source="random", license="Apache-2.0")
+    return PackedModel(PackedConfig(card, vit, dtypes), tensors)
 
 
 def forward(model: PackedModel, images: np.ndarray, features: bool = False) -> np.ndarray:
@@ -128,9 +120,9 @@ def _linear(x: np.ndarray, w: dict[str, np.ndarray], name: str) -> np.ndarray:
 
 
 def _norm(x: np.ndarray, w: dict[str, np.ndarray], name: str, vit: VitShape) -> np.ndarray:
-    centred = x - x.mean(axis=-1, keepdims=True)
-    scale = np.sqrt((centred**2).mean(axis=-1, keepdims=True) + vit.norm_eps)
-    return centred / scale * w[f"{name}.weight"] + w[f"{name}.bias"]
+    centered = x - x.mean(axis=-1, keepdims=True)
+    scale = np.sqrt((centered**2).mean(axis=-1, keepdims=True) + vit.norm_eps)
+    return centered / scale * w[f"{name}.weight"] + w[f"{name}.bias"]
 
 
 def _attention(x: np.ndarray, w: dict[str, np.ndarray], name: str, vit: VitShape) -> np.ndarray:

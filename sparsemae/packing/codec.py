@@ -30,7 +30,7 @@ _SATURATED = (1 << 64) - 1
 def code_bits(n: int, m: int) -> int:
     """Bits of one group's code for the pattern n:m (n kept of every m)."""
     if not 1 <= n <= m <= MAX_GROUP:
-        raise ValueError(f"pattern must have 1 <= n <= m <= {MAX_GROUP}, got {n}:{m}")
+        raise ValueError(f"pattern: wanted n:m with 1 <= n <= m <= {MAX_GROUP}, got {n}:{m}")
     bits = (comb(m, n) - 1).bit_length()
     return bits if bits <= 64 else m
 
@@ -54,13 +54,13 @@ def encode_mask(mask: NDArray[np.bool_], n: int, m: int) -> NDArray[np.uint8]:
     """
     bits = code_bits(n, m)
     if mask.ndim != 2 or mask.dtype != np.bool_ or mask.shape[1] % m:
-        raise ValueError(f"mask must be bool [O, I] with I a multiple of {m}, got {mask.dtype} {list(mask.shape)}")
+        raise ValueError(f"mask: wanted bool [O, I] with I a multiple of {m}, got {mask.dtype} {list(mask.shape)}")
     groups = mask.reshape(-1, m)
     kept = groups.sum(axis=1)
     if (kept != n).any():
         bad = int(np.flatnonzero(kept != n)[0])
         row, group = divmod(bad, mask.shape[1] // m)
-        raise ValueError(f"{n}:{m} keeps {n} of every {m}, got {int(kept[bad])} at row {row}, group {group}")
+        raise ValueError(f"row {row}, group {group}: wanted {n} of {m} kept, got {kept[bad]}")
     if bits == 0:
         return np.zeros(0, np.uint8)
     if _is_bitmap(n, m):
@@ -88,10 +88,10 @@ def decode_positions(codes: NDArray[np.uint8], groups: int, n: int, m: int) -> N
     expected = code_bytes(groups, n, m)
     if codes.dtype != np.uint8 or codes.ndim != 1 or codes.size != expected:
         raise ValueError(
-            f"codes of {groups} groups of {n}:{m} must be {expected} bytes, got {codes.dtype} {list(codes.shape)}"
+            f"codes: wanted {expected} bytes for {groups} groups of {n}:{m}, got {codes.dtype} {list(codes.shape)}"
         )
     if (spare := groups * bits % 8) and codes[-1] >> spare:
-        raise ValueError(f"codes of {n}:{m} end in padding bits that are not zero")
+        raise ValueError(f"codes of {n}:{m}: wanted padding bits of 0, got {codes[-1] >> spare:b}")
     if bits == 0:
         return np.tile(np.arange(m, dtype=np.uint16), (groups, 1))
     out = np.empty((groups, n), np.uint16)
@@ -103,14 +103,16 @@ def decode_positions(codes: NDArray[np.uint8], groups: int, n: int, m: int) -> N
             kept = bitmap.sum(axis=1, dtype=np.int64)
             if (kept != n).any():
                 bad = int(np.flatnonzero(kept != n)[0])
-                raise ValueError(f"code of group {start + bad} keeps {kept[bad]} of {m}, wanted {n}")
+                raise ValueError(f"code of group {start + bad}: wanted {n} of {m} kept, got {kept[bad]}")
             out[start : start + count] = np.nonzero(bitmap)[1].reshape(count, n)
         else:
             ranks = _unpack_bits(chunk, count, bits)
             bad_ranks = np.flatnonzero(ranks > np.uint64(comb(m, n) - 1))
             if bad_ranks.size:
                 bad = int(bad_ranks[0])
-                raise ValueError(f"code {ranks[bad]} of group {start + bad} is out of range for {n}:{m}")
+                raise ValueError(
+                    f"code of group {start + bad}: wanted less than {comb(m, n)} for {n}:{m}, got {ranks[bad]}"
+                )
             out[start : start + count] = _unrank(ranks, n, m)
     return out
 
@@ -118,7 +120,7 @@ def decode_positions(codes: NDArray[np.uint8], groups: int, n: int, m: int) -> N
 def decode_mask(codes: NDArray[np.uint8], rows: int, columns: int, n: int, m: int) -> NDArray[np.bool_]:
     """The mask that ``encode_mask`` was given: bool [rows, columns], True = kept. Raises as ``decode_positions``."""
     if columns % m:
-        raise ValueError(f"row length {columns} is no multiple of {m}")
+        raise ValueError(f"mask: wanted rows of a multiple of {m}, got {columns}")
     mask = np.zeros((rows * columns // m, m), np.bool_)
     np.put_along_axis(mask, decode_positions(codes, len(mask), n, m).astype(np.int64), True, axis=1)
     return mask.reshape(rows, columns)

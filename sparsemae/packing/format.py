@@ -14,9 +14,7 @@ What a reader would not guess:
 
 from __future__ import annotations
 
-import json
-import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +23,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from sparsemae.files import write_atomic
 from sparsemae.packing.codec import code_bytes, decode_mask
-from sparsemae.packing.metadata import (
-    FORMAT,
-    INTERPOLATIONS,
-    VERSION,
-    PackedConfig,
-    Preprocess,
-    VitShape,
-    parse_pattern,
-    read_metadata,
-)
-
-__all__ = [
-    "INTERPOLATIONS",
-    "PackedConfig",
-    "PackedModel",
-    "Preprocess",
-    "VitShape",
-    "parse_pattern",
-    "read",
-    "unpack",
-    "write",
-]
+from sparsemae.packing.metadata import FORMAT, PackedConfig, VitShape, parse_pattern, read_metadata, write_metadata
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "fp32": np.dtype(np.float32),
@@ -119,50 +97,42 @@ def stored_shapes(config: PackedConfig) -> dict[str, tuple[tuple[int, ...], np.d
     stored: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
     shapes = dense_shapes(config.vit)
     sparse_names = {f"blocks.{i}.{layer}" for i in range(config.vit.depth) for layer in LINEARS}
-    if extra := sorted(set(config.patterns) - sparse_names):
-        raise ValueError(f"layer {extra[0]!r} cannot be sparse")
+    if extra := sorted(set(config.card.patterns) - sparse_names):
+        raise ValueError(f"patterns: wanted only {', '.join(LINEARS)} of the blocks, got {extra[0]!r}")
     for name, shape in shapes.items():
-        pattern = config.patterns.get(name.removesuffix(".weight"))
+        pattern = config.card.patterns.get(name.removesuffix(".weight"))
         if pattern is None:
             dtype = config.dtypes.get(name)
             if dtype not in ("fp32", "bf16"):
-                raise ValueError(f"dtype of {name} must be fp32 or bf16, got {dtype!r}")
+                raise ValueError(f"dtypes: {name}: wanted fp32 or bf16, got {dtype!r}")
             stored[name] = shape, DTYPES[dtype]
             continue
         n, m = parse_pattern(pattern)
         rows, columns = shape[0], shape[1]
         if columns % m:
-            raise ValueError(f"{name} has rows of {columns}, no multiple of the m of its pattern {pattern}")
+            raise ValueError(f"{name}: wanted rows of a multiple of the m of {pattern}, got {columns}")
         dtype = config.dtypes.get(f"{name}.values")
         if dtype not in DTYPES:
-            raise ValueError(f"dtype of {name}.values must be one of {', '.join(DTYPES)}, got {dtype!r}")
+            raise ValueError(f"dtypes: {name}.values: wanted {' or '.join(DTYPES)}, got {dtype!r}")
         stored[f"{name}.codes"] = (code_bytes(rows * columns // m, n, m),), np.dtype(np.uint8)
         stored[f"{name}.values"] = (rows, columns // m * n), DTYPES[dtype]
         if dtype == "int8":
             stored[f"{name}.scale"] = (rows,), np.dtype(np.float32)
     if extra := sorted(set(config.dtypes) - set(stored)):
-        raise ValueError(f"dtype given for {extra[0]!r}, which the model does not have")
+        raise ValueError(f"dtypes: wanted the stored tensors only, got {extra[0]!r}")
     return stored
 
 
 def write(path: str | Path, model: PackedModel) -> None:
-    """Write a packed file: to a temporary name beside it, then renamed, so that no torn file is ever seen.
+    """Write a packed file, whole or not at all.
 
     Raises:
-        ValueError: the tensors do not fit the metadata.
+        ValueError: the tensors do not fit the metadata, or the metadata the format.
+        OSError: it cannot be written.
     """
-    path = Path(path)
     _check(model)
-    metadata = {"format": FORMAT, "version": str(VERSION), "config": json.dumps(asdict(model.config))}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        # not save_file, whose files only their owner may read
-        partial.write_bytes(save({name: np.ascontiguousarray(t) for name, t in model.tensors.items()}, metadata))
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in model.tensors.items()}
+    write_atomic(path, save(tensors, write_metadata(model.config)))
 
 
 def read(path: str | Path) -> PackedModel:
@@ -185,13 +155,13 @@ def read(path: str | Path) -> PackedModel:
             tensors = {}
             for name, (shape, _) in wanted.items():
                 if tuple(file.get_slice(name).get_shape()) != shape:
-                    raise ValueError(f"{name} must be {list(shape)}, got {file.get_slice(name).get_shape()}")
+                    raise ValueError(f"{name}: wanted {list(shape)}, got {file.get_slice(name).get_shape()}")
                 tensors[name] = file.get_tensor(name)
         model = PackedModel(config, tensors)
         _check(model)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, SafetensorError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError, SafetensorError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: not a usable packed model: {reason[:300]}") from None
+        raise ValueError(f"{path}: wanted a packed model, got one that cannot be used: {reason[:300]}") from None
     return model
 
 
@@ -212,7 +182,7 @@ def unpack(model: PackedModel) -> dict[str, NDArray[np.float32]]:
     """
     weights = {}
     for name, shape in dense_shapes(model.config.vit).items():
-        pattern = model.config.patterns.get(name.removesuffix(".weight"))
+        pattern = model.config.card.patterns.get(name.removesuffix(".weight"))
         if pattern is None:
             stored = model.tensors[name]
             weights[name] = stored if stored.dtype == np.float32 else from_bf16(stored)
@@ -233,9 +203,9 @@ def unpack(model: PackedModel) -> dict[str, NDArray[np.float32]]:
 
 def _check_names(got: set[str], wanted: set[str]) -> None:
     if missing := sorted(wanted - got):
-        raise ValueError(f"tensor {missing[0]} is missing")
+        raise ValueError(f"{missing[0]}: wanted a tensor of this name, got none")
     if extra := sorted(got - wanted):
-        raise ValueError(f"tensor {extra[0]} is not part of the model")
+        raise ValueError(f"{extra[0]}: wanted the model's tensors only, got one more")
 
 
 def _check(model: PackedModel) -> None:
@@ -244,7 +214,7 @@ def _check(model: PackedModel) -> None:
     for name, (shape, dtype) in wanted.items():
         tensor = model.tensors[name]
         if tensor.shape != shape or tensor.dtype != dtype:
-            raise ValueError(f"{name} must be {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
+            raise ValueError(f"{name}: wanted {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
         if dtype == np.float32:
             finite = bool(np.isfinite(tensor).all())
         elif dtype == np.uint16:
@@ -252,6 +222,6 @@ def _check(model: PackedModel) -> None:
         else:
             finite = True
         if not finite:
-            raise ValueError(f"{name} holds NaN or infinite values")
+            raise ValueError(f"{name}: wanted finite values, got NaN or infinity")
         if name.endswith(".scale") and not (tensor > 0).all():
-            raise ValueError(f"{name} must be positive")
+            raise ValueError(f"{name}: wanted more than 0, got {tensor.min()}")

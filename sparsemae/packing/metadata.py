@@ -1,14 +1,18 @@
-"""The metadata of a packed file: what a model is, beside its weights, and how its JSON is read without trusting it."""
+"""The metadata of a packed file: what a model is, beside its weights, and how its JSON is read without trusting it.
+
+The document of version 1 is older than `ModelCard` and has names of its own; they are translated here, and only here.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, get_type_hints
 
-import numpy as np
-
+from sparsemae.card import InputSpec, ModelCard
+from sparsemae.limits import ABOVE_0, BELOW_1, check_limits
 from sparsemae.packing.codec import MAX_GROUP
 
 FORMAT = "sparsemae-packed"
@@ -18,7 +22,10 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 
 @dataclass(frozen=True)
 class VitShape:
-    """All that the forward of a plain pre-norm ViT depends on, beside its weights; timm's names where it has one."""
+    """All that the forward of a plain pre-norm ViT depends on, beside its weights; timm's names where it has one.
+
+    Raises ValueError, naming the field, if there is no such ViT.
+    """
 
     embed_dim: int
     depth: int
@@ -33,7 +40,7 @@ class VitShape:
     reg_tokens: int
     class_token: bool
     no_embed_class: bool
-    """Positions are added to the patch tokens only."""
+    """Position embeddings are added to the patch tokens only."""
     pre_norm: bool
     final_norm: bool
     fc_norm: bool
@@ -46,6 +53,21 @@ class VitShape:
     global_pool: str
     """'token', 'avg', or '' (all tokens)."""
     norm_eps: float
+
+    def __post_init__(self) -> None:
+        check_limits(
+            self, "vit.", embed_dim=(1, 1 << 14), depth=(1, 512), num_heads=(1, 1 << 10), mlp_hidden=(1, 1 << 17),
+            patch_size=(1, 1 << 10), image_height=(1, 1 << 14), image_width=(1, 1 << 14), in_chans=(1, 64),
+            num_classes=(0, 1 << 20), reg_tokens=(0, 1 << 10), norm_eps=(ABOVE_0[0], BELOW_1[1]),
+        )  # fmt: skip
+        for whole, part in (("embed_dim", "num_heads"), ("image_height", "patch_size"), ("image_width", "patch_size")):
+            if getattr(self, whole) % getattr(self, part):
+                raise ValueError(
+                    f"vit.{whole}: wanted a multiple of {part} {getattr(self, part)}, got {getattr(self, whole)}"
+                )
+        pools = ("avg",) + ("token",) * self.class_token + ("",) * (not self.num_classes)
+        if self.global_pool not in pools:
+            raise ValueError(f"vit.global_pool: wanted {' or '.join(map(repr, pools))}, got {self.global_pool!r}")
 
     @property
     def prefix_tokens(self) -> int:
@@ -62,34 +84,13 @@ class VitShape:
 
 
 @dataclass(frozen=True)
-class Preprocess:
-    """timm's evaluation transform: resize the shorter side to input / crop_pct, crop the centre, normalise."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str
-    crop_pct: float
-    exif_transpose: bool
-    """Turn the image upright by its EXIF orientation first. timm does not: off agrees with its accuracy figures."""
-
-
-@dataclass(frozen=True)
 class PackedConfig:
     """The metadata of a packed file."""
 
-    architecture: str
-    """timm's model name."""
-    overrides: dict[str, Any]
-    """Arguments that differ from timm's defaults for that name."""
+    card: ModelCard
+    """Of it the file keeps architecture, model_args, input, class_names, patterns, source and license; the task is
+    classify, the masks are frozen, and the input's img_size is the height."""
     vit: VitShape
-    preprocess: Preprocess
-    class_names: tuple[str, ...]
-    """One per class, or none at all."""
-    source: str
-    """The run or checkpoint that was packed."""
-    license: str
-    patterns: dict[str, str]
-    """Layer name (without `.weight`) -> 'n:m'."""
     dtypes: dict[str, str]
     """Stored tensor name -> 'fp32', 'bf16' or 'int8', for all but codes and scales."""
 
@@ -99,98 +100,93 @@ def parse_pattern(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})", text)
     n, m = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 1 <= n <= m <= MAX_GROUP:
-        raise ValueError(f"pattern must be 'n:m' with 1 <= n <= m <= {MAX_GROUP}, got {text!r}")
+        raise ValueError(f"pattern: wanted 'n:m' with 1 <= n <= m <= {MAX_GROUP}, got {text!r}")
     return n, m
+
+
+def write_metadata(config: PackedConfig) -> dict[str, str]:
+    """The configuration as a file's metadata. Raises ValueError if the format has no place for its card."""
+    card, spec, height = config.card, config.card.input, config.vit.image_height
+    if (spec.img_size, spec.short_side, spec.long_side) != (height, None, None):
+        raise ValueError(f"card: wanted a classifier's input with img_size={height}, got {spec}")
+    document = {
+        "architecture": card.architecture,
+        "overrides": card.model_args,
+        "vit": asdict(config.vit),
+        "preprocess": {
+            "mean": [float(value) for value in spec.mean],
+            "std": [float(value) for value in spec.std],
+            "interpolation": spec.interpolation,
+            "crop_pct": float(spec.crop_pct),
+            "exif_transpose": spec.exif,
+        },
+        "class_names": card.class_names,
+        "source": card.source,
+        "license": card.license,
+        "patterns": card.patterns,
+        "dtypes": config.dtypes,
+    }
+    metadata = {"format": FORMAT, "version": str(VERSION), "config": json.dumps(document)}
+    read_metadata(metadata)  # nothing is written that would be refused when it is read
+    return metadata
 
 
 def read_metadata(metadata: dict[str, str] | None) -> PackedConfig:
     """The configuration that a file's metadata holds. Raises ValueError (or KeyError) where it is not one of ours."""
     if not metadata or metadata.get("format") != FORMAT:
-        raise ValueError(f"its metadata does not say format {FORMAT!r}")
+        raise ValueError(f"wanted metadata of format {FORMAT!r}, got none")
     version = metadata.get("version", "")
     if version != str(VERSION):
         newer = version.isdecimal() and int(version[:9]) > VERSION
         raise ValueError(
-            f"format version must be {VERSION}, got {version[:20]!r}" + (": update sparsemae" if newer else "")
+            f"format version: wanted {VERSION}, got {version[:20]!r}" + (": update sparsemae" if newer else "")
         )
     document = json.loads(metadata["config"])
-    _check_keys("metadata", document, PackedConfig)
-    vit = _read_vit(document["vit"])
-    preprocess = _read_preprocess(document["preprocess"], vit.in_chans)
-    for key in ("architecture", "source", "license"):
-        _check_type(key, document[key], str)
-    _check_type("overrides", document["overrides"], dict)
+    _check_fields("config", document, _DOCUMENT)
+    _check_fields("vit", document["vit"], get_type_hints(VitShape))
+    vit = VitShape(**document["vit"])
     names = document["class_names"]
-    if (
-        not isinstance(names, list)
-        or not all(isinstance(n, str) for n in names)
-        or len(names) not in (0, vit.num_classes)
-    ):
-        raise ValueError(f"class_names must be none or {vit.num_classes} strings")
+    if len(names) not in (0, vit.num_classes) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"class_names: wanted none or {vit.num_classes} strings, got {len(names)} values")
     for key in ("patterns", "dtypes"):
-        _check_type(key, document[key], dict)
         if not all(isinstance(value, str) for value in document[key].values()):
-            raise ValueError(f"{key} must map names to strings")
-    return PackedConfig(**(document | {"vit": vit, "preprocess": preprocess, "class_names": tuple(names)}))
+            raise ValueError(f"{key}: wanted strings by name, got {document[key]}")
+    card = ModelCard(
+        "classify", document["architecture"], document["overrides"], _read_input(document["preprocess"], vit),
+        tuple(names), document["patterns"], frozen=True, source=document["source"], license=document["license"],
+    )  # fmt: skip
+    return PackedConfig(card, vit, document["dtypes"])
 
 
-_LIMITS = {
-    "embed_dim": (1, 1 << 14),
-    "depth": (1, 512),
-    "num_heads": (1, 1 << 10),
-    "mlp_hidden": (1, 1 << 17),
-    "patch_size": (1, 1 << 10),
-    "image_height": (1, 1 << 14),
-    "image_width": (1, 1 << 14),
-    "in_chans": (1, 64),
-    "num_classes": (0, 1 << 20),
-    "reg_tokens": (0, 1 << 10),
-}
+_DOCUMENT = {
+    "architecture": str, "overrides": dict, "vit": dict, "preprocess": dict, "class_names": list, "source": str,
+    "license": str, "patterns": dict, "dtypes": dict,
+}  # fmt: skip
+_PREPROCESS = {"mean": list, "std": list, "interpolation": str, "crop_pct": float, "exif_transpose": bool}
 
 
-def _read_vit(document: Any) -> VitShape:
-    _check_keys("vit", document, VitShape)
-    for key, (low, high) in _LIMITS.items():
-        _check_type(key, document[key], int)
-        if not low <= document[key] <= high:
-            raise ValueError(f"{key} must be in [{low}, {high}], got {document[key]}")
-    for field in fields(VitShape):
-        if field.type == "bool":
-            _check_type(field.name, document[field.name], bool)
-    _check_type("norm_eps", document["norm_eps"], float)
-    vit = VitShape(**document)
-    if vit.global_pool not in ("token", "avg", "") or (vit.global_pool == "token" and not vit.class_token):
-        raise ValueError(f"global_pool must be avg, '', or token with a class token, got {vit.global_pool!r}")
-    if vit.global_pool == "" and vit.num_classes:
-        raise ValueError("a classifier must have a global_pool")
-    if vit.embed_dim % vit.num_heads or vit.image_height % vit.patch_size or vit.image_width % vit.patch_size:
-        raise ValueError("embed_dim must be a multiple of num_heads, and the image sides of patch_size")
-    if not 0.0 < vit.norm_eps < 1.0:
-        raise ValueError(f"norm_eps must be in (0, 1), got {vit.norm_eps}")
-    return vit
-
-
-def _read_preprocess(document: Any, channels: int) -> Preprocess:
-    _check_keys("preprocess", document, Preprocess)
+def _read_input(document: Any, vit: VitShape) -> InputSpec:
+    _check_fields("preprocess", document, _PREPROCESS)
     for key in ("mean", "std"):
-        values = document[key]
-        if not isinstance(values, list) or len(values) != channels or not all(type(v) is float for v in values):
-            raise ValueError(f"{key} must be {channels} numbers")
-        if not np.isfinite(values).all() or (key == "std" and min(values) <= 0):
-            raise ValueError(f"{key} must be finite, and std positive, got {values}")
-    _check_type("crop_pct", document["crop_pct"], float)
-    _check_type("exif_transpose", document["exif_transpose"], bool)
-    if document["interpolation"] not in INTERPOLATIONS or not 0.1 <= document["crop_pct"] <= 1.0:
-        raise ValueError("interpolation or crop_pct is not one that the runtime knows")
-    return Preprocess(**(document | {"mean": tuple(document["mean"]), "std": tuple(document["std"])}))
+        if len(values := document[key]) != vit.in_chans or not all(type(value) is float for value in values):
+            raise ValueError(f"preprocess.{key}: wanted {vit.in_chans} numbers, one per channel, got {values}")
+    if document["interpolation"] not in INTERPOLATIONS:
+        raise ValueError(
+            f"preprocess.interpolation: wanted one of {', '.join(INTERPOLATIONS)}, got {document['interpolation']!r}"
+        )
+    spec = InputSpec(
+        vit.image_height, tuple(document["mean"]), tuple(document["std"]), document["interpolation"],
+        document["crop_pct"], exif=document["exif_transpose"],
+    )  # fmt: skip
+    check_limits(spec, "preprocess.", mean=(-1e6, 1e6), std=(1e-6, 1e6), crop_pct=(0.1, 1.0))
+    return spec
 
 
-def _check_keys(where: str, document: Any, kind: type) -> None:
-    _check_type(where, document, dict)
-    if set(document) != (names := {field.name for field in fields(kind)}):
-        raise ValueError(f"{where} must have exactly the fields {', '.join(sorted(names))}")
-
-
-def _check_type(key: str, value: Any, kind: type) -> None:
-    if type(value) is not kind:
-        raise ValueError(f"{key} must be {kind.__name__}, got {type(value).__name__}")
+def _check_fields(where: str, document: Any, kinds: Mapping[str, type]) -> None:
+    if type(document) is not dict:
+        raise ValueError(f"{where}: wanted a JSON object, got {type(document).__name__}")
+    if odd := sorted(set(document) ^ set(kinds)):
+        raise ValueError(f"{where}: wanted exactly the fields of version {VERSION}, got {odd} missing or unknown")
+    for key, kind in kinds.items():
+        if type(document[key]) is not kind:
+            raise ValueError(f"{where}.{key}: wanted {kind.__name__}, got {type(document[key]).__name__}")

@@ -6,31 +6,23 @@ name, so that the runtime never computes something else than the model that was 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from timm.data import resolve_model_data_config
 from timm.layers import Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention, Block, LayerScale, VisionTransformer
 from torch import nn
 
+from sparsemae.card import InputSpec, ModelCard
 from sparsemae.packing.codec import encode_mask
-from sparsemae.packing.format import (
-    LINEARS,
-    Array,
-    PackedConfig,
-    PackedModel,
-    Preprocess,
-    VitShape,
-    dense_shapes,
-    parse_pattern,
-    to_bf16,
-    write,
-)
+from sparsemae.packing.format import LINEARS, Array, PackedModel, dense_shapes, to_bf16, write
+from sparsemae.packing.metadata import PackedConfig, VitShape, parse_pattern
 
 Dtype = Literal["bf16", "fp32", "int8"]
 
@@ -55,34 +47,34 @@ class PackReport:
 def pack(
     model: nn.Module,
     path: str | Path,
-    preprocess: Preprocess,
+    card: ModelCard | None = None,
     dtype: Dtype = "bf16",
     patterns: Mapping[str, str] | None = None,
-    architecture: str = "",
-    overrides: Mapping[str, Any] | None = None,
-    class_names: Sequence[str] = (),
-    source: str = "",
-    license: str = "",
 ) -> PackReport:
     """Write a frozen N:M sparse timm VisionTransformer as one packed file.
 
     Args:
+        card: what the file is to say of the model, see `PackedConfig`. Default: the input that timm says it has, no
+            names of classes.
         dtype: of the sparse values; int8 has one scale per output row. Everything dense becomes bf16 (fp32 with fp32).
         patterns: layer name -> "n:m". Default: that of every frozen `NMLinear`.
-        architecture: timm's model name, with `overrides` of its arguments; recorded, not used.
 
     Returns:
         The sizes of its parts.
 
     Raises:
         ValueError: the architecture is not supported (what is named), a layer is not frozen, a weight is not N:M
-            (layer, row, group), or NaN or infinite.
+            (layer, row, group), or NaN or infinite, or the card is not that of a classifier, or of another size.
+        OSError: the file cannot be written.
     """
     vit = vit_shape(model)
     if patterns is None:
         patterns = _frozen_patterns(model)
     if not patterns:
-        raise ValueError("pack: no layer of the model is N:M sparse")
+        raise ValueError("pack: wanted a model with N:M sparse layers, got none")
+    card = card or ModelCard("classify", "", {}, _input_spec(model, vit))
+    if card.task != "classify":
+        raise ValueError(f"pack: card.task: wanted classify, got {card.task}")
     masks = {
         name: module.weight_mask
         for name, module in model.named_modules()
@@ -95,7 +87,7 @@ def pack(
         layer = name.removesuffix(".weight")
         weight = state[name].detach().to("cpu", torch.float32).numpy()
         if not np.isfinite(weight).all():
-            raise ValueError(f"{name} holds NaN or infinite values")
+            raise ValueError(f"pack: {name}: wanted finite values, got NaN or infinity")
         if layer in patterns:
             mask = masks[layer].cpu().numpy() if layer in masks else None
             _pack_layer(tensors, name, weight, mask, patterns[layer], dtype)
@@ -103,18 +95,7 @@ def pack(
         else:
             dtypes[name] = "fp32" if dtype == "fp32" else "bf16"
             tensors[name] = weight if dtype == "fp32" else to_bf16(weight)
-    config = PackedConfig(
-        architecture,
-        dict(overrides or {}),
-        vit,
-        preprocess,
-        tuple(class_names),
-        source,
-        license,
-        dict(patterns),
-        dtypes,
-    )
-    write(path, PackedModel(config, tensors))
+    write(path, PackedModel(PackedConfig(replace(card, patterns=dict(patterns)), vit, dtypes), tensors))
     dense = 4 * sum(int(np.prod(shape)) for shape in dense_shapes(vit).values())
     return _report(tensors, Path(path).stat().st_size, dense)
 
@@ -122,7 +103,7 @@ def pack(
 def vit_shape(model: nn.Module) -> VitShape:
     """What the runtime must know of a timm VisionTransformer. Raises ValueError naming what it does not support."""
     if type(model) is not VisionTransformer:
-        raise ValueError(f"pack: {type(model).__name__} is not supported, only timm's plain VisionTransformer")
+        raise ValueError(f"pack: wanted timm's plain VisionTransformer, got {type(model).__name__}")
     _refuse_unsupported(model)
     vit: Any = model
     block, embed = vit.blocks[0], vit.patch_embed
@@ -152,12 +133,19 @@ def vit_shape(model: nn.Module) -> VitShape:
     )
 
 
+def _input_spec(model: nn.Module, vit: VitShape) -> InputSpec:
+    data = resolve_model_data_config(model)
+    return InputSpec(vit.image_height, data["mean"], data["std"], data["interpolation"], data["crop_pct"])
+
+
 def _frozen_patterns(model: nn.Module) -> dict[str, str]:
     patterns = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and hasattr(module, "pattern"):
             if not isinstance(getattr(module, "weight_mask", None), torch.Tensor):
-                raise ValueError(f"pack: {name} is not frozen: its mask still follows the weight (call freeze first)")
+                raise ValueError(
+                    f"pack: {name}: wanted a frozen mask, got one that follows the weight (call freeze first)"
+                )
             patterns[name] = str(module.pattern)
     return patterns
 
@@ -168,15 +156,15 @@ def _pack_layer(
     n, m = parse_pattern(pattern)
     layer = name.removesuffix(".weight")
     if not layer.startswith("blocks.") or layer.split(".", 2)[-1] not in LINEARS:
-        raise ValueError(f"pack: {layer} cannot be sparse, only {', '.join(LINEARS)} of the blocks")
+        raise ValueError(f"pack: wanted only {', '.join(LINEARS)} of the blocks to be sparse, got {layer}")
     if weight.shape[1] % m:
-        raise ValueError(f"pack: {layer} has {weight.shape[1]} inputs, no multiple of the m of {pattern}")
+        raise ValueError(f"pack: {layer}: wanted inputs of a multiple of the m of {pattern}, got {weight.shape[1]}")
     if mask is None:
         mask = _mask_of(weight, n, m, layer)
     elif (stray := (weight != 0) & ~mask).any():
         row, column = np.argwhere(stray)[0]
         raise ValueError(
-            f"pack: {layer} is not {pattern}: row {row}, group {column // m} has a weight outside its mask"
+            f"pack: {layer}: row {row}, group {column // m}: wanted 0 outside the mask, got {weight[row, column]}"
         )
     try:
         tensors[f"{name}.codes"] = encode_mask(mask, n, m)
@@ -199,9 +187,7 @@ def _mask_of(weight: Array, n: int, m: int, layer: str) -> NDArray[np.bool_]:
     if (counts > n).any():
         bad = int(np.flatnonzero(counts > n)[0])
         row, group = divmod(bad, weight.shape[1] // m)
-        raise ValueError(
-            f"pack: {layer} is not {n}:{m}: row {row}, group {group} has {counts[bad]} weights that are not zero"
-        )
+        raise ValueError(f"pack: {layer}: row {row}, group {group}: wanted {n}:{m}, got {counts[bad]} nonzero weights")
     order = np.argsort(~kept, axis=1, kind="stable")[:, :n]
     mask: NDArray[np.bool_] = np.zeros_like(kept)
     np.put_along_axis(mask, order, True, axis=1)
@@ -209,41 +195,50 @@ def _mask_of(weight: Array, n: int, m: int, layer: str) -> NDArray[np.bool_]:
 
 
 def _refuse_unsupported(model: VisionTransformer) -> None:
-    def require(holds: bool, what: str) -> None:
+    def require(holds: bool, where: str, wanted: str, got: object) -> None:
         if not holds:
-            raise ValueError(f"pack: {what} is not supported")
+            what = type(got).__name__ if isinstance(got, nn.Module) else got
+            raise ValueError(f"pack: {where}: wanted {wanted}, got {what}")
 
-    embed = model.patch_embed
+    embed, head, pool = model.patch_embed, model.head, model.global_pool
     require(
-        type(embed) is PatchEmbed and isinstance(embed.norm, nn.Identity), f"patch embedding {type(embed).__name__}"
-    )
-    require(embed.patch_size[0] == embed.patch_size[1], f"patch size {embed.patch_size}")
+        type(embed) is PatchEmbed and isinstance(embed.norm, nn.Identity),
+        "patch_embed", "PatchEmbed without norm", embed,
+    )  # fmt: skip
+    require(embed.patch_size[0] == embed.patch_size[1], "patch_embed", "square patches", embed.patch_size)
     require(
-        embed.img_size is not None and not getattr(embed, "dynamic_img_pad", False), "a padded or unknown image size"
-    )
-    require(model.pos_embed is not None, "a model without position embedding")
-    require(model.attn_pool is None and model.global_pool in ("token", "avg", ""), f"global_pool {model.global_pool!r}")
-    require(isinstance(model.head, nn.Linear | nn.Identity), f"head {type(model.head).__name__}")
-    require(model.global_pool != "" or isinstance(model.head, nn.Identity), "a head without pooling")
+        embed.img_size is not None and not getattr(embed, "dynamic_img_pad", False),
+        "patch_embed", "a fixed image size without padding", f"img_size={embed.img_size}",
+    )  # fmt: skip
+    require(model.pos_embed is not None, "pos_embed", "a position embedding", None)
+    require(model.attn_pool is None and pool in ("token", "avg", ""), "global_pool", "token, avg or ''", repr(pool))
+    require(isinstance(head, nn.Linear | nn.Identity), "head", "Linear or Identity", head)
+    require(pool != "" or isinstance(head, nn.Identity), "head", "Identity, as nothing is pooled", head)
     first: Any = model.blocks[0]
     eps = first.norm1.eps
     for name, module in model.named_modules():
         if "norm" in name.rsplit(".", 1)[-1] and not isinstance(module, nn.Identity):
-            require(isinstance(module, nn.LayerNorm), f"{name}: {type(module).__name__}")
-            require(module.eps == eps and module.weight is not None, f"{name}: another eps or no weight")
+            require(isinstance(module, nn.LayerNorm), name, "LayerNorm", module)
+            require(module.eps == eps and module.weight is not None, name, f"eps={eps} and a weight", str(module))
     block: Any
     for i, block in enumerate(model.blocks):
-        attn, mlp = block.attn, block.mlp
-        require(type(block) is Block, f"blocks.{i}: {type(block).__name__}")
-        require(type(attn) is Attention, f"blocks.{i}.attn: {type(attn).__name__}")
+        name, attn, mlp = f"blocks.{i}", block.attn, block.mlp
+        require(type(block) is Block, name, "Block", block)
+        require(type(attn) is Attention, f"{name}.attn", "Attention", attn)
         require(
             isinstance(attn.q_norm, nn.Identity) and isinstance(attn.norm, nn.Identity),
-            f"blocks.{i}.attn: qk_norm or scale_norm",
-        )
-        require(getattr(attn, "gate", None) is None, f"blocks.{i}.attn: gated attention")
-        require(type(mlp) is Mlp and isinstance(mlp.norm, nn.Identity), f"blocks.{i}.mlp: {type(mlp).__name__}")
-        require(isinstance(mlp.act, nn.GELU) and mlp.act.approximate == "none", f"blocks.{i}.mlp.act: {mlp.act}")
-        require(attn.qkv.out_features == 3 * model.embed_dim, f"blocks.{i}.attn: heads of another width")
+            f"{name}.attn", "neither qk_norm nor scale_norm", "one of them",
+        )  # fmt: skip
+        require(getattr(attn, "gate", None) is None, f"{name}.attn", "no gate", "one")
+        require(type(mlp) is Mlp and isinstance(mlp.norm, nn.Identity), f"{name}.mlp", "Mlp without norm", mlp)
+        require(
+            isinstance(mlp.act, nn.GELU) and mlp.act.approximate == "none",
+            f"{name}.mlp.act", "GELU, not approximated", str(mlp.act),
+        )  # fmt: skip
+        require(
+            attn.qkv.out_features == 3 * model.embed_dim,
+            f"{name}.attn.qkv", f"{3 * model.embed_dim} outputs", attn.qkv.out_features,
+        )  # fmt: skip
 
 
 def _report(tensors: Mapping[str, Array], packed: int, dense: int) -> PackReport:
@@ -254,7 +249,7 @@ def _report(tensors: Mapping[str, Array], packed: int, dense: int) -> PackReport
         elif name.startswith(("patch_embed", "head")):
             part = name.split(".")[0]
         elif "embed" in name or "token" in name:
-            part = "positions and tokens"
+            part = "embeddings and tokens"
         else:
             part = "dense linear" if name.startswith("blocks") and tensor.ndim > 1 else "norms and biases"
         parts[part] = parts.get(part, 0) + tensor.nbytes

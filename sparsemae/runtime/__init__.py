@@ -5,7 +5,8 @@ logits = model(images)                      # float32 [B, 3, H, W], preprocessed
 best = model.predict(["photo.jpg"], top_k=5)
 """
 
-from sparsemae.runtime.model import Model, Prediction, load
+from sparsemae.predictor import Prediction
+from sparsemae.runtime.model import Model, load
 from sparsemae.runtime.preprocess import load_image
 
 __all__ = ["Model", "Prediction", "load", "load_image"]

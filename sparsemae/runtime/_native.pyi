@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsemae.packing.format import VitShape
+from sparsemae.packing.metadata import VitShape
 
 class Builder:
     def __init__(self, shape: VitShape) -> None: ...

@@ -10,34 +10,27 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsemae.packing.format import PackedConfig, PackedModel, dense_shapes, from_bf16, parse_pattern, read
+from sparsemae.packing.format import PackedModel, dense_shapes, from_bf16, read
+from sparsemae.packing.metadata import PackedConfig, parse_pattern
+from sparsemae.predictor import Prediction, rank
 from sparsemae.runtime._native import Builder, Vit
 from sparsemae.runtime.preprocess import load_image
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """One class for one image."""
-
-    label: str
-    """The class's name, or its number where the file has no names."""
-    index: int
-    probability: float
-    """Softmax over all classes."""
-
-
 class Model:
-    """A packed vision transformer. Safe to call from several threads: calls of one model take turns, models do not."""
+    """A packed vision transformer, as a `Predictor`.
+
+    Safe to call from several threads: calls on one model are serialized, different models run in parallel.
+    """
 
     def __init__(self, config: PackedConfig, native: Vit) -> None:
-        self.config = config
+        self.card, self.vit = config.card, config.vit
         self._native = native
 
     @property
@@ -47,6 +40,7 @@ class Model:
 
     @property
     def threads(self) -> int:
+        """How many compute."""
         return self._native.threads
 
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -67,64 +61,62 @@ class Model:
         """All tokens after the last block and the final norm, as timm's `forward_features`: float32 [B, L, D]."""
         return self._native(self._checked(images), True)
 
-    def predict(self, paths: Sequence[str | Path], top_k: int = 5, batch_size: int = 8) -> list[list[Prediction]]:
+    def prepare(self, path: str | Path) -> NDArray[np.float32]:
+        """An image file as the model's input: float32 [3, H, W]. Raises ValueError if pillow cannot read it."""
+        return load_image(path, self.card.input, self.vit.image_height, self.vit.image_width)
+
+    def predict(self, images: Sequence[str | Path], top_k: int = 5, batch_size: int = 8) -> list[list[Prediction]]:
         """The `top_k` most probable classes of each image file, best first.
 
         Raises:
-            ValueError: the model is no classifier, or a file is no image.
+            ValueError: the model is no classifier, or pillow cannot read a file.
             OSError: a file cannot be opened.
         """
-        self._wants_classes()
-        vit = self.config.vit
+        self._require_classes()
         results = []
-        for start in range(0, len(paths), batch_size):
-            batch = [load_image(path, vit, self.config.preprocess) for path in paths[start : start + batch_size]]
-            results += [self.rank(logits, top_k) for logits in self(np.stack(batch))]
+        for start in range(0, len(images), batch_size):
+            batch = np.stack([self.prepare(path) for path in images[start : start + batch_size]])
+            results += [self.rank(logits, top_k) for logits in self(batch)]
         return results
 
     def rank(self, logits: NDArray[np.float32], top_k: int = 5) -> list[Prediction]:
-        """The `top_k` most probable classes by an image's logits [num_classes], best first.
+        """The `top_k` most probable classes by one image's logits [C], best first.
 
         Raises:
             ValueError: the model is no classifier.
         """
-        self._wants_classes()
-        exponentials = np.exp(logits - logits.max(), dtype=np.float64)
-        probabilities = exponentials / exponentials.sum()
-        order = np.argsort(-logits, kind="stable")[:top_k]
-        names = self.config.class_names
-        return [Prediction(names[i] if names else str(i), int(i), float(probabilities[i])) for i in order]
+        self._require_classes()
+        return rank(logits, self.card.class_names, top_k)
 
-    def _wants_classes(self) -> None:
-        if not self.config.vit.num_classes:
-            raise ValueError("this packed model is an encoder: it has no classes to predict")
+    def _require_classes(self) -> None:
+        if not self.vit.num_classes:
+            raise ValueError("wanted a classifier to predict with, got an encoder: it has no classes")
 
     def _checked(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        vit = self.config.vit
-        wanted = (vit.in_chans, vit.image_height, vit.image_width)
+        wanted = (self.vit.in_chans, self.vit.image_height, self.vit.image_width)
         if images.dtype != np.float32 or images.ndim != 4 or images.shape[1:] != wanted:
             raise ValueError(
-                f"images must be float32 [B, {', '.join(map(str, wanted))}], got {images.dtype} {list(images.shape)}"
+                f"images: wanted float32 [B, {', '.join(map(str, wanted))}], got {images.dtype} {list(images.shape)}"
             )
         return np.ascontiguousarray(images)
 
 
-def load(path: str | Path, threads: int | None = None, quantise: bool = True) -> Model:
+def load(path: str | Path, threads: int | None = None, quantize: bool = True) -> Model:
     """Load a packed file.
 
     Args:
         threads: how many to compute with; default: the processors this process may use.
-        quantise: of int8 files, on processors that multiply int8 (amx): round the inputs of every sparse layer to int8
+        quantize: of int8 files, on processors that multiply int8 (amx): round the inputs of every sparse layer to int8
             with a scale per token, for about 1.5 times the speed; off, the int8 weights are multiplied as bf16.
 
     Raises:
-        ValueError: the file is no usable packed model (one line, naming it), or `SPARSEMAE_ISA` cannot be had here.
+        ValueError: it is no packed model that can be used (one line, naming it), or `SPARSEMAE_ISA` cannot be had here.
         OSError: the file cannot be opened.
     """
     packed = read(path)
     isa = os.environ.get("SPARSEMAE_ISA", "")
     try:
-        native = _build(packed, _processors() if threads is None else threads, isa, quantise)
+        native = _build(packed, _processors() if threads is None else threads, isa, quantize)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if native.isa == "portable":
@@ -134,7 +126,7 @@ def load(path: str | Path, threads: int | None = None, quantise: bool = True) ->
 
 @cache
 def _warn_that_portable_is_slow() -> None:
-    warnings.warn("the portable kernels are slow: no vector instructions are used by name", stacklevel=3)
+    warnings.warn("the portable kernels are slow: they use no vector instructions by name", stacklevel=3)
 
 
 def _processors() -> int:
@@ -142,15 +134,15 @@ def _processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _build(packed: PackedModel, threads: int, isa: str, quantise: bool = True) -> Vit:
+def _build(packed: PackedModel, threads: int, isa: str, quantize: bool = True) -> Vit:
     config, tensors = packed.config, packed.tensors
     builder = Builder(config.vit)
     for name, shape in dense_shapes(config.vit).items():
-        pattern = config.patterns.get(name.removesuffix(".weight"))
+        pattern = config.card.patterns.get(name.removesuffix(".weight"))
         if pattern is not None:
             n, m = parse_pattern(pattern)
             values, scale = tensors[f"{name}.values"], tensors.get(f"{name}.scale")
-            builder.sparse(name, shape[1], n, m, tensors[f"{name}.codes"], values, scale, quantise)
+            builder.sparse(name, shape[1], n, m, tensors[f"{name}.codes"], values, scale, quantize)
             continue
         stored = tensors[name]
         dense = stored if stored.dtype == np.float32 else from_bf16(stored)

@@ -1,4 +1,4 @@
-"""timm's evaluation transform in pillow and numpy, to the pixel: resize the shorter side, crop the centre, normalise.
+"""timm's evaluation transform in pillow and numpy, to the pixel: resize the shorter side, crop the center, normalize.
 
 torchvision resizes PIL images with pillow itself, so that only its rounding of sizes and offsets has to be met: the
 longer side is ``int(size * long / short)``, truncated; a crop starts at ``round((side - crop) / 2)``, half to even; an
@@ -14,40 +14,36 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from sparsemae.packing.format import Preprocess, VitShape
-
-_RESAMPLING = {
-    name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
-}
+from sparsemae.card import InputSpec
 
 
-def load_image(path: str | Path, vit: VitShape, preprocess: Preprocess) -> NDArray[np.float32]:
-    """Read an image file as the model's input.
+def load_image(path: str | Path, spec: InputSpec, height: int, width: int) -> NDArray[np.float32]:
+    """Read an image file as the input, ``height`` by ``width``, of a classifier.
 
     Returns:
-        float32 [3, H, W], normalised.
+        float32 [3, H, W], normalized.
 
     Raises:
-        ValueError: not an image that pillow can read.
+        ValueError: pillow cannot read it.
         OSError: the file cannot be opened.
     """
     with Path(path).open("rb") as file:
         try:
             with Image.open(file) as image:
-                upright = ImageOps.exif_transpose(image) if preprocess.exif_transpose else image
-                return transform(upright.convert("RGB"), vit, preprocess)
+                upright = ImageOps.exif_transpose(image) if spec.exif else image
+                return transform(upright.convert("RGB"), spec, height, width)
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path}: not a readable image: {' '.join(str(error).split())[:200]}") from None
+            raise ValueError(
+                f"{path}: wanted an image, got what pillow cannot read: {' '.join(str(error).split())[:200]}"
+            ) from None
 
 
-def transform(image: Image.Image, vit: VitShape, preprocess: Preprocess) -> NDArray[np.float32]:
-    """Resize, crop and normalise an RGB image. Returns float32 [3, H, W]."""
-    height, width = vit.image_height, vit.image_width
-    image = image.resize(
-        _resized(image.size, height, width, preprocess.crop_pct), _RESAMPLING[preprocess.interpolation]
-    )
-    pixels = np.asarray(_centre(image, height, width), dtype=np.float32) / np.float32(255)
-    mean, std = (np.array(values, np.float32) for values in (preprocess.mean, preprocess.std))
+def transform(image: Image.Image, spec: InputSpec, height: int, width: int) -> NDArray[np.float32]:
+    """Resize, crop and normalize an RGB image. Returns float32 [3, H, W]."""
+    size = _resized(image.size, height, width, spec.crop_pct)
+    image = image.resize(size, Image.Resampling[spec.interpolation.upper()])
+    pixels = np.asarray(_center_crop(image, height, width), dtype=np.float32) / np.float32(255)
+    mean, std = (np.array(values, np.float32) for values in (spec.mean, spec.std))
     return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))
 
 
@@ -62,7 +58,7 @@ def _resized(size: tuple[int, int], height: int, width: int, crop_pct: float) ->
     return round(size[0] / ratio), round(size[1] / ratio)
 
 
-def _centre(image: Image.Image, height: int, width: int) -> Image.Image:
+def _center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     if image.width < width or image.height < height:
         padded = Image.new("RGB", (max(width, image.width), max(height, image.height)))
         padded.paste(image, (max(0, (width - image.width) // 2), max(0, (height - image.height) // 2)))

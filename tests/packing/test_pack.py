@@ -1,6 +1,7 @@
 """Packing timm models: the same outputs as timm's own masked forward, and refusals by name."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
 
-from sparsemae.packing.format import Preprocess, read, unpack  # noqa: E402
+from sparsemae.card import InputSpec, ModelCard  # noqa: E402
+from sparsemae.packing.format import read, unpack  # noqa: E402
 from sparsemae.packing.pack import pack  # noqa: E402
 from sparsemae.runtime import load  # noqa: E402
 
@@ -20,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the portable kernels are slow")
 def outputs(path: Path, model: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Of the packed and of the dense model, for random images."""
     packed = load(path)
-    vit = packed.config.vit
+    vit = packed.vit
     shape = (count, vit.in_chans, vit.image_height, vit.image_width)
     images = np.random.default_rng(0).standard_normal(shape, np.float32)
     with torch.inference_mode():
@@ -34,7 +36,8 @@ def errors(path: Path, model: Any, count: int = 8) -> float:
     return float(np.abs(got - wanted).max() / wanted.std())
 
 
-PREPROCESS = Preprocess((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bicubic", 0.875, False)
+SPEC = InputSpec(32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bicubic", 0.875)
+CARD = ModelCard("classify", "vit_base_patch16_224", {}, SPEC)
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4, "num_classes": 10}
 
 
@@ -87,14 +90,15 @@ MODELS: dict[str, dict[str, Any]] = {
 def test_packed_agrees_with_timm(kind: str, dtype: Any, tmp_path: Path) -> None:
     # 64 random features average less rounding out than a ViT-Base does: torch's own bf16 is off by 2 to 3 % here
     model, patterns = masked(**MODELS[kind])
-    pack(model, tmp_path / "m.safetensors", PREPROCESS, dtype, patterns)
+    card = replace(CARD, input=replace(SPEC, img_size=model.patch_embed.img_size[0]))
+    pack(model, tmp_path / "m.safetensors", card, dtype, patterns)
     assert errors(tmp_path / "m.safetensors", model) <= {"fp32": 1e-4, "bf16": 4e-2, "int8": 8e-2}[dtype]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_unpack_is_bit_exact(dtype: Any, tmp_path: Path) -> None:
     model, patterns = masked()
-    pack(model, tmp_path / "m.safetensors", PREPROCESS, dtype, patterns)
+    pack(model, tmp_path / "m.safetensors", CARD, dtype, patterns)
     state = model.state_dict()
     for name, weight in unpack(read(tmp_path / "m.safetensors")).items():
         assert (weight == state[name].numpy()).all(), name
@@ -102,7 +106,7 @@ def test_unpack_is_bit_exact(dtype: Any, tmp_path: Path) -> None:
 
 def test_report_adds_up(tmp_path: Path) -> None:
     model, patterns = masked()
-    report = pack(model, tmp_path / "m.safetensors", PREPROCESS, "bf16", patterns)
+    report = pack(model, tmp_path / "m.safetensors", CARD, "bf16", patterns)
     assert sum(report.parts.values()) == report.packed == (tmp_path / "m.safetensors").stat().st_size
     assert report.dense == 4 * sum(p.numel() for p in model.parameters())
     assert "x smaller" in str(report)
@@ -112,12 +116,14 @@ def test_weight_that_is_not_sparse_is_named(tmp_path: Path) -> None:
     model, patterns = masked()
     with torch.no_grad():
         model.blocks[1].mlp.fc1.weight[7, 32:36] = 1.0
-    with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.fc1 is not 2:32: row 7, group 1 has [456] weights"):
-        pack(model, tmp_path / "m.safetensors", PREPROCESS, "bf16", patterns)
+    with pytest.raises(
+        ValueError, match=r"blocks\.1\.mlp\.fc1: row 7, group 1: wanted 2:32, got [456] nonzero weights"
+    ):
+        pack(model, tmp_path / "m.safetensors", CARD, "bf16", patterns)
     with torch.no_grad():
         model.blocks[1].mlp.fc1.weight[7, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.fc1\.weight holds NaN"):
-        pack(model, tmp_path / "m.safetensors", PREPROCESS, "bf16", patterns)
+    with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.fc1\.weight: wanted finite values"):
+        pack(model, tmp_path / "m.safetensors", CARD, "bf16", patterns)
     assert not list(tmp_path.iterdir())
 
 
@@ -128,24 +134,43 @@ def _post_norm() -> Any:
 
 
 UNSUPPORTED: list[tuple[str, Callable[[], Any]]] = [
-    ("ResNet is not supported", lambda: timm.create_model("resnet18")),
-    ("qk_norm", lambda: masked(qk_norm=True)[0]),
-    ("global_pool 'max'", lambda: masked(global_pool="max")[0]),
-    ("GELUTanh|act", lambda: masked(act_layer="gelu_tanh")[0]),
-    ("blocks.0: ResPostBlock", _post_norm),
-    ("position embedding", lambda: masked(pos_embed="none")[0]),
+    ("wanted timm's plain VisionTransformer, got ResNet", lambda: timm.create_model("resnet18")),
+    (r"blocks\.0\.attn: wanted neither qk_norm nor scale_norm", lambda: masked(qk_norm=True)[0]),
+    ("global_pool: wanted token, avg or '', got 'max'", lambda: masked(global_pool="max")[0]),
+    (r"blocks\.0\.mlp\.act: wanted GELU, not approximated, got ", lambda: masked(act_layer="gelu_tanh")[0]),
+    (r"blocks\.0: wanted Block, got ResPostBlock", _post_norm),
+    ("pos_embed: wanted a position embedding, got None", lambda: masked(pos_embed="none")[0]),
 ]
 
 
 @pytest.mark.parametrize(("message", "build"), UNSUPPORTED)
 def test_unsupported_is_refused_by_name(message: str, build: Callable[[], Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        pack(build(), tmp_path / "m.safetensors", PREPROCESS, patterns={"blocks.0.mlp.fc1": "2:32"})
+        pack(build(), tmp_path / "m.safetensors", CARD, patterns={"blocks.0.mlp.fc1": "2:32"})
 
 
 def test_model_without_sparse_layers_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no layer of the model is N:M sparse"):
-        pack(masked()[0], tmp_path / "m.safetensors", PREPROCESS)
+    with pytest.raises(ValueError, match="wanted a model with N:M sparse layers, got none"):
+        pack(masked()[0], tmp_path / "m.safetensors", CARD)
+
+
+def test_a_timm_model_needs_no_card(tmp_path: Path) -> None:
+    model, patterns = masked(img_size=(24, 40))
+    pack(model, tmp_path / "m.safetensors", patterns=patterns)
+    card = load(tmp_path / "m.safetensors").card
+    half = (0.5, 0.5, 0.5)
+    assert card == ModelCard(
+        "classify", "", {}, InputSpec(24, half, half, "bicubic", 0.9), patterns=patterns, frozen=True
+    )
+
+
+def test_the_card_is_kept(tmp_path: Path) -> None:
+    model, patterns = masked()
+    card = replace(CARD, model_args=SMALL, class_names=tuple("abcdefghij"), source="runs/x", license="MIT")
+    pack(model, tmp_path / "m.safetensors", replace(card, metrics={"top1": 0.5}, step=7), patterns=patterns)
+    assert load(tmp_path / "m.safetensors").card == replace(card, patterns=patterns, frozen=True)
+    with pytest.raises(ValueError, match=r"card\.task: wanted classify, got segment"):
+        pack(model, tmp_path / "n.safetensors", replace(card, task="segment"), patterns=patterns)
 
 
 @pytest.mark.slow
@@ -164,7 +189,7 @@ def test_size_and_error_at_vit_base(pattern: str, dtype: Any, limit: float, tmp_
         for layer in layers:
             weight = model.get_submodule(layer).weight
             weight.copy_(prune(weight, n, m))
-    report = pack(model, tmp_path / "m.safetensors", PREPROCESS, dtype, dict.fromkeys(layers, pattern))
+    report = pack(model, tmp_path / "m.safetensors", None, dtype, dict.fromkeys(layers, pattern))
     assert report.packed / 1e6 <= limit
     assert report.dense / 1e6 == pytest.approx(346.3, abs=0.1)
     got, wanted = outputs(tmp_path / "m.safetensors", model, count=4)
@@ -178,11 +203,11 @@ def test_frozen_layers_carry_their_pattern(tmp_path: Path) -> None:
     sparsity = pytest.importorskip("sparsemae.sparsity")
     model = timm.create_model("vit_base_patch16_224", **SMALL).eval()
     sparsity.sparsify(model, "2:32")
-    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.qkv is not frozen"):
-        pack(model, tmp_path / "m.safetensors", PREPROCESS)
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.qkv: wanted a frozen mask"):
+        pack(model, tmp_path / "m.safetensors", CARD)
     sparsity.freeze(model)
-    pack(model, tmp_path / "m.safetensors", PREPROCESS, "fp32")
+    pack(model, tmp_path / "m.safetensors", CARD, "fp32")
     assert errors(tmp_path / "m.safetensors", model) <= 1e-4
-    mask = read(tmp_path / "m.safetensors").config.patterns
-    assert list(mask.values()) == ["2:32"] * 8
+    patterns = read(tmp_path / "m.safetensors").config.card.patterns
+    assert list(patterns.values()) == ["2:32"] * 8
     assert np.isfinite(model.blocks[0].attn.qkv.weight.detach().numpy()).all()

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from reference import vit_shape
 
-from sparsemae.packing.format import INTERPOLATIONS, Preprocess
+from sparsemae.card import InputSpec
+from sparsemae.packing.metadata import INTERPOLATIONS
 from sparsemae.runtime.preprocess import load_image
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -32,22 +32,19 @@ def test_agrees_with_timm_to_the_bit(
 ) -> None:
     pytest.importorskip("torch")
     create_transform = pytest.importorskip("timm.data").create_transform
-    vit = vit_shape(image_height=size[0], image_width=size[1])
     theirs = create_transform((3, *size), interpolation=interpolation, mean=MEAN, std=STD, crop_pct=crop_pct)
-    ours = Preprocess(MEAN, STD, interpolation, crop_pct, False)
+    ours = InputSpec(size[0], MEAN, STD, interpolation, crop_pct)
     for width, height in ((500, 375), (333, 501), (257, 256), (640, 97), (31, 50), (224, 224)):
         path = photo(tmp_path / f"{width}.jpg", width, height, quality=90)
         wanted = theirs(Image.open(path).convert("RGB")).numpy()
-        assert (load_image(path, vit, ours) == wanted).all()
+        assert (load_image(path, ours, *size) == wanted).all()
 
 
 @pytest.mark.parametrize(
     ("mode", "suffix"), [("L", "png"), ("RGBA", "png"), ("P", "png"), ("CMYK", "jpg"), ("1", "png")]
 )
 def test_every_mode_becomes_rgb(mode: str, suffix: str, tmp_path: Path) -> None:
-    image = load_image(
-        photo(tmp_path / f"x.{suffix}", 60, 40, mode), vit_shape(), Preprocess(MEAN, STD, "bicubic", 1.0, False)
-    )
+    image = load_image(photo(tmp_path / f"x.{suffix}", 60, 40, mode), InputSpec(16, MEAN, STD), 16, 16)
     assert image.shape == (3, 16, 16)
     assert image.dtype == np.float32
     assert np.isfinite(image).all()
@@ -57,19 +54,21 @@ def test_exif_orientation_is_a_setting(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 3  # turned by 180 degrees
     path = photo(tmp_path / "x.png", 16, 16, exif=exif)
-    plain = load_image(path, vit_shape(), Preprocess(MEAN, STD, "nearest", 1.0, False))
-    upright = load_image(path, vit_shape(), Preprocess(MEAN, STD, "nearest", 1.0, True))
+    plain = load_image(path, InputSpec(16, MEAN, STD, "nearest"), 16, 16)
+    upright = load_image(path, InputSpec(16, MEAN, STD, "nearest", exif=True), 16, 16)
     assert (upright == plain[:, ::-1, ::-1]).all()
 
 
 def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.jpg").write_bytes(b"not an image")
-    preprocess = Preprocess(MEAN, STD, "bicubic", 1.0, False)
-    with pytest.raises(ValueError, match=r"x\.jpg: not a readable image"):
-        load_image(tmp_path / "x.jpg", vit_shape(), preprocess)
+    spec = InputSpec(16, MEAN, STD)
+    with pytest.raises(ValueError, match=r"x\.jpg: wanted an image, got what pillow cannot read"):
+        load_image(tmp_path / "x.jpg", spec, 16, 16)
     with pytest.raises(FileNotFoundError):
-        load_image(tmp_path / "absent.jpg", vit_shape(), preprocess)
+        load_image(tmp_path / "absent.jpg", spec, 16, 16)
 
 
-def test_all_interpolations_exist() -> None:
-    assert {"bicubic", "bilinear"} < set(INTERPOLATIONS)
+def test_every_interpolation_of_packed_files_is_pillows(tmp_path: Path) -> None:
+    path = photo(tmp_path / "x.png", 60, 40)
+    for name in INTERPOLATIONS:
+        assert load_image(path, InputSpec(16, MEAN, STD, name), 16, 16).shape == (3, 16, 16)

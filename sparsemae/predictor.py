@@ -1,0 +1,55 @@
+"""What every trained model can do, whatever runs it: torch, or the runtime of packed files. Nothing here imports torch.
+
+`sparsemae.load` opens one; it has a file of its own, because what it opens is built on this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsemae.card import ModelCard
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One class for one image."""
+
+    label: str
+    """The class's name, or its number where the model has no names."""
+    index: int
+    probability: float
+    """Softmax over all classes."""
+
+
+class Predictor(Protocol):
+    """A trained model, ready to run."""
+
+    @property
+    def card(self) -> ModelCard:
+        """What the model is."""
+
+    def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Logits [B, C] of preprocessed images [B, 3, H, W].
+
+        Of an encoder, its features; of a segmenter, [B, C, H, W].
+        """
+
+    def features(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """All tokens after the last block and the final norm, as timm's `forward_features`: float32 [B, L, D]."""
+
+    def predict(self, images: Sequence[str | Path], top_k: int = 5) -> list[Any]:
+        """One result for each image file, in order: a classifier's `top_k` `Prediction`s, or a class map [H, W]."""
+
+
+def rank(logits: NDArray[np.float32], class_names: Sequence[str], top_k: int = 5) -> list[Prediction]:
+    """The `top_k` most probable classes by one image's logits [C], best first; class_names may be empty."""
+    exponentials = np.exp(logits - logits.max(), dtype=np.float64)
+    probabilities = exponentials / exponentials.sum()
+    order = np.argsort(-logits, kind="stable")[:top_k]
+    return [Prediction(class_names[i] if class_names else str(i), int(i), float(probabilities[i])) for i in order]
