@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from sparsemae.card import ModelCard
 
@@ -43,8 +44,15 @@ class Predictor(Protocol):
     def features(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """All tokens after the last block and the final norm, as timm's `forward_features`: float32 [B, L, D]."""
 
-    def predict(self, images: Sequence[str | Path], top_k: int = 5) -> list[Any]:
-        """One result for each image file, in order: a classifier's `top_k` `Prediction`s, or a class map [H, W]."""
+    @property
+    def smallest_side(self) -> int:
+        """The shorter side that an image needs, px."""
+
+    def predict(self, images: Sequence[str | Path | Image.Image], top_k: int = 5) -> list[Any]:
+        """One result for each image (a file, or PIL's), in order: `top_k` `Prediction`s, or classes uint8 [H, W].
+
+        Raises ValueError, naming the file, if one cannot be read.
+        """
 
 
 def rank(logits: NDArray[np.float32], class_names: Sequence[str], top_k: int = 5) -> list[Prediction]:

@@ -13,7 +13,7 @@ from PIL import Image
 
 import sparsemae
 from sparsemae.commands.overlays import Pictures
-from sparsemae.data.images import image_files, open_rgb
+from sparsemae.data.images import as_rgb, image_files
 from sparsemae.options.commands import PredictConfig
 from sparsemae.predictor import Prediction
 
@@ -53,7 +53,7 @@ class _Images:
         """Files with their RGB image, or their names on stderr."""
         for file in self.files:
             try:
-                image = open_rgb(file, exif=self.exif)
+                image = as_rgb(file, self.exif)
             except (ValueError, OSError) as error:
                 if len(self.files) == 1:
                     raise

@@ -7,6 +7,5 @@ best = model.predict(["photo.jpg"], top_k=5)
 
 from sparsemae.predictor import Prediction
 from sparsemae.runtime.model import Model, load
-from sparsemae.runtime.preprocess import load_image
 
-__all__ = ["Model", "Prediction", "load", "load_image"]
+__all__ = ["Model", "Prediction", "load"]

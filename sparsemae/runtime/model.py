@@ -15,12 +15,14 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
+from sparsemae.data.images import as_rgb
 from sparsemae.packing.format import PackedModel, dense_shapes, from_bf16, read
 from sparsemae.packing.metadata import PackedConfig, parse_pattern
 from sparsemae.predictor import Prediction, rank
 from sparsemae.runtime._native import Builder, Vit
-from sparsemae.runtime.preprocess import load_image
+from sparsemae.runtime.preprocess import transform
 
 
 class Model:
@@ -61,12 +63,19 @@ class Model:
         """All tokens after the last block and the final norm, as timm's `forward_features`: float32 [B, L, D]."""
         return self._native(self._checked(images), True)
 
-    def prepare(self, path: str | Path) -> NDArray[np.float32]:
-        """An image file as the model's input: float32 [3, H, W]. Raises ValueError if pillow cannot read it."""
-        return load_image(path, self.card.input, self.vit.image_height, self.vit.image_width)
+    @property
+    def smallest_side(self) -> int:
+        """The shorter side that an image needs, px."""
+        return self.vit.patch_size
 
-    def predict(self, images: Sequence[str | Path], top_k: int = 5, batch_size: int = 8) -> list[list[Prediction]]:
-        """The `top_k` most probable classes of each image file, best first.
+    def prepare(self, image: str | Path | Image.Image) -> NDArray[np.float32]:
+        """An image as the model's input: float32 [3, H, W]. Raises ValueError if pillow cannot read it."""
+        return transform(as_rgb(image, self.card.input.exif), self.card.input, self.vit.image_height, self.vit.image_width)
+
+    def predict(
+        self, images: Sequence[str | Path | Image.Image], top_k: int = 5, batch_size: int = 8
+    ) -> list[list[Prediction]]:
+        """The `top_k` most probable classes of each image, best first.
 
         Raises:
             ValueError: the model is no classifier, or pillow cannot read a file.
@@ -75,7 +84,7 @@ class Model:
         self._require_classes()
         results = []
         for start in range(0, len(images), batch_size):
-            batch = np.stack([self.prepare(path) for path in images[start : start + batch_size]])
+            batch = np.stack([self.prepare(image) for image in images[start : start + batch_size]])
             results += [self.rank(logits, top_k) for logits in self(batch)]
         return results
 

@@ -8,34 +8,12 @@ image smaller than the crop is padded with black.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from sparsemae.card import InputSpec
-
-
-def load_image(path: str | Path, spec: InputSpec, height: int, width: int) -> NDArray[np.float32]:
-    """Read an image file as the input, ``height`` by ``width``, of a classifier.
-
-    Returns:
-        float32 [3, H, W], normalized.
-
-    Raises:
-        ValueError: pillow cannot read it.
-        OSError: the file cannot be opened.
-    """
-    with Path(path).open("rb") as file:
-        try:
-            with Image.open(file) as image:
-                upright = ImageOps.exif_transpose(image) if spec.exif else image
-                return transform(upright.convert("RGB"), spec, height, width)
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(
-                f"{path}: wanted an image, got what pillow cannot read: {' '.join(str(error).split())[:200]}"
-            ) from None
 
 
 def transform(image: Image.Image, spec: InputSpec, height: int, width: int) -> NDArray[np.float32]:

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sparsemae.card import ModelCard
+from sparsemae.data.images import as_rgb
 from sparsemae.models.weights import card_of, find_weights, load_weights, read_weights
 from sparsemae.sparsity import densify, freeze, iter_sparse, sparsify
 from sparsemae.tasks import task_class
@@ -47,9 +48,10 @@ class TorchPredictor:
         return tokens
 
     @torch.inference_mode()
-    def predict(self, images: Sequence[Image.Image], top_k: int = 5) -> list[Any]:
-        """One result for each RGB image: the ``top_k`` `Prediction` s, best first, or a segmenter's class map."""
-        return task_class(self.card.task).predict(self.model, self.card, images, top_k)
+    def predict(self, images: Sequence[str | Path | Image.Image], top_k: int = 5) -> list[Any]:
+        """One result for each image, in order: the ``top_k`` `Prediction` s, best first, or a segmenter's class map."""
+        rgb = [as_rgb(image, self.card.input.exif) for image in images]
+        return task_class(self.card.task).predict(self.model, self.card, rgb, top_k)
 
 
 def load_predictor(source: str | Path) -> TorchPredictor:

@@ -34,7 +34,7 @@ from sparsemae.options.model import HeadConfig, InferenceConfig
 from sparsemae.options.tasks import SegmentConfig
 from sparsemae.tasks.sliding_window import predict_scores
 from sparsemae.tasks.sparse import meta_model
-from sparsemae.tasks.task import Network, Task, blank_images, check_classes, smallest_side
+from sparsemae.tasks.task import Network, Task, blank_images, check_classes
 from sparsemae.training.logs import with_progress
 
 PER_CLASS = "iou/"
@@ -70,11 +70,12 @@ class Segmentation(Task[SegmentConfig]):
         return settings | {"palette": self.legend.palette, "reduce_zero_label": self.legend.reduce_zero_label}
 
     def datasets(self, model: nn.Module) -> tuple[ImageDataset, ImageDataset]:
-        data, smallest = self.config.data, smallest_side(model)
+        data = self.config.data
         training = ImageDataset(
-            self.train, mask_training_transform(data), self.config.seed, 0, smallest, data.exif, data.max_unreadable
-        )
-        self.validation = ImageDataset(self.val, mask_evaluation_transform, smallest=smallest, exif=data.exif)
+            self.train, mask_training_transform(data), self.config.seed, exif=data.exif,
+            max_unreadable=data.max_unreadable,
+        )  # fmt: skip
+        self.validation = ImageDataset(self.val, mask_evaluation_transform, exif=data.exif)
         return training, self.validation
 
     def prepare(self, model: nn.Module, fabric: Fabric, batches: BatchPlan) -> None:
@@ -146,7 +147,7 @@ class Segmentation(Task[SegmentConfig]):
     def evaluation_set(cls, card: ModelCard, data: SourceConfig, smallest: int) -> ImageDataset:
         source = open_masks(data, "val")
         check_classes(card, data, source.class_names)
-        return ImageDataset(source, mask_evaluation_transform, smallest=smallest, exif=card.input.exif)
+        return ImageDataset(source, mask_evaluation_transform, exif=card.input.exif)
 
     @classmethod
     def measure(
