@@ -178,11 +178,10 @@ def _random_files(folder: Path) -> list[str]:
     import torch
     from timm import create_model
 
-    from sparsemae.packing.format import LINEARS, Preprocess
+    from sparsemae.packing.format import LINEARS
     from sparsemae.packing.pack import pack
 
     files = []
-    preprocess = Preprocess((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bicubic", 0.875, False)
     for name, pattern, kept in (("SparseMAE-T", "2:32", 2), ("SparseMAE-S", "4:32", 4)):
         model: Any = create_model(DENSE["B"], global_pool="avg").eval()
         patterns = {f"blocks.{i}.{layer}": pattern for i in range(len(model.blocks)) for layer in LINEARS}
@@ -193,7 +192,7 @@ def _random_files(folder: Path) -> list[str]:
                 groups.scatter_(1, torch.rand_like(groups).topk(32 - kept, dim=1).indices, 0.0)
         for dtype in ("bf16", "int8"):
             files.append(str(folder / f"{name} {dtype}.safetensors"))
-            pack(model, files[-1], preprocess, dtype, patterns)
+            pack(model, files[-1], dtype=dtype, patterns=patterns)
     return files
 
 
