@@ -125,7 +125,19 @@ def _other_values(rng: Random, entry: dict[str, Any], body: bytes) -> bytes:
 
 def _graft(rng: Random, tree: Any) -> Any:
     """Plain values with one leaf or branch replaced, removed or added, at a random depth."""
-    strange = _huge(rng), None, "x", [], {}, [[]] * 1000, True, math.nan, "1" * 1000, {"a": {"b": 1}}, [1, "2"]
+    strange: tuple[Any, ...] = (
+        _huge(rng),
+        None,
+        "x",
+        [],
+        {},
+        [[]] * 1000,
+        True,
+        math.nan,
+        "1" * 1000,
+        {"a": {"b": 1}},
+        [1, "2"],
+    )
     if not tree or not isinstance(tree, dict | list) or rng.random() < 0.1:
         return strange[rng.integers(len(strange))]
     tree = dict(tree) if isinstance(tree, dict) else list(tree)

@@ -47,7 +47,8 @@ def random_model(
 ) -> PackedModel:
     """Random weights of a size that keeps every layer's output near 1. `pattern` None: nothing is sparse."""
     rng = np.random.default_rng(seed)
-    tensors, dtypes, patterns = {}, {}, {}
+    tensors: dict[str, np.ndarray] = {}
+    dtypes, patterns = {}, {}
     for name, shape in dense_shapes(vit).items():
         layer = name.removesuffix(".weight")
         weight = rng.standard_normal(shape, np.float32)
@@ -112,17 +113,17 @@ def forward(model: PackedModel, images: np.ndarray, features: bool = False) -> n
     pooled = x[:, first:].mean(axis=1) if vit.global_pool == "avg" else x[:, 0]
     if vit.fc_norm:
         pooled = _norm(pooled, w, "fc_norm", vit)
-    return _linear(pooled, w, "head") if vit.num_classes else pooled
+    return _linear(pooled, w, "head") if vit.num_classes else np.asarray(pooled)
 
 
 def _linear(x: np.ndarray, w: dict[str, np.ndarray], name: str) -> np.ndarray:
-    return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0)
+    return np.asarray(x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0))
 
 
 def _norm(x: np.ndarray, w: dict[str, np.ndarray], name: str, vit: VitShape) -> np.ndarray:
     centered = x - x.mean(axis=-1, keepdims=True)
     scale = np.sqrt((centered**2).mean(axis=-1, keepdims=True) + vit.norm_eps)
-    return centered / scale * w[f"{name}.weight"] + w[f"{name}.bias"]
+    return np.asarray(centered / scale * w[f"{name}.weight"] + w[f"{name}.bias"])
 
 
 def _attention(x: np.ndarray, w: dict[str, np.ndarray], name: str, vit: VitShape) -> np.ndarray:

@@ -70,7 +70,8 @@ class Model:
 
     def prepare(self, image: str | Path | Image.Image) -> NDArray[np.float32]:
         """An image as the model's input: float32 [3, H, W]. Raises ValueError if pillow cannot read it."""
-        return transform(as_rgb(image, self.card.input.exif), self.card.input, self.vit.image_height, self.vit.image_width)
+        spec = self.card.input
+        return transform(as_rgb(image, spec.exif), spec, self.vit.image_height, self.vit.image_width)
 
     def predict(
         self, images: Sequence[str | Path | Image.Image], top_k: int = 5, batch_size: int = 8

@@ -66,11 +66,12 @@ def test_predict_names_the_best_classes(packed: Path, tmp_path: Path) -> None:
 
 def test_wrong_images_are_refused(packed: Path) -> None:
     model = load(packed, threads=1)
-    for images in (
+    wrong: tuple[np.ndarray, ...] = (
         np.zeros((1, 3, 16, 17), np.float32),
         np.zeros((1, 3, 16, 16), np.float64),
         np.zeros((3, 16, 16), np.float32),
-    ):
+    )
+    for images in wrong:
         with pytest.raises(ValueError, match=r"images: wanted float32 \[B, 3, 16, 16\], got"):
             model(images)
     strided = np.zeros((2, 3, 16, 32), np.float32)[..., ::2]
