@@ -57,9 +57,7 @@ def measure(step_batch: int, threads: int, runs: int, folder: str) -> list[Savin
     torch.set_num_threads(threads)
     try:
         with tempfile.TemporaryDirectory(dir=folder or None) as temporary:
-            return [
-                _measure(name, subject(name, step_batch, "2:32"), Path(temporary) / name, runs) for name in RECIPES
-            ]
+            return [_measure(name, subject(name, step_batch, "2:32"), Path(temporary) / name, runs) for name in RECIPES]
     finally:
         torch.set_num_threads(before)
 

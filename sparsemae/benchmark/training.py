@@ -164,7 +164,8 @@ def _consume(feed: Iterator[Any], count: int) -> None:
 
 def _stages(data: ImageDataConfig, source: Source, runs: int) -> list[Rate]:
     """The pipeline's parts, one after the other on the same images."""
-    *augment, to_tensor = training_transform(data).steps.transforms
+    steps: Any = training_transform(data).steps
+    *augment, to_tensor = steps.transforms
     numbers = range(min(len(source), 4 * LOADER_BATCH))
 
     def augmented(image: Any) -> Any:

@@ -140,7 +140,7 @@ def _speed_table(packed: Path, runs: list[Path]) -> Table:
     """Size and time per image of the packed model and of dense ones in torch: one thread, taking turns, medians."""
     torch.set_num_threads(1)
     runtime = load(packed, threads=1)
-    shape = runtime.config.vit
+    shape = runtime.vit
     forwards: dict[str, tuple[Path, Callable[[np.ndarray], Any]]] = {"packed bf16": (packed, runtime)}
     for run in runs:
         model = load_predictor(run).model

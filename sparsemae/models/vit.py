@@ -58,7 +58,7 @@ def _patch_size(name: str) -> int | None:
 
 def patch_side(vit: VisionTransformer) -> int:
     """The longer side of a patch, px."""
-    return max(vit.patch_embed.patch_size)
+    return int(max(vit.patch_embed.patch_size))
 
 
 def use_plain_attention(model: nn.Module) -> None:

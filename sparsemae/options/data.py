@@ -122,8 +122,6 @@ class MaskDataConfig(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_limits(
-            self, "data.", short_side=AT_LEAST_1, long_side=AT_LEAST_1, cat_max_ratio=UP_TO_1, scale=ABOVE_0
-        )
+        check_limits(self, "data.", short_side=AT_LEAST_1, long_side=AT_LEAST_1, cat_max_ratio=UP_TO_1, scale=ABOVE_0)
         if self.scale[0] > self.scale[1]:
             raise ValueError(f"data.scale: wanted two scales in ascending order, got {list(self.scale)}")

@@ -59,7 +59,9 @@ class Classification(Task[FinetuneConfig]):
         self.mix: Mixup | None = None
         if config.mixup or config.cutmix:  # timm's, on every batch; they make the targets soft and smooth them
             if batches.micro_batch % 2:
-                raise ValueError(f"trainer.device_batch: mixup and cutmix want an even batch, got {batches.micro_batch}")
+                raise ValueError(
+                    f"trainer.device_batch: mixup and cutmix want an even batch, got {batches.micro_batch}"
+                )
             self.mix = Mixup(
                 config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=len(self.class_names)
             )

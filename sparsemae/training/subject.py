@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from lightning_fabric import Fabric
 from torch import Tensor, nn
@@ -18,10 +18,10 @@ class Trainable(Protocol):
     """What the loop asks of a task."""
 
     config: TrainingConfig
-    title: str
-    best_by: str | None
+    title: ClassVar[str]
+    best_by: ClassVar[str | None]
     """The metric by which the best checkpoint is kept."""
-    higher_is_better: bool
+    higher_is_better: ClassVar[bool]
 
     def loss(self, forward: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Loss of one micro-batch on the device, a scalar mean over it."""
