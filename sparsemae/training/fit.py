@@ -57,7 +57,7 @@ class _Verdict(NamedTuple):
 def fit(run: Run, subject: Subject) -> dict[str, float]:
     """Run (or continue) the optimizer steps; returns the last evaluation's metrics, or an empty dict.
 
-    Leaves in ``subject.model`` the weights to write: those of the last step, or their moving average where there is one.
+    Leaves in ``subject.model`` the weights to write: those of the last step, or their moving average if there is one.
     Raises SystemExit with `STOPPED_STATUS` when a signal asked for the end and all is saved; ValueError when the run
     cannot go on (data, disk, memory, numbers), saying what is saved.
     """
