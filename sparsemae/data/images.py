@@ -1,8 +1,9 @@
-"""From an image file to RGB pixels: the one way of training, check, and prediction by torch."""
+"""From an image file to RGB pixels: the one way of training, check and prediction. Nothing here imports torch."""
 
 from __future__ import annotations
 
 import struct
+from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -31,6 +32,22 @@ def decode_rgb(file: Any, name: str, smallest: int = 1, exif: bool = False) -> I
     if min(image.size) < smallest:
         raise ValueError(f"{name}: wanted at least one patch of {smallest} px, got {image.width} x {image.height} px")
     return image
+
+
+def as_rgb(image: str | Path | Image.Image, exif: bool = False) -> Image.Image:
+    """`decode_rgb` of a file, named by its path, or of an image."""
+    return decode_rgb(image, "image" if isinstance(image, Image.Image) else str(image), exif=exif)
+
+
+def image_files(path: Path) -> list[Path]:
+    """A file, or all files in a folder that Pillow may read. Raises ValueError, naming it, if there is none."""
+    if not path.is_dir():
+        return [path]
+    known = Image.registered_extensions()
+    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in known)
+    if not found:
+        raise ValueError(f"{path}: wanted image files, found none")
+    return found
 
 
 def reason(error: Exception) -> str:

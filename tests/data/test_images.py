@@ -9,7 +9,7 @@ from PIL import Image
 from timm.data.readers import create_reader
 from timm.data.readers.img_extensions import get_img_extensions
 
-from sparsemae.data.images import SUFFIXES, decode_rgb
+from sparsemae.data.images import SUFFIXES, as_rgb, decode_rgb, image_files
 
 
 def test_the_suffixes_are_those_of_timms_reader() -> None:
@@ -44,3 +44,18 @@ def test_every_mode_becomes_the_rgb_of_timm(tmp_path: Path, mode: str) -> None:
         np.testing.assert_array_equal(got[:, :, 0], np.asarray(Image.open(file).convert("L")))
     if mode in ("I;16", "I", "F"):  # clipped, not scaled
         np.testing.assert_array_equal(got[:, :, 1], np.asarray(image).astype(np.int64).clip(0, 255))
+
+
+def test_files_of_a_folder_and_images_of_the_caller(tmp_path: Path) -> None:
+    for name in ("b/2.png", "1.bmp", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert [str(file.relative_to(tmp_path)) for file in image_files(tmp_path)] == ["1.bmp", "b/2.png"]
+    assert image_files(tmp_path / "1.bmp") == [tmp_path / "1.bmp"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty: wanted image files, found none"):
+        image_files(tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"absent\.png: unreadable image: No such file"):
+        as_rgb(tmp_path / "absent.png")
+    gray = Image.new("L", (4, 3), 7)
+    assert (as_rgb(gray).mode, as_rgb(gray).getpixel((0, 0)), gray.size) == ("RGB", (7, 7, 7), (4, 3))
