@@ -13,6 +13,7 @@ import lzma
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -38,6 +39,8 @@ def arrays() -> tuple[np.ndarray, np.ndarray]:
 class EmbeddedReader:
     """The reader interface of timm (index to image and label) over one split of the embedded images."""
 
+    class_names = CLASS_NAMES
+
     def __init__(self, split: str) -> None:
         labels, pixels = arrays()
         part = slice(0, TRAIN_IMAGES) if split == "train" else slice(TRAIN_IMAGES, None)
@@ -46,12 +49,19 @@ class EmbeddedReader:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
         return Image.fromarray(self.pixels[index]), int(self.labels[index])
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         """A name for messages: the images have no files."""
         return f"fashion-mnist/{self.split}/{index:05d}"
+
+
+class EmbeddedPairs(EmbeddedReader):
+    """Images, and the classes of all their pixels, uint8 ``[28, 28]``, in place of a label."""
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
+        return super().__getitem__(index)[0], masks(self.split)[index]
 
 
 @cache

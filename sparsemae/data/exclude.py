@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from sparsemae.files import write_atomic
+
 
 def read_exclude(file: str, root: Path) -> dict[str, str]:
     """Paths to leave out, as they are found under ``root``, each with the line that names it.
@@ -31,6 +33,4 @@ def write_exclude(file: str, root: Path, paths: Iterable[str]) -> None:
     for name in names:
         if "\n" in name or "\r" in name:
             raise ValueError(f"{file}: wanted paths without line breaks, got {name!r}")
-    temporary = Path(f"{file}.tmp")
-    temporary.write_bytes(os.fsencode("".join(f"{name}\n" for name in names)))
-    temporary.replace(file)
+    write_atomic(file, os.fsencode("".join(f"{name}\n" for name in names)))

@@ -1,19 +1,20 @@
-"""From mask files to classes and back: which value (or colour) means which class, and what is not counted.
+"""From mask files to classes and back: which value (or color) means which class, and what is not counted.
 
 Inside the program a mask is uint8: classes from 0, and 255 for a pixel that is ignored. In files, the pixels of an
-index mask are values (1, 8 or 16 bits; a palette PNG's are its indices, never its colours); colour masks need a table.
+index mask are values (1, 8 or 16 bits; a palette PNG's are its indices, never its colors); color masks need a table.
 """
 
 from __future__ import annotations
 
 import colorsys
-import struct
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+
+from sparsemae.data.images import UNREADABLE, reason
 
 IGNORED = 255
 MAX_CLASSES = 254
@@ -24,7 +25,7 @@ _FULL_ADE20K = "; masks of the full ADE20K? wanted those of SceneParse150 (ADECh
 
 
 @dataclass(frozen=True)
-class Labels:
+class Legend:
     """What the values of mask files mean."""
 
     class_names: list[str]
@@ -32,21 +33,23 @@ class Labels:
     """0 is "not annotated" and ignored, class c is c + 1 (as in SceneParse150)."""
     ignore_label: int = 255
     """Value that is ignored, whatever class it would be."""
-    colours: dict[tuple[int, int, int], int] | None = None
-    """Class of a colour mask's colours, `IGNORED` among them; None: there are only index masks."""
+    colors: dict[tuple[int, int, int], int] | None = None
+    """Class of a color mask's colors, `IGNORED` among them; None: there are only index masks."""
     full_ade20k_hint: bool = False
     """Say, of values that are none, that they may be those of the full ADE20K."""
 
-    def decode(self, mask: np.ndarray, name: str) -> np.ndarray:
+    def decode(self, mask: np.ndarray, name: str | Path) -> np.ndarray:
         """What `read_mask` gives to classes, uint8 ``[H, W]``.
 
-        Raises ValueError naming the file and the first value or colour that is no class.
+        Raises ValueError naming the file and the first value or color that is no class.
         """
         hint = _FULL_ADE20K if self.full_ade20k_hint else ""
         if mask.ndim == 3:
-            if self.colours is None:
-                raise ValueError(f"{name}: wanted class indices, got a colour mask: it needs a table in classes{hint}")
-            return self._decode_colours(mask, name)
+            if self.colors is None:
+                raise ValueError(
+                    f"{name}: wanted class indices, got a color mask: it needs colors in data.classes{hint}"
+                )
+            return self._decode_colors(mask, name)
         known = (mask >= 0) & (mask < len(self._table))
         classes = self._table[np.where(known, mask, 0)]
         wrong = ~known | (classes < 0)
@@ -64,10 +67,10 @@ class Labels:
 
     @property
     def palette(self) -> list[tuple[int, int, int]]:
-        """One colour per class: the table's own, or made up."""
-        if self.colours is None:
-            return distinct_colours(len(self.class_names))
-        by_class = {index: colour for colour, index in self.colours.items()}
+        """One color per class: the table's own, or made up."""
+        if self.colors is None:
+            return distinct_colors(len(self.class_names))
+        by_class = {index: color for color, index in self.colors.items()}
         return [by_class[index] for index in range(len(self.class_names))]
 
     @cached_property
@@ -81,52 +84,52 @@ class Labels:
         table[self.ignore_label] = IGNORED
         return table
 
-    def _decode_colours(self, mask: np.ndarray, name: str) -> np.ndarray:
-        assert self.colours is not None
-        known = sorted((_code(np.array(colour)), index) for colour, index in self.colours.items())
+    def _decode_colors(self, mask: np.ndarray, name: str | Path) -> np.ndarray:
+        assert self.colors is not None
+        known = sorted((_rgb_code(np.array(color)), index) for color, index in self.colors.items())
         codes, classes = (np.array(column) for column in zip(*known, strict=True))
-        got = _code(mask)
+        got = _rgb_code(mask)
         at = np.searchsorted(codes, got).clip(max=len(codes) - 1)
         wrong = codes[at] != got
         if wrong.any():
-            colour = tuple(int(value) for value in mask[wrong][0])
-            raise ValueError(f"{name}: colour {colour}: wanted one of the {len(codes)} of classes")
+            color = tuple(int(value) for value in mask[wrong][0])
+            raise ValueError(f"{name}: color {color}: wanted one of the {len(codes)} of data.classes")
         found: np.ndarray = classes[at].astype(np.uint8)
         return found
 
 
-def _code(colours: np.ndarray) -> np.ndarray:
+def _rgb_code(colors: np.ndarray) -> np.ndarray:
     """RGB ``[..., 3]`` as one number each."""
-    code: np.ndarray = colours.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
+    code: np.ndarray = colors.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
     return code
 
 
 def read_classes(file: str | Path) -> tuple[list[str], dict[tuple[int, int, int], int] | None]:
-    """Names, and colours if there are any, of a file with one class a line: ``name``, or ``R G B name``.
+    """Names, and colors if there are any, of a file with one class a line: ``name``, or ``R G B name``.
 
-    The colour of a line named "ignore" is ignored. Raises ValueError, naming file and line, if it is not such a file.
+    The color of a line named "ignore" is ignored. Raises ValueError, naming file and line, if it is not such a file.
     """
     try:
         lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"classes: {file}: wanted a text file with one class a line: {error}") from error
-    table = [_colour_line(line) for line in lines]
+        raise ValueError(f"data.classes: {file}: wanted a text file with one class a line: {error}") from error
+    table = [_color_line(line) for line in lines]
     names = lines
-    colours: dict[tuple[int, int, int], int] | None = None
+    colors: dict[tuple[int, int, int], int] | None = None
     if any(table):
-        colours, names = {}, []
+        colors, names = {}, []
         for line, entry in zip(lines, table, strict=True):
-            if entry is None or entry[0] in colours:
-                raise ValueError(f"classes: {file}: wanted R G B NAME with a colour of its own, got {line!r}")
-            colours[entry[0]] = IGNORED if entry[1] == IGNORED_NAME else len(names)
+            if entry is None or entry[0] in colors:
+                raise ValueError(f"data.classes: {file}: wanted R G B NAME with a color of its own, got {line!r}")
+            colors[entry[0]] = IGNORED if entry[1] == IGNORED_NAME else len(names)
             names += [entry[1]] * (entry[1] != IGNORED_NAME)
     if not 2 <= len({*names}) == len(names) <= MAX_CLASSES:
         got = f"{len({*names})} in {len(names)} lines"
-        raise ValueError(f"classes: {file}: wanted 2 to {MAX_CLASSES} different names, got {got}")
-    return names, colours
+        raise ValueError(f"data.classes: {file}: wanted 2 to {MAX_CLASSES} different names, got {got}")
+    return names, colors
 
 
-def _colour_line(line: str) -> tuple[tuple[int, int, int], str] | None:
+def _color_line(line: str) -> tuple[tuple[int, int, int], str] | None:
     *rgb, name = line.split(maxsplit=3)
     if len(rgb) != 3 or not all(value.isdecimal() and int(value) < 256 for value in rgb):
         return None
@@ -135,7 +138,7 @@ def _colour_line(line: str) -> tuple[tuple[int, int, int], str] | None:
 
 
 def read_mask(file: str | Path) -> np.ndarray:
-    """An index mask's values ``[H, W]``, or a colour mask's colours uint8 ``[H, W, 3]``.
+    """An index mask's values ``[H, W]``, or a color mask's colors uint8 ``[H, W, 3]``.
 
     Raises ValueError naming the file if it is unreadable or neither.
     """
@@ -146,16 +149,15 @@ def read_mask(file: str | Path) -> np.ndarray:
             if image.mode in ("1", "L", "P", "I") or image.mode.startswith("I;16"):
                 return np.asarray(image).astype(np.int32)
             mode = image.mode
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        reason = "not an image in a known format" if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(f"{file}: unreadable mask: {reason}") from error
-    raise ValueError(f"{file}: wanted a mask of indices or colours, got an image of mode {mode}")
+    except UNREADABLE as error:
+        raise ValueError(f"{file}: unreadable mask: {reason(error)}") from error
+    raise ValueError(f"{file}: wanted a mask of indices or colors, got an image of mode {mode}")
 
 
-def distinct_colours(count: int) -> list[tuple[int, int, int]]:
-    """Grey, for background or wall, then colours whose neighbours differ: hues a golden section apart."""
-    colours = [(150, 150, 150)]
+def distinct_colors(count: int) -> list[tuple[int, int, int]]:
+    """Gray, for background or wall, then colors whose neighbours differ: hues a golden section apart."""
+    colors = [(150, 150, 150)]
     for i in range(1, count):
         rgb = colorsys.hsv_to_rgb(i * 0.618034 % 1, (0.85, 0.55, 0.75)[i % 3], (0.95, 0.9, 0.6)[i // 3 % 3])
-        colours.append((round(255 * rgb[0]), round(255 * rgb[1]), round(255 * rgb[2])))
-    return colours
+        colors.append((round(255 * rgb[0]), round(255 * rgb[1]), round(255 * rgb[2])))
+    return colors

@@ -1,4 +1,4 @@
-"""Where labelled images come from: folders, tars, WebDataset shards, HF datasets, torchvision's sets, or the package.
+"""Where labeled images come from: folders, tars, WebDataset shards, HF datasets, torchvision's sets, or the package.
 
 Every source is random-access, so that an epoch's order, each image exactly once, and an exact resume are the same for
 all. Images are read through timm's reader interface, not timm's ``ImageDataset``, which silently replaces unreadable
@@ -7,114 +7,171 @@ files.
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
+import errno
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torchvision.datasets
+from PIL import Image
 from timm.data.readers import create_reader
 
-from sparsemae.data.embedded import CLASS_NAMES, EmbeddedReader
+from sparsemae.data.embedded import EmbeddedReader
 from sparsemae.data.exclude import read_exclude
+from sparsemae.data.images import UNREADABLE, decode_rgb, reason
+from sparsemae.data.libraries import open_hfds, open_torchvision
+from sparsemae.data.masks import Legend, read_mask
 from sparsemae.data.sampling import HOLDOUT, stream
-from sparsemae.data.tars import TarReader, read_shards, read_tars
+from sparsemae.data.tars import read_shards, read_tars
+from sparsemae.options.data import SourceConfig
 
 Split = Literal["train", "val"]
 # The field's names for the two splits, best first.
-SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "validation", "test")}
-HFDS_SPLITS = {"train": ("train",), "val": ("validation", "val", "valid", "test")}
-TORCHVISION_SPLITS = {"train": ("train", "trainval", "train-standard"), "val": ("val", "valid", "validation", "test")}
-
-
-@dataclass
-class SourceConfig:
-    """Where the images lie."""
-
-    source: Literal["embedded", "folder", "tar", "wds", "hfds", "torchvision", "fashion-mnist"] = "embedded"
-    """embedded: a part of Fashion-MNIST that ships with the package; folder: ROOT/train/CLASS/*.jpg and ROOT/val/...;
-    tar: ROOT/train.tar and ROOT/val.tar with class folders or a tar per class in them, or ROOT/train/*.tar and
-    ROOT/val/*.tar; wds: WebDataset shards ROOT/*train*.tar and ROOT/*val*.tar; hfds: a folder that HF datasets loads
-    (parquet files, say); torchvision: one of its sets (data.name); fashion-mnist: the full set, fetched by torchvision.
-    Where there is but one split (class folders in ROOT itself, ROOT a tar file), a tenth of it is held out."""
-    root: str | None = None
-    """Folder of the images (or the tar file); not used by the embedded source."""
-    name: str | None = None
-    """torchvision's name of the set, for example CIFAR10."""
-    download: bool = False
-    """Let torchvision fetch the set to root if it is not there."""
-    workers: int = 2
-    """Loader processes per device; 0 loads in the training process."""
-    exclude: str | None = None
-    """File of images to leave out, one path a line, relative to root (`sparsemae check --write-exclude` writes one)."""
+SPLIT_FOLDERS: dict[Split, tuple[str, ...]] = {"train": ("train", "training"), "val": ("val", "validation", "test")}
+# The options that each source of images with classes can use, beside those of all.
+_COMMON = {"source", "workers", "exif"}
+_ROOT = {"root", "exclude"}
+OPTIONS: dict[str, set[str]] = {
+    "embedded": set(), "folder": _ROOT, "tar": _ROOT, "wds": _ROOT, "hfds": _ROOT,
+    "torchvision": {"name", "download", *_ROOT}, "fashion-mnist": {"download", *_ROOT},
+}  # fmt: skip
+_REQUIRED = {"root": "a folder", "classes": "a file with one class a line"}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Images by index, and the names of their classes."""
+    """Images by index, each with its class or with the classes of its pixels."""
 
     reader: Any
-    """timm's reader interface: ``reader[i]`` is (file or PIL image, label), ``reader.filename(i)``."""
+    """timm's reader interface: ``reader[i]`` is (file or PIL image, label), ``reader.filename(i)``. Of images with
+    masks, the label is a mask file's path, or classes uint8 ``[H, W]``."""
     class_names: list[str]
     indices: np.ndarray
     """Which of the reader's images belong to this split."""
     labels: np.ndarray | None = None
     """Number in ``class_names`` for each of the reader's labels; None: they are these numbers."""
+    legend: Legend | None = None
+    """What the values of the masks mean; None: each image has one class."""
+    one_size: bool = False
+    """All images have the same size."""
 
     def __len__(self) -> int:
         return len(self.indices)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        """File or PIL image, and label, of one image."""
-        image, label = self.reader[int(self.indices[index])]
-        return image, int(label if self.labels is None else self.labels[label])
 
     def filename(self, index: int) -> str:
         """Path of one image, for messages and lists; what lies inside a file as if that were a folder."""
         return str(self.reader.filename(int(self.indices[index]), absolute=True))
 
+    def read(self, index: int, smallest: int = 1, exif: bool = False) -> tuple[Image.Image, Any]:
+        """An RGB image, and its class number or the classes of its pixels, uint8 ``[H, W]``.
+
+        Raises ValueError naming the file if it is unreadable or too small, ConnectionError if the source itself is
+        gone.
+        """
+        return self.decode(index, *self.open(index), smallest, exif)
+
+    def open(self, index: int) -> tuple[Any, Any]:
+        """What the reader has of one image. Raises as `read`."""
+        try:
+            file, label = self.reader[int(self.indices[index])]
+        except UNREADABLE as error:  # torchvision's sets decode here
+            name = self.filename(index)
+            if isinstance(error, OSError) and _is_gone(error, name):
+                raise ConnectionError(f"{name}: {error.strerror}") from error
+            raise ValueError(f"{name}: unreadable image: {reason(error)}") from error
+        return file, label
+
+    def decode(
+        self, index: int, file: Any, label: Any, smallest: int = 1, exif: bool = False
+    ) -> tuple[Image.Image, Any]:
+        """`read`, of what `open` gave."""
+        with file:
+            image = decode_rgb(file, self.filename(index), smallest, exif)
+        target = self.target(label)
+        if self.legend is None or image.size == target.shape[::-1]:
+            return image, target
+        height, width = target.shape
+        turned = image.size == (height, width)
+        raise ValueError(
+            f"{label}: wanted the size of its image, {image.width} x {image.height} px, got {width} x {height} px"
+            + f" (turned by the image's EXIF orientation? then data.exif {str(not exif).lower()})" * turned
+        )
+
+    def target(self, label: Any) -> Any:
+        """Class number, or classes of the pixels, of what the reader has for it. Raises ValueError naming the mask."""
+        if self.legend is None:
+            return int(label if self.labels is None else self.labels[label])
+        return self.legend.decode(read_mask(label), label) if isinstance(label, Path) else label
+
+
+# A broken link, or a file that is not ours to read; other errors are of the file system.
+_OF_ONE_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR)
+
+
+def _is_gone(error: OSError, name: str) -> bool:
+    """Whether the source itself is out of reach, rather than one image of it."""
+    if error.errno is None:
+        return False
+    return error.errno not in _OF_ONE_FILE or not os.path.isdir(os.path.dirname(error.filename or name))
+
+
+Openers = dict[Split, Callable[[], Source]]
+"""How to open each split there is: ``train`` always, ``val`` where the set has one."""
+
 
 def open_source(data: SourceConfig, split: Split, limit: int | None = None) -> Source:
-    """Open one split, or at most ``limit`` images of it.
+    """Open one split of images with classes, or at most ``limit`` images of it.
 
     Raises ValueError, naming the folder, if it is missing or empty, or its classes are not those of the training split;
-    or naming ``data.exclude``, if that cannot be read, names what the set does not hold, or leaves nothing.
+    or naming the option, if the source has no use for it, or wants it; or if ``data.exclude`` cannot be read, names
+    what the set does not hold, or leaves nothing.
     """
-    splits = _splits(data)
-    train = splits["train"]()
-    if "val" not in splits:
-        source = _held_out(train, split)
-    elif split == "train":
-        source = train
-    else:
-        source = _with_classes_of(train, splits["val"](), data)
+    check_options(data, OPTIONS, "images with classes")
+    openers = _openers(data)
+    if "val" in openers:
+        train, val = cache(openers["train"]), openers["val"]
+        openers = {"train": train, "val": lambda: _with_classes_of(train(), val(), data)}
+    return open_split(data, openers, split, limit)
+
+
+def open_split(data: SourceConfig, openers: Openers, split: Split, limit: int | None) -> Source:
+    """One split, held out where there is but one, without what is excluded, and at most ``limit`` images of it."""
+    source = openers[split]() if "val" in openers else _held_out(openers["train"](), split)
     if data.exclude is not None:
-        if data.root is None:
-            raise ValueError(f"data.exclude: wanted a data.source that has a data.root, got {data.source}")
-        other = splits.get("val" if split == "train" else "train")
-        source = _without(source, Path(data.root), data.exclude, other)
+        others = [opened for name, opened in openers.items() if name != split]
+        source = _without(source, Path(data.root or "."), data.exclude, others)
     if limit is None:
         return source
-    if limit < 1:
-        raise ValueError(f"data.train_images: wanted at least 1, got {limit}")
     if data.source in ("embedded", "fashion-mnist"):
         return replace(source, indices=source.indices[:limit])
     order = stream(0, HOLDOUT, 1).permutation(len(source))[:limit]  # sorted by class: the first ones would be of one
     return replace(source, indices=np.sort(source.indices[order]))
 
 
+def check_options(data: SourceConfig, options: Mapping[str, set[str]], what: str) -> None:
+    """Refuse a source of another kind, and options that it has no use for. Raises ValueError naming the option."""
+    if data.source not in options:
+        raise ValueError(f"data.source: wanted {', '.join(options)} for {what}, got {data.source}")
+    usable, plain = options[data.source], SourceConfig()
+    for name in (field.name for field in fields(SourceConfig)):
+        value = getattr(data, name)
+        if name in usable | _COMMON:
+            if name in _REQUIRED and value is None:
+                raise ValueError(f"data.{name}: wanted {_REQUIRED[name]} for data.source={data.source}, got none")
+        elif value != getattr(plain, name):
+            hint = " (wanted --data.source folder?)" if name == "root" else ""
+            raise ValueError(f"data.{name}: wanted none for {what} with data.source={data.source}, got {value}{hint}")
+
+
 def split_folders(root: Path) -> dict[Split, Path | None]:
     """The folders ``train`` and ``val`` of a data set under the names the field has for them; None: there is none."""
-    names: dict[Split, tuple[str, ...]] = {"train": SPLIT_FOLDERS["train"], "val": SPLIT_FOLDERS["val"]}
     return {
-        split: next((root / folder for folder in folders if (root / folder).is_dir()), None)
-        for split, folders in names.items()
+        split: next((root / name for name in names if (root / name).is_dir()), None)
+        for split, names in SPLIT_FOLDERS.items()
     }
 
 
@@ -133,21 +190,14 @@ def split_tars(root: Path) -> dict[Split, list[Path]]:
     return found
 
 
-_Openers = dict[Split, Callable[[], Source]]
-
-
-def _splits(data: SourceConfig) -> _Openers:
-    """How to open each split there is: ``train`` always, ``val`` where the set has one."""
+def _openers(data: SourceConfig) -> Openers:
     if data.source == "embedded":
-        if data.root is not None:
-            raise ValueError(f"data.root: the embedded images take none, got {data.root} (wanted --data.source folder)")
-        return {"train": partial(_embedded, "train"), "val": partial(_embedded, "val")}
-    if data.root is None:
-        raise ValueError(f"data.root: wanted a folder for data.source={data.source}, got none")
+        return _whole({"train": partial(EmbeddedReader, "train"), "val": partial(EmbeddedReader, "val")})
+    assert data.root is not None
     if data.source == "fashion-mnist":
-        return _torchvision(data.root, "FashionMNIST", download=True)
+        return _whole(open_torchvision(data.root, "FashionMNIST", download=True))
     if data.source == "torchvision":
-        return _torchvision(data.root, data.name, data.download)
+        return _whole(open_torchvision(data.root, data.name, data.download))
     if "://" in data.root or data.root.startswith("pipe:"):
         raise ValueError(
             f"data.root: wanted a local path, got {data.root}: images are read in any order, each once an epoch, and a "
@@ -157,21 +207,26 @@ def _splits(data: SourceConfig) -> _Openers:
     if not root.is_dir() and not (root.is_file() and data.source in ("tar", "wds")):
         raise ValueError(f"{root}: no such folder")
     if data.source == "hfds":
-        return _hfds(root)
+        return _whole(open_hfds(root))
     if data.source == "folder":
         folders = split_folders(root)
-        openers: _Openers = {"train": partial(_folder, folders["train"] or root)}
+        openers: Openers = {"train": partial(_folder, folders["train"] or root)}
         return openers | ({"val": partial(_folder, folders["val"])} if folders["val"] else {})
     read = read_tars if data.source == "tar" else read_shards
     tars = split_tars(root)
     if not tars["train"]:
         raise ValueError(f"{root}: wanted .tar files in it, or in its folders train and val, found none")
-    return {split: partial(_tars, read, files) for split, files in tars.items() if files}
+    return _whole({split: partial(read, files) for split, files in tars.items() if files})
 
 
-def _embedded(split: str) -> Source:
-    reader = EmbeddedReader(split)
-    return Source(reader, CLASS_NAMES, np.arange(len(reader)))
+def _whole(readers: Mapping[Split, Callable[[], Any]]) -> Openers:
+    """Sources of all that readers have which know their classes."""
+
+    def opened(read: Callable[[], Any]) -> Source:
+        reader = read()
+        return Source(reader, reader.class_names, np.arange(len(reader)))
+
+    return {split: partial(opened, read) for split, read in readers.items()}
 
 
 def _folder(folder: Path) -> Source:
@@ -180,96 +235,6 @@ def _folder(folder: Path) -> Source:
     except RuntimeError as error:
         raise ValueError(f"{folder}: wanted images in it or in its subfolders, found none") from error
     return Source(reader, list(reader.class_to_idx), np.arange(len(reader)))
-
-
-def _tars(read: Callable[[Sequence[Path]], TarReader], files: list[Path]) -> Source:
-    reader = read(files)
-    return Source(reader, reader.class_names, np.arange(len(reader)))
-
-
-def _hfds(root: Path) -> _Openers:
-    if importlib.util.find_spec("datasets") is None:
-        raise ValueError("data.source: hfds wants the package datasets, which is not installed: pip install datasets")
-    if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
-        raise ValueError(
-            f"{root}: wanted a folder that datasets.load_dataset reads, got one of save_to_disk: write each split with "
-            "to_parquet(ROOT/SPLIT.parquet)"
-        )
-    import datasets
-
-    try:
-        there = datasets.get_dataset_split_names(str(root))
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{root}: wanted a folder that datasets.load_dataset reads: {error}") from error
-    names = {split: next((name for name in HFDS_SPLITS[split] if name in there), None) for split in SPLIT_FOLDERS}
-    if names["train"] is None:
-        raise ValueError(f"{root}: wanted a split train, got {', '.join(there)}")
-
-    def opened(name: str) -> Source:
-        try:
-            reader = create_reader(f"hfds/{root}", split=name)
-        except (ValueError, KeyError, OSError, datasets.exceptions.DatasetsError) as error:
-            raise ValueError(f"{root}: wanted the columns image and label in {name}: {error}") from error
-        if not reader.class_to_idx:
-            raise ValueError(f"{root}: wanted a column label with the names of its classes (ClassLabel) in {name}")
-        return Source(_Numbered(reader, f"{root}/{name}"), list(reader.class_to_idx), np.arange(len(reader)))
-
-    openers: _Openers = {"train": partial(opened, names["train"])}
-    return openers | ({"val": partial(opened, names["val"])} if names["val"] else {})
-
-
-def _torchvision(root: str, name: str | None, download: bool) -> _Openers:
-    known = {cls: getattr(torchvision.datasets, cls) for cls in torchvision.datasets.__all__}
-    if name == "ImageFolder":
-        raise ValueError("data.name: wanted data.source=folder for class folders, got torchvision's ImageFolder")
-    if name not in known or "root" not in (takes := inspect.signature(known[name]).parameters):
-        raise ValueError(f"data.name: wanted torchvision's name of a set (CIFAR10, Food101, ...), got {name}")
-    fetch = {"download": download} if "download" in takes else {}
-
-    def opened(part: Split, **chosen: Any) -> Source:
-        try:
-            dataset = known[name](root, **chosen, **fetch)
-            label = dataset[0][1]
-        except (RuntimeError, OSError) as error:  # torchvision's ways of saying that a set is not there
-            hint = "" if download else " (fetch it with --data.download true)"
-            raise ValueError(f"data.root: {root}: wanted torchvision's {name}{hint}: {error}") from error
-        if not isinstance(label, int | np.integer):
-            raise ValueError(f"data.name: wanted a set with one class an image, got {name}")
-        names = getattr(dataset, "classes", None) or getattr(dataset, "categories", None)
-        if names is None:
-            names = [str(i) for i in range(1 + max(int(label) for _, label in dataset))]
-        return Source(_Numbered(dataset, f"{root}/{name}/{part}"), list(map(str, names)), np.arange(len(dataset)))
-
-    def by_word(split: Split) -> Source:
-        for word in TORCHVISION_SPLITS[split]:
-            try:
-                return opened(split, split=word)
-            except ValueError as error:
-                if "Unknown value" not in str(error):
-                    raise
-        raise ValueError(f"data.name: {name} has no split for {split}: none of {', '.join(TORCHVISION_SPLITS[split])}")
-
-    if "train" in takes:
-        return {"train": partial(opened, "train", train=True), "val": partial(opened, "val", train=False)}
-    if "split" in takes:
-        return {"train": partial(by_word, "train"), "val": partial(by_word, "val")}
-    return {"train": partial(opened, "train")}
-
-
-class _Numbered:
-    """Images without names of their own, behind timm's reader interface."""
-
-    def __init__(self, items: Any, name: str) -> None:
-        self.items, self.name = items, name
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.items[index]
-
-    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        return f"{self.name}/{index:07d}"
 
 
 def _held_out(source: Source, split: Split) -> Source:
@@ -288,12 +253,12 @@ def _with_classes_of(train: Source, val: Source, data: SourceConfig) -> Source:
     return replace(val, class_names=train.class_names, labels=np.array([number[name] for name in val.class_names]))
 
 
-def _without(source: Source, root: Path, file: str, other: Callable[[], Source] | None) -> Source:
+def _without(source: Source, root: Path, file: str, others: list[Callable[[], Source]]) -> Source:
     """A source without the images that a list names; the labels of the classes stay."""
     listed, paths = read_exclude(file, root), _paths(source)
-    unknown = listed.keys() - set(paths)
-    if unknown and other is not None:
-        unknown -= set(_paths(other()))
+    unknown = listed.keys() - {*paths, *_unmatched(source)}
+    if unknown:
+        unknown -= {path for other in others for part in [other()] for path in (*_paths(part), *_unmatched(part))}
     if unknown:
         raise ValueError(
             f"data.exclude: {file}: wanted images of {root}, one path a line relative to it, got {len(unknown)} that "
@@ -309,3 +274,9 @@ def _paths(source: Source) -> list[str]:
     """Of all the reader's images, both parts of a split that was cut in two."""
     reader = source.reader
     return [os.path.normpath(reader.filename(i, absolute=True)) for i in range(len(reader))]
+
+
+def _unmatched(source: Source) -> list[str]:
+    """What the reader found but cannot give: an image without a mask, a mask without an image."""
+    found = getattr(source.reader, "unmatched", {}).values()
+    return [os.path.normpath(path) for files in found for path in files]

@@ -22,8 +22,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from timm.data.readers.img_extensions import get_img_extensions
 from timm.utils.misc import natural_key
+
+from sparsemae.data.images import SUFFIXES
 
 CACHE_SECONDS = 1.0
 """A scan that took longer is kept for the next time."""
@@ -73,16 +74,16 @@ def read_tars(files: Sequence[Path]) -> TarReader:
 
     Raises ValueError, naming the file, if one is no plain tar, or if there is no image.
     """
-    endings, images, found = get_img_extensions(as_set=True), [], []
+    images, found = [], []
     for file in files:
         members = scan(file)
         for name, offset, size in zip(members.names, members.offsets, members.sizes, strict=True):
             path = PurePosixPath(name)
-            if path.suffix.lower() in endings:
+            if path.suffix.lower() in SUFFIXES:
                 images.append((file, name, int(offset), int(size)))
                 found.append(PurePosixPath(path.parent.name).name.removesuffix(".tar") or _own_class(file, files))
     if not images:
-        raise ValueError(f"{files[0]}: wanted images in it ({', '.join(sorted(endings))}), found none")
+        raise ValueError(f"{files[0]}: wanted images in it ({', '.join(SUFFIXES)}), found none")
     class_names = sorted(set(found), key=natural_key)
     number = {name: i for i, name in enumerate(class_names)}
     return TarReader(images, [number[name] for name in found], class_names)
@@ -132,7 +133,7 @@ def scan(file: Path) -> Members:
     if time.monotonic() - begin > CACHE_SECONDS:
         with suppress(OSError):  # a home that cannot be written to costs a scan each time
             cache.parent.mkdir(parents=True, exist_ok=True)
-            temporary = cache.with_suffix(f".{os.getpid()}.npz")
+            temporary = cache.with_suffix(f".{os.getpid()}.npz")  # a run's processes scan at the same time
             np.savez(temporary, names=_join(members.names), offsets=members.offsets, sizes=members.sizes,
                      classes=_join(members.classes))  # fmt: skip
             temporary.replace(cache)

@@ -107,8 +107,8 @@ class CheckConfig:
     task: Literal["pretrain", "classify", "segment"] | None = None
     """What the images are for; pretrain: one class is enough; None: segment where `images` lies beside `masks`,
     `annotations` or `labels`, else classify."""
-    smallest: int = 16
-    """Shortest side that an image may have: the model's patch, px."""
+    smallest: int | None = None
+    """Shortest side that an image may have: the model's patch, px; None: 16, or 1 for segment, which enlarges."""
     write_exclude: str | None = None
     """File to write the paths to leave out to, for data.exclude: what cannot be used, and all but one of each group of
     duplicates (a validation image stays rather than a training image)."""

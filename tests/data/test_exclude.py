@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from sparsemae.data.exclude import read_exclude, write_exclude
-from sparsemae.data.sources import SourceConfig, open_source
+from sparsemae.data.sources import open_source
+from sparsemae.options.data import SourceConfig
 
 
 def names(root: Path, split: str, exclude: Path | None, limit: int | None = None) -> list[str]:
@@ -63,7 +64,7 @@ def test_mistakes(tmp_path: Path, image_folder: Path) -> None:
     file.write_text("".join(f"train/{n}/{i}.png\n" for n in ("cat", "dog") for i in range(8)))
     with pytest.raises(ValueError, match="wanted some images left of 16, got none"):
         names(image_folder, "train", file)
-    with pytest.raises(ValueError, match=r"data\.exclude: wanted a data\.source that has a data\.root, got embed"):
+    with pytest.raises(ValueError, match=r"data\.exclude: wanted none for images with classes with data\.source=emb"):
         open_source(SourceConfig(exclude=str(file)), "train")
 
 

@@ -17,10 +17,11 @@ import torchvision
 from PIL import Image
 
 from sparsemae.cli import main
-from sparsemae.data import sources
-from sparsemae.data.classification import ImageDataset, batches
+from sparsemae.data.dataset import ImageDataset
+from sparsemae.data.loader import batches
 from sparsemae.data.sampling import BatchPlan, EvaluationSampler, TrainingSampler
-from sparsemae.data.sources import Source, SourceConfig, open_source
+from sparsemae.data.sources import Source, open_source
+from sparsemae.options.data import DataConfig, SourceConfig
 
 COUNT = 75
 
@@ -34,9 +35,50 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def content(source: Source, index: int) -> tuple[bytes, int]:
-    file, label = source[index]
+    file, label = source.open(index)
     with file:
         return file.read(), label
+
+
+def folder(root: Path) -> SourceConfig:
+    return SourceConfig("folder", str(root))
+
+
+def test_folder_splits_and_classes(image_folder: Path) -> None:
+    train, val = (open_source(folder(image_folder), split) for split in ("train", "val"))
+    assert (len(train), len(val)) == (16, 6)
+    assert train.class_names == val.class_names == ["cat", "dog"]
+    assert Path(train.filename(0)) == image_folder / "train" / "cat" / "0.png"
+
+
+def test_one_folder_holds_out_a_tenth_the_same_every_time(image_folder: Path) -> None:
+    data = folder(image_folder / "train")
+    train, val = open_source(data, "train"), open_source(data, "val")
+    assert (len(train), len(val)) == (15, 1)
+    assert {train.filename(i) for i in range(15)}.isdisjoint({val.filename(0)})
+    assert open_source(data, "val").filename(0) == val.filename(0)
+
+
+def test_a_class_absent_from_validation_keeps_the_labels(image_folder: Path) -> None:
+    for file in (image_folder / "val" / "cat").iterdir():
+        file.unlink()
+    val = open_source(folder(image_folder), "val")
+    assert {val.read(i)[1] for i in range(len(val))} == {1}
+
+
+def test_mistakes_name_the_folder(tmp_path: Path, image_folder: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere: no such folder"):
+        open_source(folder(tmp_path / "nowhere"), "train")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty: wanted images"):
+        open_source(folder(tmp_path / "empty"), "train")
+    with pytest.raises(ValueError, match=r"data\.root: wanted a folder"):
+        open_source(SourceConfig(source="folder"), "train")
+    (image_folder / "val" / "cat").rename(image_folder / "val" / "horse")
+    with pytest.raises(ValueError, match="got another: horse"):
+        open_source(folder(image_folder), "val")
+    with pytest.raises(ValueError, match=r"data\.train_images: wanted at least 1, got 0"):
+        DataConfig(train_images=0)
 
 
 def cifar10(root: Path) -> Callable[..., Any]:
@@ -104,8 +146,8 @@ def read_by_process(data: SourceConfig, rank: int, world: int, batch: int) -> tu
     return epochs, [int(index) for taken in feed for index in taken["index"]]
 
 
-def _small(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(image.resize((4, 4))).copy())
+def _small(image: Image.Image, target: int) -> tuple[torch.Tensor, int]:
+    return torch.from_numpy(np.asarray(image.resize((4, 4))).copy()), target
 
 
 @pytest.mark.holds("imagenet.2")
@@ -115,7 +157,7 @@ def test_each_image_exactly_once_over_two_processes(
 ) -> None:
     root = photos / kind if kind != "torchvision" else tmp_path
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", cifar10(tmp_path))
-    data = SourceConfig(kind, str(root), name="CIFAR10")
+    data = SourceConfig(kind, str(root), name="CIFAR10" if kind == "torchvision" else None)
     train, val = open_source(data, "train"), open_source(data, "val")
     batch = 4
     with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
@@ -208,7 +250,7 @@ def test_mistakes(tmp_path: Path, options: dict[str, str], message: str) -> None
 def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        sources.importlib.util, "find_spec", lambda name, *rest: None if name == "datasets" else find(name, *rest)
+        importlib.util, "find_spec", lambda name, *rest: None if name == "datasets" else find(name, *rest)
     )
     with pytest.raises(ValueError, match=r"hfds wants the package datasets, .* pip install datasets"):
         open_source(SourceConfig("hfds", str(tmp_path)), "train")

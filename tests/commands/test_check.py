@@ -10,13 +10,13 @@ from conftest import metrics, tiny
 from PIL import Image
 
 from sparsemae.cli import main
-from sparsemae.data.sources import SourceConfig
-from sparsemae.commands.check import Report, examine
+from sparsemae.commands.check import ClassReport, examine
+from sparsemae.options.data import SourceConfig
 from sparsemae.training import logs
 
 
-def found(root: Path, workers: int = 0, **options: object) -> Report:
-    return examine(SourceConfig("folder", str(root), workers), **options)
+def found(root: Path, workers: int = 0, **options: object) -> ClassReport:
+    return examine(SourceConfig("folder", str(root), workers=workers), **options)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[str, str]:
@@ -54,13 +54,13 @@ def test_every_fault_is_named_and_nothing_else(spoiled: Path, workers: int) -> N
     report = found(spoiled, workers)
     faults = {str(Path(file.path).relative_to(spoiled / "train")): file.fault for file in report.faulty}
     assert faults == {
-        "cat/0.png": "empty", "cat/1.png": "unreadable", "cat/2.png": "unreadable", "dog/0.png": "too small",
-        "dog/gone.png": "unreadable",
+        "cat/0.png": "empty", "cat/1.png": "unusable", "cat/2.png": "unusable", "dog/0.png": "too small",
+        "dog/gone.png": "unusable",
     }  # fmt: skip
     page = str(report)
     assert "cat/2.png: unreadable image: not an image in a known format" in page
     assert "dog/0.png: wanted at least 16 px, got 40 x 15 px" in page
-    assert "dog/gone.png: No such file" in page
+    assert "dog/gone.png: unreadable image: No such file" in page
     root = spoiled
     assert f"duplicate: {root}/train/dog/1.png = {root}/train/dog/copy.png" in page
     assert (
@@ -102,8 +102,10 @@ def test_training_takes_the_list_that_was_written(
     out, root = tmp_path / "exclude.txt", str(spoiled)
     page, line = refused(capsys, "--data.root", root, "--data.workers", "0", "--write-exclude", str(out))
     assert line == (
-        f"sparsemae check: error: {root}: would break a run: 1 empty and 1 too small and 3 unreadable images; also 2 "
-        f"groups of duplicates, 1 across train and val; leave files out with --data.exclude {out}"
+        f"sparsemae check: error: {root}: would break a run: empty: 1 ({root}/train/cat/0.png: 0 bytes); unusable: 3 "
+        f"({root}/train/cat/1.png: unreadable image: image file is truncated); too small: 1 ({root}/train/dog/0.png: "
+        "wanted at least 16 px, got 40 x 15 px); also 2 groups of duplicates, 1 across train and val; leave files out "
+        f"with --data.exclude {out}"
     )
     listed = out.read_text().splitlines()
     wanted = ["cat/0", "cat/1", "cat/2", "cat/leaked", "dog/0", "dog/copy", "dog/gone"]
@@ -131,7 +133,7 @@ def test_tars_are_checked_like_folders(spoiled: Path, tmp_path: Path, capsys: py
     names = ["cat/0", "cat/1", "cat/2", "cat/leaked", "dog/0", "dog/copy"]
     where = ["--data.source", "tar", "--data.root", str(root), "--data.workers", "0"]
     page, line = refused(capsys, *where, "--write-exclude", str(out))
-    assert "would break a run: 1 empty and 1 too small and 2 unreadable images; also 2 groups" in line
+    assert "would break a run: empty: 1 (" in line
     assert f"empty: {root}/train.tar/train/cat/0.png: 0 bytes" in page
     assert out.read_text().splitlines() == [f"train.tar/train/{name}.png" for name in names]
     folder, tars = found(spoiled), examine(SourceConfig("tar", str(root)))
@@ -147,8 +149,8 @@ def test_classes_that_would_break_a_run(image_folder: Path, capsys: pytest.Captu
     assert "no images: class cat in train" in refused(capsys, "--data.root", str(image_folder))[0]
     flat = image_folder / "train" / "dog"
     line = refused(capsys, "--data.root", str(flat), "--data.workers", "0")[1]
-    assert "1 class with training images, where finetuning wants two (--unlabelled true" in line
-    main(["check", "--data.root", str(flat), "--unlabelled", "true", "--data.workers", "0"])
+    assert "1 class with training images, where finetuning wants two (--task pretrain" in line
+    main(["check", "--data.root", str(flat), "--task", "pretrain", "--data.workers", "0"])
     assert "(in no class folder)" in capsys.readouterr().out
     for file in (image_folder / "val" / "dog").iterdir():
         file.write_bytes(b"")
@@ -159,9 +161,9 @@ def test_classes_that_would_break_a_run(image_folder: Path, capsys: pytest.Captu
 
 def test_mistakes(image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = ["--data.root", str(image_folder)]
-    assert "nowhere: no such folder" in refused(capsys, "--data.root", "nowhere")[1]
+    assert "nowhere: no such file or folder" in refused(capsys, "--data.root", "nowhere")[1]
     assert "data.source: wanted a data set of yours, got embedded" in refused(capsys, "--data.source", "embedded")[1]
-    assert "smallest: wanted at least 1 px, got 0" in refused(capsys, *root, "--smallest", "0")[1]
+    assert "smallest: wanted at least 1, got 0" in refused(capsys, *root, "--smallest", "0")[1]
     line = refused(capsys, *root, "--write-exclude", str(tmp_path / "no" / "list.txt"))[1]
     assert "wanted a file in a folder that exists" in line
 

@@ -1,58 +1,22 @@
+"""Samples are functions of seed, epoch and index; what cannot be read is replaced and counted, or named."""
+
 from pathlib import Path
 
 import numpy as np
 import pytest
-import timm.data
 import torch
 from PIL import Image
-from timm.data import create_transform
-from timm.data.readers import create_reader
 
-from sparsemae.data.classification import ImageDataset, UnreadableImages, batches, decode_rgb, load_image
+from sparsemae.data.dataset import ImageDataset
+from sparsemae.data.loader import UnreadableImages, batches
 from sparsemae.data.sampling import BatchPlan, EvaluationSampler, TrainingSampler
-from sparsemae.data.sources import SourceConfig, open_source
-from sparsemae.data.transforms import DataConfig, evaluation_transform, normalize, training_transform
+from sparsemae.data.sources import open_source
+from sparsemae.data.transforms import training_transform
+from sparsemae.options.data import ImageDataConfig
 
 
-def folder(root: Path, **options: object) -> DataConfig:
-    return DataConfig(source="folder", root=str(root), img_size=32, **options)
-
-
-def test_folder_splits_and_classes(image_folder: Path) -> None:
-    train, val = (open_source(folder(image_folder), split) for split in ("train", "val"))
-    assert (len(train), len(val)) == (16, 6)
-    assert train.class_names == val.class_names == ["cat", "dog"]
-    assert Path(train.filename(0)) == image_folder / "train" / "cat" / "0.png"
-
-
-def test_one_folder_holds_out_a_tenth_the_same_every_time(image_folder: Path) -> None:
-    data = folder(image_folder / "train")
-    train, val = open_source(data, "train"), open_source(data, "val")
-    assert (len(train), len(val)) == (15, 1)
-    assert {train.filename(i) for i in range(15)}.isdisjoint({val.filename(0)})
-    assert open_source(data, "val").filename(0) == val.filename(0)
-
-
-def test_a_class_absent_from_validation_keeps_the_labels(image_folder: Path) -> None:
-    for file in (image_folder / "val" / "cat").iterdir():
-        file.unlink()
-    val = open_source(folder(image_folder), "val")
-    assert {load_image(val, i)[1] for i in range(len(val))} == {1}
-
-
-def test_mistakes_name_the_folder(tmp_path: Path, image_folder: Path) -> None:
-    with pytest.raises(ValueError, match="nowhere: no such folder"):
-        open_source(folder(tmp_path / "nowhere"), "train")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty: wanted images"):
-        open_source(folder(tmp_path / "empty"), "train")
-    with pytest.raises(ValueError, match=r"data\.root: wanted a folder"):
-        open_source(SourceConfig(source="folder"), "train")
-    (image_folder / "val" / "cat").rename(image_folder / "val" / "horse")
-    with pytest.raises(ValueError, match="got another: horse"):
-        open_source(folder(image_folder), "val")
-    with pytest.raises(ValueError, match="train_images: wanted at least 1, got 0"):
-        open_source(SourceConfig(), "train", 0)
+def folder(root: Path, **options: object) -> ImageDataConfig:
+    return ImageDataConfig(source="folder", root=str(root), img_size=32, **options)
 
 
 def break_image(folder: Path, name: str) -> str:
@@ -89,7 +53,7 @@ def test_an_image_smaller_than_a_patch_is_named(image_folder: Path) -> None:
         list(batches(dataset, EvaluationSampler(len(dataset), 4), 0))
 
 
-def run_epochs(data: DataConfig, workers: int, world: int = 1) -> tuple[list[list[int]], list[str]]:
+def run_epochs(data: ImageDataConfig, workers: int, world: int = 1) -> tuple[list[list[int]], list[str]]:
     """Indices taken in three epochs, micro-batch by micro-batch, and the lines said."""
     source, said = open_source(data, "train"), []
     dataset = ImageDataset(source, training_transform(data), seed=7, max_unreadable=0.2)
@@ -133,34 +97,8 @@ def test_the_run_stops_once_more_images_are_unreadable_than_tolerated(image_fold
         folder(image_folder, max_unreadable=1.0)
 
 
-MODES = {  # of Pillow, and a file format that keeps it
-    "1": "png", "L": "jpg", "LA": "png", "P": "png", "RGB": "jpg", "RGBA": "png", "CMYK": "jpg", "YCbCr": "jpg",
-    "I;16": "png", "I": "tif", "F": "tif",
-}  # fmt: skip
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # timm leaves its files open
-@pytest.mark.parametrize("mode", MODES)
-def test_every_mode_becomes_the_rgb_of_timm(tmp_path: Path, mode: str) -> None:
-    gradient = np.linspace(0, 511 if mode in ("I;16", "I", "F") else 255, 16 * 16 * 3).reshape(16, 16, 3)
-    if mode in ("I;16", "I", "F"):
-        kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
-        image = Image.fromarray(gradient[:, :, 0].astype(kind))
-    else:
-        image = Image.fromarray(gradient.astype(np.uint8)).convert(mode)
-    file = tmp_path / f"image.{MODES[mode]}"
-    image.save(file)
-    assert Image.open(file).mode == ("RGB" if mode == "YCbCr" else mode)
-    reader = create_reader("", str(tmp_path), class_map={"": 0}) if file.suffix != ".tif" else None
-    got = np.asarray(decode_rgb(file, str(file)))
-    assert got.shape == (16, 16, 3)
-    if reader is not None:
-        theirs = timm.data.ImageDataset(str(tmp_path), reader=reader)[0][0]
-        np.testing.assert_array_equal(got, np.asarray(theirs))
-    if mode in ("L", "LA"):
-        np.testing.assert_array_equal(got[:, :, 0], np.asarray(Image.open(file).convert("L")))
-    if mode in ("I;16", "I", "F"):  # clipped, not scaled
-        np.testing.assert_array_equal(got[:, :, 1], np.asarray(image).astype(np.int64).clip(0, 255))
+def as_array(image: Image.Image, target: int) -> tuple[np.ndarray, int]:
+    return np.array(image), target
 
 
 @pytest.mark.parametrize("exif", [False, True])
@@ -170,12 +108,12 @@ def test_exif_orientation_is_applied_only_when_asked_for(image_folder: Path, exi
     turned, tag = Image.fromarray(upright).transpose(Image.Transpose.ROTATE_90), Image.Exif()
     tag[0x0112] = 6  # to be shown turned clockwise by 90 degrees
     turned.save(image_folder / "train" / "cat" / "0.png", exif=tag)
-    dataset = ImageDataset(open_source(folder(image_folder), "train"), np.array, exif=exif)
-    got = dataset[0]["image"].numpy()
+    dataset = ImageDataset(open_source(folder(image_folder), "train"), as_array, exif=exif)
+    got = dataset[0]["image"]
     np.testing.assert_array_equal(got, upright if exif else np.asarray(turned))
 
 
-def all_batches(data: DataConfig, workers: int, start: int = 0) -> list[dict]:
+def all_batches(data: ImageDataConfig, workers: int, start: int = 0) -> list[dict]:
     source = open_source(data, "train")
     dataset = ImageDataset(source, training_transform(data), seed=7, patches=4)
     plan = BatchPlan.make(len(source), 4, None, 1)
@@ -199,37 +137,3 @@ def test_samples_are_functions_of_seed_epoch_and_index(image_folder: Path, crop:
     index = next(i for e, i in by_key if e == 0 and (1, i) in by_key)
     assert not torch.equal(by_key[0, index][0], by_key[1, index][0])
     assert not torch.equal(by_key[0, index][1], by_key[1, index][1])
-
-
-def test_the_evaluation_transform_is_timms(image_folder: Path) -> None:
-    image = Image.open(image_folder / "val" / "cat" / "0.png").convert("RGB")
-    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
-    wanted = create_transform(32, interpolation="bicubic", crop_pct=0.875, mean=mean, std=std)(image)
-    got = torch.as_tensor(evaluation_transform(32, "bicubic", 0.875)(image))
-    assert got.dtype == torch.uint8
-    torch.testing.assert_close(normalize(got[None], mean, std)[0], wanted, rtol=0, atol=1e-6)
-
-
-def test_shift_moves_by_at_most_the_pixels_given_and_fills_with_black() -> None:
-    transform = training_transform(DataConfig(img_size=8, crop="shift", crop_shift=1, hflip=0.0))
-    pixels = np.arange(1, 65, dtype=np.uint8).reshape(8, 8)
-    seen = set()
-    for _ in range(200):
-        moved = np.asarray(transform(Image.fromarray(pixels).convert("RGB")))[0]
-        padded = np.pad(pixels, 1)
-        matches = [(y, x) for y in range(3) for x in range(3) if (padded[y : y + 8, x : x + 8] == moved).all()]
-        assert len(matches) == 1
-        seen.add(matches[0])
-    assert len(seen) == 9
-
-
-def test_randaugment_at_full_magnitude_keeps_no_bits_as_it_did() -> None:
-    """Pillow 13 refuses to posterize to 0 bits, which timm asks of one image in 700; Pillow 12 gave black."""
-    transform = training_transform(DataConfig(auto_augment="rand-m10-inc1-n15", img_size=8))
-    image = Image.new("RGB", (8, 8), (200, 100, 50))
-    operations = [op for step in transform.transforms for op in getattr(step, "ops", ())]
-    (posterize,) = [op for op in operations if op.name == "PosterizeIncreasing"]
-    posterize.prob = 1.0
-    assert np.asarray(posterize(image)).max() == 0
-    posterize.magnitude = 5  # 2 bits
-    assert np.asarray(posterize(image))[0, 0].tolist() == [192, 64, 0]

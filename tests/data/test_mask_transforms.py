@@ -9,15 +9,13 @@ from PIL import Image
 from scipy import ndimage
 
 from sparsemae.data import embedded
-from sparsemae.data.classification import Unreadable
-from sparsemae.data.segmentation import (
-    MaskDataConfig,
-    MaskDataset,
-    find_pairs,
-    open_masks,
-    resized_size,
-    training_transform,
-)
+from sparsemae.data.dataset import ImageDataset, Unreadable
+from sparsemae.data.loader import UnreadableImages, batches
+from sparsemae.data.mask_transforms import mask_evaluation_transform, mask_training_transform, resized_size
+from sparsemae.data.pairs import open_masks
+from sparsemae.data.sampling import BatchPlan, TrainingSampler
+from sparsemae.data.sources import Source
+from sparsemae.options.data import MaskDataConfig
 
 
 def scene(root: Path, train: int = 4, val: int = 2, size: tuple[int, int] = (60, 44), values: int = 151) -> Path:
@@ -36,6 +34,10 @@ def scene(root: Path, train: int = 4, val: int = 2, size: tuple[int, int] = (60,
     return root
 
 
+def files(source: Source) -> set[str]:
+    return {source.filename(i) for i in range(len(source))}
+
+
 def config(root: Path, **options: object) -> MaskDataConfig:
     usual = {"img_size": 32, "short_side": 44, "photometric": False, "workers": 0}
     return MaskDataConfig("sceneparse", str(root), **(usual | options))
@@ -45,7 +47,7 @@ def config(root: Path, **options: object) -> MaskDataConfig:
 def test_sceneparse_as_downloaded(tmp_path: Path, inside: str) -> None:
     scene(tmp_path / inside)
     train, val = (open_masks(config(tmp_path), split) for split in ("train", "val"))
-    assert (len(train), len(val), len(train.labels.class_names)) == (4, 2, 150)
+    assert (len(train), len(val), len(train.legend.class_names)) == (4, 2, 150)
     image, classes = train.read(1)
     red = np.asarray(image)[..., 0].astype(int)
     assert np.array_equal(classes, np.where(red == 0, 255, red - 1))
@@ -59,15 +61,15 @@ def test_a_users_folder_without_splits_holds_out_a_tenth(tmp_path: Path) -> None
     for kind, name in (("images", "images"), ("annotations", "masks")):
         (tmp_path / "a" / kind / "training").rename(root / name)
     (tmp_path / "classes.txt").write_text("".join(f"c{i}\n" for i in range(151)))
-    data = MaskDataConfig("folder", str(root), str(tmp_path / "classes.txt"))
-    train, val = ({image for image, _ in find_pairs(data, split).pairs} for split in ("train", "val"))
+    data = MaskDataConfig("folder", str(root), classes=str(tmp_path / "classes.txt"))
+    train, val = (files(open_masks(data, split)) for split in ("train", "val"))
     assert (len(train), len(val), train & val) == (18, 2, set())
 
 
 @pytest.mark.parametrize(("scale", "wanted"), [(1.0, 1.0), (2.0, 0.5)])
 def test_image_and_mask_are_cut_and_turned_together(tmp_path: Path, scale: float, wanted: float) -> None:
-    data = config(scene(tmp_path, values=150), scale=(scale, scale), crop_max_share=1.0)
-    dataset = MaskDataset(open_masks(data, "train"), training_transform(data))
+    data = config(scene(tmp_path, values=150), scale=(scale, scale), cat_max_ratio=1.0)
+    dataset = ImageDataset(open_masks(data, "train"), mask_training_transform(data))
     flipped = set()
     for epoch in range(8):
         sample = dataset[epoch, 0]
@@ -87,18 +89,18 @@ def test_image_and_mask_are_cut_and_turned_together(tmp_path: Path, scale: float
 
 def test_samples_are_functions_of_seed_epoch_and_index(tmp_path: Path) -> None:
     data = config(scene(tmp_path), photometric=True)
-    one, two = (MaskDataset(open_masks(data, "train"), training_transform(data), seed=5) for _ in range(2))
+    one, two = (ImageDataset(open_masks(data, "train"), mask_training_transform(data), seed=5) for _ in range(2))
     two[3, 1], two[0, 0]
     a, b = one[2, 1], two[2, 1]
     assert torch.equal(a["image"], b["image"])
     assert torch.equal(a["target"], b["target"])
-    other = MaskDataset(open_masks(data, "train"), training_transform(data), seed=6)[2, 1]
+    other = ImageDataset(open_masks(data, "train"), mask_training_transform(data), seed=6)[2, 1]
     assert not torch.equal(a["image"], other["image"])
 
 
 def test_small_images_are_filled_up(tmp_path: Path) -> None:
     data = config(scene(tmp_path), scale=(0.25, 0.25))
-    sample = MaskDataset(open_masks(data, "train"), training_transform(data))[0, 0]
+    sample = ImageDataset(open_masks(data, "train"), mask_training_transform(data))[0, 0]
     filled = sample["target"] == 255
     mean = torch.tensor([round(255 * value) for value in data.mean], dtype=torch.uint8)
     assert 0.3 < filled.float().mean() < 0.95
@@ -113,8 +115,8 @@ def test_crops_of_one_class_are_drawn_anew(tmp_path: Path) -> None:
     Image.fromarray(mask).save(next((root / "annotations" / "training").iterdir()))
 
     def mixed(share: float) -> int:
-        data = config(root, scale=(1.0, 1.0), short_side=64, img_size=48, crop_max_share=share)
-        dataset = MaskDataset(open_masks(data, "train"), training_transform(data))
+        data = config(root, scale=(1.0, 1.0), short_side=64, img_size=48, cat_max_ratio=share)
+        dataset = ImageDataset(open_masks(data, "train"), mask_training_transform(data))
         return sum(len(dataset[epoch, 0]["target"].unique()) > 1 for epoch in range(40))
 
     assert mixed(0.75) > 2 * mixed(1.0)
@@ -126,12 +128,38 @@ def test_crops_without_a_label_are_drawn_anew(tmp_path: Path) -> None:
     mask[:, 200:220] = np.arange(1, 21)
     Image.fromarray(mask).save(next((root / "annotations" / "training").iterdir()))
     data = config(root, scale=(1.0, 1.0), short_side=64, img_size=48)
-    dataset = MaskDataset(open_masks(data, "train"), training_transform(data))
+    dataset = ImageDataset(open_masks(data, "train"), mask_training_transform(data))
     assert sum(bool((dataset[epoch, 0]["target"] != 255).any()) for epoch in range(40)) >= 36  # of one crop 10
 
 
+def test_an_unreadable_pair_is_replaced_by_the_next_of_its_epoch(tmp_path: Path) -> None:
+    data = config(scene(tmp_path, train=16))
+    said: list[str] = []
+
+    def taken() -> list[int]:
+        source = open_masks(data, "train")
+        dataset = ImageDataset(source, mask_training_transform(data), seed=7, max_unreadable=0.2)
+        sampler = TrainingSampler(BatchPlan.make(16, 4, None, 1), 7, 0, 0, 4)
+        feed = batches(dataset, sampler, 0, unreadable=UnreadableImages(16, 0.2, said.append))
+        return [int(index) for batch in feed for index in batch["index"]]
+
+    before = taken()
+    (tmp_path / "images" / "training" / "ADE_00000003.png").write_bytes(b"torn")
+    Image.new("L", (60, 44), 151).save(tmp_path / "annotations" / "training" / "ADE_00000005.png")
+    readable = [i for i in before + before if i not in (3, 5)]
+    assert taken() == [
+        i if i in readable else next(k for k in (before + before)[at:] if k in readable) for at, i in enumerate(before)
+    ]
+    assert len(said) == 2
+    assert "takes its place (2 of 16 images so far)" in said[1]
+    for i in range(6, 9):
+        (tmp_path / "images" / "training" / f"ADE_{i:08d}.png").write_bytes(b"torn")
+    with pytest.raises(ValueError, match=r"4 of 16 images cannot be read, more than data\.max_unreadable=0\.2"):
+        taken()
+
+
 def test_what_is_wrong_with_a_pair_travels_to_the_training_process(tmp_path: Path) -> None:
-    dataset = MaskDataset(open_masks(config(scene(tmp_path)), "val"))
+    dataset = ImageDataset(open_masks(config(scene(tmp_path)), "val"), mask_evaluation_transform)
     folder = tmp_path / "annotations" / "validation"
     Image.new("L", (44, 60)).save(folder / "ADE_00000000.png")
     Image.new("L", (60, 44), 151).save(folder / "ADE_00000001.png")
@@ -154,4 +182,4 @@ def test_the_embedded_masks_are_filled_thresholds() -> None:
         filled = ndimage.binary_fill_holes(reader.pixels[index] > 12)
         assert np.array_equal(masks[index], filled * (reader.labels[index] + 1))
     source = open_masks(MaskDataConfig(train_images=7), "train", 7)
-    assert (len(source), source.labels.class_names[:2]) == (7, ["Background", "T-shirt/top"])
+    assert (len(source), source.legend.class_names[:2]) == (7, ["Background", "T-shirt/top"])

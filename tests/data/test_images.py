@@ -1,0 +1,61 @@
+"""Every kind of image becomes the RGB that timm gives."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm.data
+from PIL import Image
+from timm.data.readers import create_reader
+from timm.data.readers.img_extensions import get_img_extensions
+
+from sparsemae.data.images import SUFFIXES, as_rgb, decode_rgb, image_files
+
+
+def test_the_suffixes_are_those_of_timms_reader() -> None:
+    assert tuple(get_img_extensions()) == SUFFIXES
+
+
+MODES = {  # of Pillow, and a file format that keeps it
+    "1": "png", "L": "jpg", "LA": "png", "P": "png", "RGB": "jpg", "RGBA": "png", "CMYK": "jpg", "YCbCr": "jpg",
+    "I;16": "png", "I": "tif", "F": "tif",
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # timm leaves its files open
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_becomes_the_rgb_of_timm(tmp_path: Path, mode: str) -> None:
+    gradient = np.linspace(0, 511 if mode in ("I;16", "I", "F") else 255, 16 * 16 * 3).reshape(16, 16, 3)
+    if mode in ("I;16", "I", "F"):
+        kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+        image = Image.fromarray(gradient[:, :, 0].astype(kind))
+    else:
+        image = Image.fromarray(gradient.astype(np.uint8)).convert(mode)
+    file = tmp_path / f"image.{MODES[mode]}"
+    image.save(file)
+    assert Image.open(file).mode == ("RGB" if mode == "YCbCr" else mode)
+    reader = create_reader("", str(tmp_path), class_map={"": 0}) if file.suffix != ".tif" else None
+    got = np.asarray(decode_rgb(file, str(file)))
+    assert got.shape == (16, 16, 3)
+    if reader is not None:
+        theirs = timm.data.ImageDataset(str(tmp_path), reader=reader)[0][0]
+        np.testing.assert_array_equal(got, np.asarray(theirs))
+    if mode in ("L", "LA"):
+        np.testing.assert_array_equal(got[:, :, 0], np.asarray(Image.open(file).convert("L")))
+    if mode in ("I;16", "I", "F"):  # clipped, not scaled
+        np.testing.assert_array_equal(got[:, :, 1], np.asarray(image).astype(np.int64).clip(0, 255))
+
+
+def test_files_of_a_folder_and_images_of_the_caller(tmp_path: Path) -> None:
+    for name in ("b/2.png", "1.bmp", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert [str(file.relative_to(tmp_path)) for file in image_files(tmp_path)] == ["1.bmp", "b/2.png"]
+    assert image_files(tmp_path / "1.bmp") == [tmp_path / "1.bmp"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty: wanted image files, found none"):
+        image_files(tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"absent\.png: unreadable image: No such file"):
+        as_rgb(tmp_path / "absent.png")
+    gray = Image.new("L", (4, 3), 7)
+    assert (as_rgb(gray).mode, as_rgb(gray).getpixel((0, 0)), gray.size) == ("RGB", (7, 7, 7), (4, 3))
