@@ -4,8 +4,6 @@ A user's mistake is one line on stderr and exit status 2; ``--debug`` shows the 
 job's own module is loaded, which may load torch.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn

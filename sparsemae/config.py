@@ -1,7 +1,5 @@
 """From the command line and recipes to a job's dataclass. The dataclass fields are the only source of defaults."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path

@@ -3,8 +3,6 @@
 Both are looked up when the command is chosen, so that ``--help`` loads no more than it shows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pkgutil import resolve_name
 from typing import Any, NamedTuple, TypeVar

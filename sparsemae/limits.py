@@ -1,7 +1,5 @@
 """Limits of settings, checked when a configuration is made: one line that says what was wanted and what was got."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import field, fields, is_dataclass

@@ -1,7 +1,5 @@
 """`sparsemae.load`: any trained model by its path. Packed files run without torch."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from sparsemae.packing.format import is_packed

@@ -3,8 +3,6 @@
 `sparsemae.load` opens one; it has a file of its own, because what it opens is built on this one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

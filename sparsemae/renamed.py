@@ -1,7 +1,5 @@
 """What had another name in an earlier version: read from old files for good, answered with the new name when typed."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`sparsemae benchmark`: one section at a time, its table on the screen and its figures in a file."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import asdict

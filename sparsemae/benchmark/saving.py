@@ -5,8 +5,6 @@ state; then the thread that hashes and writes takes a core's time from the steps
 is measured as well: how long the steps took that ran until the file was whole, against as many undisturbed ones.
 """
 
-from __future__ import annotations
-
 import tempfile
 import time
 from collections.abc import Callable

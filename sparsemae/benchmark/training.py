@@ -6,8 +6,6 @@ second and core; where the time goes is measured stage by stage. A step is that 
 sparse training multiplies dense matrices (the mask moves), so a step costs what a dense one does, and the masks on top.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable, Iterator

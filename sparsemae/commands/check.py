@@ -4,8 +4,6 @@ Classes of images are reported here, masks in `check_masks`. In tars and other c
 that `Source.filename` gives it.
 """
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """What in a set of images and masks would break or spoil a run."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path

@@ -5,8 +5,6 @@ standard deviation are exact: sums of integers over all pixels of the training s
 size, where a large image weighs more than a small one.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import warnings

@@ -1,7 +1,5 @@
 """Figures of a trained or packed model on a validation split, each image counted once."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 
 import torch

@@ -3,8 +3,6 @@
 A mask's values are those of the data set that the model was trained on: it may be used where an annotation is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

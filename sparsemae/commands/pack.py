@@ -1,7 +1,5 @@
 """From a finetuned run to the packed file that is shipped, held against the model it was made of."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Predictions for image files, by a packed file (without torch) or by a run's model, a segmenter's as pictures."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice

@@ -4,8 +4,6 @@ Both see frozen features of the *sparse* network, from images prepared as in eva
 the mean of the patch tokens after the final norm, as the finetuned classifier pools them.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

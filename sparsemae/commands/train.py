@@ -1,7 +1,5 @@
 """Every training, whatever its task: open, build, start, make sparse, fit, freeze, save."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Multiply-adds of a forward, counted while it runs on the meta device, not by formulas beside the model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

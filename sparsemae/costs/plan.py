@@ -3,8 +3,6 @@
 Everything is counted on the models that the job would build, on the meta device, not by formulas beside them.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 

@@ -7,8 +7,6 @@ is not seen; nor is a GPU's context. On a CPU the real peak of a ViT-B's step is
 Formulas per layer would be shorter, and wrong at the next change of a layer.
 """
 
-from __future__ import annotations
-
 import weakref
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ worker would arrive as a page of traceback. In training the next readable image 
 of seed, epoch and index; an evaluation, which counts each image once, stops.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -6,8 +6,6 @@ images, in the original order. It is made from the original IDX files by
     python -m sparsemae.data.embedded FOLDER_WITH_THE_IDX_FILES
 """
 
-from __future__ import annotations
-
 import gzip
 import lzma
 import sys

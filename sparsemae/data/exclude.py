@@ -1,7 +1,5 @@
 """The list of images to leave out: one path a line, relative to the data set's root; bytes that are no UTF-8 pass."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """From an image file to RGB pixels: the one way of training, check and prediction. Nothing here imports torch."""
 
-from __future__ import annotations
-
 import struct
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Images of other libraries behind timm's reader interface: HF datasets, and torchvision's own sets."""
 
-from __future__ import annotations
-
 import importlib.util
 import inspect
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """From a data set to batches on the CPU, and what becomes of the samples that could not be read."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 

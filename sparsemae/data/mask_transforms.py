@@ -1,7 +1,5 @@
 """Images and masks cut, turned and resized together: training and evaluation transforms of segmentation."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

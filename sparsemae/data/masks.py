@@ -4,8 +4,6 @@ Inside the program a mask is uint8: classes from 0, and 255 for a pixel that is 
 index mask are values (1, 8 or 16 bits; a palette PNG's are its indices, never its colors); color masks need a table.
 """
 
-from __future__ import annotations
-
 import colorsys
 from dataclasses import dataclass
 from functools import cached_property

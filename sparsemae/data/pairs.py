@@ -1,7 +1,5 @@
 """Images with masks: where they lie, and which mask belongs to which image."""
 
-from __future__ import annotations
-
 import os
 from contextlib import suppress
 from functools import partial

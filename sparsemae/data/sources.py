@@ -5,8 +5,6 @@ all. Images are read through timm's reader interface, not timm's ``ImageDataset`
 files.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import re

@@ -7,8 +7,6 @@ tars from the file system and shares one file position among forked workers; its
 What an image is called and which class it has follows them.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import os

@@ -1,7 +1,5 @@
 """What is done to an image before the model sees it: training and evaluation transforms, and normalization."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The whole chain on the embedded images: pretrain, finetune, freeze, evaluate, predict, with the paper's baselines."""
 
-from __future__ import annotations
-
 import json
 import math
 import statistics

@@ -4,8 +4,6 @@ As many run at a time as there are cores, one thread each, which for models this
 one. A stage that would not end within the time limit is left out.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import multiprocessing

@@ -1,7 +1,5 @@
 """The options of the commands that train nothing."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass, field
 from typing import Literal

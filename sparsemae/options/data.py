@@ -1,7 +1,5 @@
 """Where images lie, how they are prepared, and how they are augmented."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

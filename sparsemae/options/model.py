@@ -1,7 +1,5 @@
 """The network: the ViT, what stands around it, and which of its weights are trained sparse."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 

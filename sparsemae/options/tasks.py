@@ -1,7 +1,5 @@
 """The options of the jobs that train: what all have, and each task's own. The defaults are the paper's tables."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """The optimizer, the devices, and a run's bookkeeping."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -10,8 +10,6 @@ Only numpy is imported: the runtime reads files with this module. The native lib
 this one is its reference.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from itertools import combinations
 from math import comb

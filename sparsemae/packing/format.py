@@ -12,8 +12,6 @@ What a reader would not guess:
   docs/packed-format.md.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 The document of version 1 is older than `ModelCard` and has names of its own; they are translated here, and only here.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

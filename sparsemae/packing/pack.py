@@ -4,8 +4,6 @@ Every property of timm's VisionTransformer that changes the forward is either re
 name, so that the runtime never computes something else than the model that was trained.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -4,8 +4,6 @@ It reads the run folders only (metrics.jsonl, topology.jsonl, config.yaml, envir
 while a run goes on, and runs are laid over one another whatever made them.
 """
 
-from __future__ import annotations
-
 import html
 import io
 import json

@@ -5,8 +5,6 @@ Which instruction set is used is chosen when a model is loaded: the fastest that
 fp32 everywhere; bf16 and int8 weights are multiplied as fp16 or bf16 where the processor can, else as fp32.
 """
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ longer side is ``int(size * long / short)``, truncated; a crop starts at ``round
 image smaller than the crop is padded with black.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

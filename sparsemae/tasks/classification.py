@@ -1,7 +1,5 @@
 """Sparse finetuning for classification: the mask keeps moving, then it is frozen (stage 2)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """Models from their files: built as the card says, filled, and ready to be used."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

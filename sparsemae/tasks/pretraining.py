@@ -1,7 +1,5 @@
 """Sparse pretraining: a masked autoencoder whose encoder is N:M sparse, its mask moving (stage 1)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial

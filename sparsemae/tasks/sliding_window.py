@@ -3,8 +3,6 @@
 Images are resized to the short side of the training, predictions back to the images' own size.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 

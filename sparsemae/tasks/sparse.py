@@ -1,7 +1,5 @@
 """The options of N:M sparse training, applied to a model."""
 
-from __future__ import annotations
-
 import warnings
 from dataclasses import replace
 from typing import Any

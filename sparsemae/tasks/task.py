@@ -4,8 +4,6 @@ While a model is trained, an object made of the options has the data, the loss a
 only a model's card: what then remains to be done with it (build, measure, predict) are class methods.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Generic, TypeVar

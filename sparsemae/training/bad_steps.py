@@ -1,7 +1,5 @@
 """Optimizer steps whose loss or gradient is not finite: skipped, counted, and written down with their images."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

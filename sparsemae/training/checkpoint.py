@@ -6,8 +6,6 @@ where there is a moving average, ``training.safetensors`` (optimizer, masks and,
 is named, and the one before it is used. ``checkpoints/best`` points to the best one.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

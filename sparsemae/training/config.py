@@ -1,7 +1,5 @@
 """A run's settings as the machine resolves them, and how those of two runs differ."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from typing import Any
 

@@ -6,8 +6,6 @@ A task brings its loss as a function of one batch. Resuming needs weights, optim
 random is a function of the seed and of counters.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterator

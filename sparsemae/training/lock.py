@@ -5,8 +5,6 @@ some seconds does not keep the folder. The file's text is for people and for the
 and ended without a word.
 """
 
-from __future__ import annotations
-
 import fcntl
 import os
 import socket

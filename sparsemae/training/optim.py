@@ -1,7 +1,5 @@
 """Learning rates: the schedule, layer-wise decay, and who takes weight decay."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any

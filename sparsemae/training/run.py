@@ -1,7 +1,5 @@
 """The start of a run: its devices, and the folder that it alone writes into."""
 
-from __future__ import annotations
-
 import atexit
 import gc
 import json

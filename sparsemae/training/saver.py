@@ -4,8 +4,6 @@ Nothing here holds Python's lock for long: the copy is one pass over memory into
 and writing (safetensors) release it; ``torch.save`` would stop the loop for about a second per gigabyte.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """All that a run must remember to go on as if nothing had happened. The rest follows from the seed and the step."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One optimizer step: the same for the loop, for the plan of its memory and for the benchmark."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 

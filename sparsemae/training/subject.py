@@ -1,7 +1,5 @@
 """What is trained: what a task brings to the loop, which knows no task."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
