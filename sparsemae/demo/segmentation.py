@@ -4,6 +4,8 @@ The masks are computed from the images, not drawn by people (`data/embedded.py`)
 nothing about segmenting photographs.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import statistics

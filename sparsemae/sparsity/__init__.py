@@ -4,12 +4,12 @@ from sparsemae.sparsity.convert import (
     add_srste_gradient,
     dense_weights,
     densify,
-    zero_pruned,
     freeze,
     hold_masks,
     iter_sparse,
     shrink_pruned,
     sparsify,
+    zero_pruned,
 )
 from sparsemae.sparsity.linear import NMLinear
 from sparsemae.sparsity.pattern import NMPattern, nm_mask
@@ -27,7 +27,6 @@ __all__ = [
     "add_srste_gradient",
     "dense_weights",
     "densify",
-    "zero_pruned",
     "freeze",
     "hold_masks",
     "iter_sparse",
@@ -35,4 +34,5 @@ __all__ = [
     "shrink_pruned",
     "sparsify",
     "summarize",
+    "zero_pruned",
 ]
