@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from sparsemae.commands.check_records import USABLE, Report, read_records
-from sparsemae.data.masks import IGNORED, Legend
-from sparsemae.data.pairs import find_masks, open_legend, unmatched
+from sparsemae.data.masks import IGNORED
+from sparsemae.data.pairs import find_masks, unmatched
 from sparsemae.data.sources import Source, Split
 from sparsemae.options.data import SourceConfig
 
@@ -17,7 +17,7 @@ from sparsemae.options.data import SourceConfig
 class MaskReport(Report):
     """What `examine_masks` found."""
 
-    legend: Legend
+    reduce_zero_label: bool
     unmatched: dict[str, list[Path]]
     """Images without masks, and masks without images."""
 
@@ -32,7 +32,7 @@ class MaskReport(Report):
     def reduced_twice(self) -> bool:
         """The masks look as if their zero label had been removed already: 255 occurs, the highest class never."""
         values = frozenset().union(*(file.values for file in self.files))
-        return self.legend.reduce_zero_label and IGNORED in values and len(self.class_names) not in values
+        return self.reduce_zero_label and IGNORED in values and len(self.class_names) not in values
 
     @property
     def exclude(self) -> list[str]:
@@ -74,9 +74,10 @@ class MaskReport(Report):
 def examine_masks(data: SourceConfig, smallest: int = 1) -> MaskReport:
     """Read every pair of both splits, with a progress display."""
     sources: dict[Split, Source] = {"train": find_masks(data, "train"), "val": find_masks(data, "val")}
-    legend = open_legend(data)
     alone: dict[str, list[Path]] = {}
     for source in sources.values():
         for what, files in unmatched(source, data).items():
             alone[what] = list(dict.fromkeys(alone.get(what, []) + files))  # of one split that was cut in two
-    return MaskReport(Path(data.root or "."), *read_records(sources, data, smallest), legend.class_names, legend, alone)
+    records, legend = read_records(sources, data, smallest), sources["train"].legend
+    assert legend is not None
+    return MaskReport(Path(data.root or "."), *records, legend.class_names, legend.reduce_zero_label, alone)

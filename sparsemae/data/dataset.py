@@ -87,9 +87,8 @@ class ImageDataset(Dataset[Any]):
             if not training:
                 return Unreadable(failed[0])
             # more than a run tolerates: it stops when its processes next meet, until then they keep in step
-            image, target = Image.new("RGB", (self.smallest, self.smallest)), 0
-            if self.source.legend is not None:
-                target = np.full((self.smallest, self.smallest), IGNORED, np.uint8)
+            image = Image.new("RGB", (self.smallest, self.smallest))
+            target = np.full(image.size, IGNORED, np.uint8) if self.source.legend else 0
         noise = {"noise": torch.rand(self.patches)} if self.patches else {}  # before the transform's own draws
         pixels, target = self.transform(image, target)
         return {"image": pixels, "target": target, "index": index, "unreadable": failed, **noise}

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sparsemae.data.masks import Legend
+
 TRAIN_IMAGES, TEST_IMAGES, SIDE = 10_000, 10_000, 28
 CLASS_NAMES = [
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -57,6 +59,9 @@ class EmbeddedReader:
 
 class EmbeddedPairs(EmbeddedReader):
     """Images, and the classes of all their pixels, uint8 ``[28, 28]``, in place of a label."""
+
+    class_names, one_size = ["Background", *CLASS_NAMES], True
+    legend = Legend(class_names)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
         return super().__getitem__(index)[0], masks(self.split)[index]

@@ -29,13 +29,14 @@ class NumberedReader:
         return self.items[index]
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        """The set as if it were a folder."""
         return f"{self.name}/{index:07d}"
 
 
-Openers = dict[Literal["train", "val"], Callable[[], NumberedReader]]
+Readers = dict[Literal["train", "val"], Callable[[], Any]]
 
 
-def open_hfds(root: Path) -> Openers:
+def open_hfds(root: Path) -> Readers:
     """A folder that HF datasets loads. Raises ValueError naming it if it is none, or lacks a split or a column."""
     if importlib.util.find_spec("datasets") is None:
         raise ValueError("data.source: hfds wants the package datasets, which is not installed: pip install datasets")
@@ -63,11 +64,11 @@ def open_hfds(root: Path) -> Openers:
             raise ValueError(f"{root}: wanted a column label with the names of its classes (ClassLabel) in {name}")
         return NumberedReader(reader, f"{root}/{name}", list(reader.class_to_idx))
 
-    openers: Openers = {"train": partial(opened, names["train"])}
-    return openers | ({"val": partial(opened, names["val"])} if names["val"] else {})
+    readers: Readers = {"train": partial(opened, names["train"])}
+    return readers | ({"val": partial(opened, names["val"])} if names["val"] else {})
 
 
-def open_torchvision(root: str, name: str | None, download: bool) -> Openers:
+def open_torchvision(root: str, name: str | None, download: bool) -> Readers:
     """One of torchvision's sets. Raises ValueError naming the option or the set if it is none, or not there."""
     known = {cls: getattr(torchvision.datasets, cls) for cls in torchvision.datasets.__all__}
     if name == "ImageFolder":

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from sparsemae.data.embedded import CLASS_NAMES, EmbeddedPairs
+from sparsemae.data.embedded import EmbeddedPairs
 from sparsemae.data.exclude import read_exclude
 from sparsemae.data.images import SUFFIXES
 from sparsemae.data.masks import IGNORED, SCENEPARSE150, Legend, read_classes
-from sparsemae.data.sources import SPLIT_FOLDERS, Openers, Source, Split, check_options, open_split
+from sparsemae.data.sources import SPLIT_FOLDERS, Readers, Source, Split, check_options, open_split
 from sparsemae.options.data import SourceConfig
 
 MASK_FOLDERS = ("annotations", "masks", "labels")
@@ -24,7 +24,7 @@ OPTIONS: dict[str, set[str]] = {"embedded": set(), "folder": {"classes", *_ROOT}
 class PairReader:
     """The reader interface of timm over images and PNG masks of the same stem; the label is the mask's path."""
 
-    def __init__(self, images: Path, masks: Path) -> None:
+    def __init__(self, images: Path, masks: Path, legend: Legend) -> None:
         """Raises ValueError, naming the folders, if there is no pair."""
         image_files, mask_files = _by_stem(images, SUFFIXES), _by_stem(masks, (".png",))
         common = sorted(image_files.keys() & mask_files.keys())
@@ -33,6 +33,7 @@ class PairReader:
                 f"{images}: wanted images with PNG masks of the same names in {masks}, "
                 f"got {len(image_files)} images and {len(mask_files)} masks without a common name"
             )
+        self.legend, self.class_names = legend, legend.class_names
         self.pairs = [(image_files[stem], mask_files[stem]) for stem in common]
         self.unmatched = {
             "images without masks": [file for stem, file in image_files.items() if stem not in mask_files],
@@ -47,6 +48,7 @@ class PairReader:
         return image.open("rb"), mask
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        """Of the image."""
         return str(self.pairs[index][0])
 
 
@@ -70,9 +72,9 @@ def open_masks(data: SourceConfig, split: Split, limit: int | None = None) -> So
 def find_masks(data: SourceConfig, split: Split, limit: int | None = None) -> Source:
     """As `open_masks`, of the pairs that there are."""
     check_options(data, OPTIONS, "images with masks")
-    legend = open_legend(data)
     if data.source == "embedded":
-        return open_split(data, {part: partial(_embedded, part, legend) for part in SPLIT_FOLDERS}, split, limit)
+        return open_split(data, {part: partial(EmbeddedPairs, part) for part in SPLIT_FOLDERS}, split, limit)
+    legend = _legend(data)
     images, masks = _folders(Path(data.root or "."))
     folders = {
         part: next((name for name in names if (images / name).is_dir() or (masks / name).is_dir()), None)
@@ -80,28 +82,15 @@ def find_masks(data: SourceConfig, split: Split, limit: int | None = None) -> So
     }
     if folders["val"] and not folders["train"]:
         raise ValueError(f"{images}: wanted the folders train and {folders['val']}, got {folders['val']} alone")
-    openers: Openers = {
-        part: partial(_paired, images / (name or ""), masks / (name or ""), legend)
+    readers: Readers = {
+        part: partial(PairReader, images / (name or ""), masks / (name or ""), legend)
         for part, name in folders.items()
         if name or part == "train"
     }
-    return open_split(data, openers, split, limit)
+    return open_split(data, readers, split, limit)
 
 
-def _embedded(split: Split, legend: Legend) -> Source:
-    reader = EmbeddedPairs(split)
-    return Source(reader, legend.class_names, np.arange(len(reader)), legend=legend, one_size=True)
-
-
-def _paired(images: Path, masks: Path, legend: Legend) -> Source:
-    reader = PairReader(images, masks)
-    return Source(reader, legend.class_names, np.arange(len(reader)), legend=legend)
-
-
-def open_legend(data: SourceConfig) -> Legend:
-    """What the values of a source's masks mean."""
-    if data.source == "embedded":
-        return Legend(["Background", *CLASS_NAMES])
+def _legend(data: SourceConfig) -> Legend:
     names, colors = read_classes(data.classes or SCENEPARSE150)
     sceneparse = data.source == "sceneparse"
     reduce_zero_label = sceneparse if data.reduce_zero_label is None else data.reduce_zero_label

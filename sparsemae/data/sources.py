@@ -8,9 +8,9 @@ files.
 import errno
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,18 +70,18 @@ class Source:
         Raises ValueError naming the file if it is unreadable or too small, ConnectionError if the source itself is
         gone.
         """
-        return self.decode(index, *self.open(index), smallest, exif)
+        file, label = self.open(index)
+        return self.decode(index, file, label, smallest, exif)
 
-    def open(self, index: int) -> tuple[Any, Any]:
-        """What the reader has of one image. Raises as `read`."""
+    def open(self, index: int) -> Any:
+        """What the reader has of one image: file or PIL image, and label. Raises as `read`."""
         try:
-            file, label = self.reader[int(self.indices[index])]
+            return self.reader[int(self.indices[index])]
         except UNREADABLE as error:  # torchvision's sets decode here
             name = self.filename(index)
             if isinstance(error, OSError) and _is_gone(error, name):
                 raise ConnectionError(f"{name}: {error.strerror}") from error
             raise ValueError(f"{name}: unreadable image: {reason(error)}") from error
-        return file, label
 
     def decode(
         self, index: int, file: Any, label: Any, smallest: int = 1, exif: bool = False
@@ -92,8 +92,7 @@ class Source:
         target = self.target(label)
         if self.legend is None or image.size == target.shape[::-1]:
             return image, target
-        height, width = target.shape
-        turned = image.size == (height, width)
+        (height, width), turned = target.shape, image.size == target.shape
         raise ValueError(
             f"{label}: wanted the size of its image, {image.width} x {image.height} px, got {width} x {height} px"
             + f" (turned by the image's EXIF orientation? then data.exif {str(not exif).lower()})" * turned
@@ -112,13 +111,13 @@ _OF_ONE_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISD
 
 def _is_gone(error: OSError, name: str) -> bool:
     """Whether the source itself is out of reach, rather than one image of it."""
-    if error.errno is None:
-        return False
-    return error.errno not in _OF_ONE_FILE or not os.path.isdir(os.path.dirname(error.filename or name))
+    folder = os.path.dirname(error.filename or name)
+    return error.errno is not None and (error.errno not in _OF_ONE_FILE or not os.path.isdir(folder))
 
 
-Openers = dict[Split, Callable[[], Source]]
-"""How to open each split there is: ``train`` always, ``val`` where the set has one."""
+Readers = dict[Split, Callable[[], Any]]
+"""How to open a reader of each split there is: ``train`` always, ``val`` where the set has one. It knows its
+``class_names``, and with masks its ``legend``."""
 
 
 def open_source(data: SourceConfig, split: Split, limit: int | None = None) -> Source:
@@ -129,18 +128,21 @@ def open_source(data: SourceConfig, split: Split, limit: int | None = None) -> S
     what the set does not hold, or leaves nothing.
     """
     check_options(data, OPTIONS, "images with classes")
-    openers = _openers(data)
-    if "val" in openers:
-        train, val = cache(openers["train"]), openers["val"]
-        openers = {"train": train, "val": lambda: _with_classes_of(train(), val(), data)}
-    return open_split(data, openers, split, limit)
+    return open_split(data, _readers(data), split, limit)
 
 
-def open_split(data: SourceConfig, openers: Openers, split: Split, limit: int | None) -> Source:
+def open_split(data: SourceConfig, readers: Readers, split: Split, limit: int | None) -> Source:
     """One split, held out where there is but one, without what is excluded, and at most ``limit`` images of it."""
-    source = openers[split]() if "val" in openers else _held_out(openers["train"](), split)
+    reader = readers[split if "val" in readers else "train"]()
+    legend, one_size = getattr(reader, "legend", None), getattr(reader, "one_size", False)
+    source = Source(reader, reader.class_names, np.arange(len(reader)), None, legend, one_size)
+    others = [opener for name, opener in readers.items() if name != split]
+    if "val" not in readers:
+        source = _held_out(source, split)
+    elif split == "val" and legend is None:
+        train = readers["train"]()
+        source, others = _with_classes_of(train.class_names, source, data), [lambda: train]
     if data.exclude is not None:
-        others = [opened for name, opened in openers.items() if name != split]
         source = _without(source, Path(data.root or "."), data.exclude, others)
     if limit is None:
         return source
@@ -188,14 +190,14 @@ def split_tars(root: Path) -> dict[Split, list[Path]]:
     return found
 
 
-def _openers(data: SourceConfig) -> Openers:
+def _readers(data: SourceConfig) -> Readers:
     if data.source == "embedded":
-        return _whole({"train": partial(EmbeddedReader, "train"), "val": partial(EmbeddedReader, "val")})
+        return {"train": partial(EmbeddedReader, "train"), "val": partial(EmbeddedReader, "val")}
     assert data.root is not None
     if data.source == "fashion-mnist":
-        return _whole(open_torchvision(data.root, "FashionMNIST", download=True))
+        return open_torchvision(data.root, "FashionMNIST", download=True)
     if data.source == "torchvision":
-        return _whole(open_torchvision(data.root, data.name, data.download))
+        return open_torchvision(data.root, data.name, data.download)
     if "://" in data.root or data.root.startswith("pipe:"):
         raise ValueError(
             f"data.root: wanted a local path, got {data.root}: images are read in any order, each once an epoch, and a "
@@ -205,34 +207,25 @@ def _openers(data: SourceConfig) -> Openers:
     if not root.is_dir() and not (root.is_file() and data.source in ("tar", "wds")):
         raise ValueError(f"{root}: no such folder")
     if data.source == "hfds":
-        return _whole(open_hfds(root))
+        return open_hfds(root)
     if data.source == "folder":
         folders = split_folders(root)
-        openers: Openers = {"train": partial(_folder, folders["train"] or root)}
-        return openers | ({"val": partial(_folder, folders["val"])} if folders["val"] else {})
+        readers: Readers = {"train": partial(_folder, folders["train"] or root)}
+        return readers | ({"val": partial(_folder, folders["val"])} if folders["val"] else {})
     read = read_tars if data.source == "tar" else read_shards
     tars = split_tars(root)
     if not tars["train"]:
         raise ValueError(f"{root}: wanted .tar files in it, or in its folders train and val, found none")
-    return _whole({split: partial(read, files) for split, files in tars.items() if files})
+    return {split: partial(read, files) for split, files in tars.items() if files}
 
 
-def _whole(readers: Mapping[Split, Callable[[], Any]]) -> Openers:
-    """Sources of all that readers have which know their classes."""
-
-    def opened(read: Callable[[], Any]) -> Source:
-        reader = read()
-        return Source(reader, reader.class_names, np.arange(len(reader)))
-
-    return {split: partial(opened, read) for split, read in readers.items()}
-
-
-def _folder(folder: Path) -> Source:
+def _folder(folder: Path) -> Any:
     try:
         reader = create_reader("", str(folder))
     except RuntimeError as error:
         raise ValueError(f"{folder}: wanted images in it or in its subfolders, found none") from error
-    return Source(reader, list(reader.class_to_idx), np.arange(len(reader)))
+    reader.class_names = list(reader.class_to_idx)
+    return reader
 
 
 def _held_out(source: Source, split: Split) -> Source:
@@ -242,21 +235,21 @@ def _held_out(source: Source, split: Split) -> Source:
     return replace(source, indices=np.sort(order[:held_out] if split == "val" else order[held_out:]))
 
 
-def _with_classes_of(train: Source, val: Source, data: SourceConfig) -> Source:
+def _with_classes_of(class_names: list[str], val: Source, data: SourceConfig) -> Source:
     """The validation split, numbered as the training split numbers its classes, all of which it need not have."""
-    number = {name: i for i, name in enumerate(train.class_names)}
+    number = {name: i for i, name in enumerate(class_names)}
     extra = [name for name in val.class_names if name not in number]
     if extra:
         raise ValueError(f"{data.root}: wanted in val the classes of train, got another: {', '.join(extra[:3])}")
-    return replace(val, class_names=train.class_names, labels=np.array([number[name] for name in val.class_names]))
+    return replace(val, class_names=class_names, labels=np.array([number[name] for name in val.class_names]))
 
 
-def _without(source: Source, root: Path, file: str, others: list[Callable[[], Source]]) -> Source:
+def _without(source: Source, root: Path, file: str, others: Sequence[Callable[[], Any]]) -> Source:
     """A source without the images that a list names; the labels of the classes stay."""
-    listed, paths = read_exclude(file, root), _paths(source)
-    unknown = listed.keys() - {*paths, *_unmatched(source)}
+    listed, paths = read_exclude(file, root), _paths(source.reader)
+    unknown = listed.keys() - {*paths, *_unmatched(source.reader)}
     if unknown:
-        unknown -= {path for other in others for part in [other()] for path in (*_paths(part), *_unmatched(part))}
+        unknown -= {path for other in others for reader in [other()] for path in _paths(reader) + _unmatched(reader)}
     if unknown:
         raise ValueError(
             f"data.exclude: {file}: wanted images of {root}, one path a line relative to it, got {len(unknown)} that "
@@ -268,13 +261,11 @@ def _without(source: Source, root: Path, file: str, others: list[Callable[[], So
     return replace(source, indices=kept)
 
 
-def _paths(source: Source) -> list[str]:
+def _paths(reader: Any) -> list[str]:
     """Of all the reader's images, both parts of a split that was cut in two."""
-    reader = source.reader
     return [os.path.normpath(reader.filename(i, absolute=True)) for i in range(len(reader))]
 
 
-def _unmatched(source: Source) -> list[str]:
+def _unmatched(reader: Any) -> list[str]:
     """What the reader found but cannot give: an image without a mask, a mask without an image."""
-    found = getattr(source.reader, "unmatched", {}).values()
-    return [os.path.normpath(path) for files in found for path in files]
+    return [os.path.normpath(path) for files in getattr(reader, "unmatched", {}).values() for path in files]
