@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test check holds bench fuzz reliability sanitize format results segment
+.PHONY: demo test check holds bench gpu fuzz reliability sanitize format results segment
 
 demo: $(STAMP)
 	$(BIN)/sparsemae demo
@@ -42,6 +42,13 @@ bench: $(STAMP)
 	$(BIN)/sparsemae benchmark --section training --images runs/photographs/folder --json docs/benchmark-training.json
 	$(BIN)/sparsemae benchmark --section saving --json docs/benchmark-saving.json
 	$(BIN)/python docs/update.py
+
+# training on a GPU, right and how fast: on a machine that has torch, timm and Lightning, without network or .venv
+DEVICE ?= cuda
+OUT ?= gpu-results
+ONLY ?=
+gpu:
+	$(PYTHON) tools/gpu.py --device $(DEVICE) --out $(OUT) $(if $(ONLY),--only $(ONLY))
 
 # every fault and every kind of resume, what came out into docs/reliability.md
 reliability: $(STAMP)

@@ -35,10 +35,12 @@ import timm  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
 from lightning_fabric import Fabric  # noqa: E402
+from PIL import Image  # noqa: E402
 from torch import nn  # noqa: E402
 
 from sparsemae.commands.train import train  # noqa: E402
 from sparsemae.costs.step_memory import step_memory  # noqa: E402
+from sparsemae.data.embedded import CLASS_NAMES, EmbeddedReader, masks  # noqa: E402
 from sparsemae.data.sampling import BatchPlan, seed_all  # noqa: E402
 from sparsemae.models.weights import read_weights  # noqa: E402
 from sparsemae.options.tasks import FinetuneConfig, PretrainConfig, SegmentConfig, TrainingConfig  # noqa: E402
@@ -64,6 +66,7 @@ class Bench:
         self.device, self.out, self.tiny = device, out, device == "cpu"
         self.until = time.monotonic() + 60 * minutes
         out.mkdir(parents=True, exist_ok=True)
+        write_images(out / "images")
         self.file = (out / "gpu.jsonl").open("w")
 
     def note(self, part: str, verdict: str, **figures: Any) -> None:
@@ -129,15 +132,35 @@ def recipe(name: str, **changes: dict[str, Any]) -> Any:
 TINY = {"name": "vit_base_patch16_224", "args": {"patch_size": 7, "embed_dim": 64, "depth": 4, "num_heads": 2}}
 
 
+def write_images(root: Path) -> None:
+    """The first embedded images as files, with classes and with masks: an evaluation of all 10,000 would take long."""
+    for split, count in (("train", 128), ("val", 32)):
+        reader, classes = EmbeddedReader(split), masks(split)
+        for index in range(count):
+            image, label = reader[index]
+            where = {
+                root / f"classes/{split}/{label}/{index}.png": image, root / f"masks/images/{split}/{index}.png": image,
+                root / f"masks/masks/{split}/{index}.png": Image.fromarray(classes[index]),
+            }  # fmt: skip
+            for file, picture in where.items():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                picture.save(file)
+    (root / "masks/classes.txt").write_text("\n".join(["Background", *CLASS_NAMES]))
+
+
 def small(bench: Bench, job: str, out: str, **trainer: Any) -> Any:
-    """A demo job of a few steps on the embedded images, in fp32."""
+    """A demo job of a few steps on these images, in fp32."""
+    root = bench.out / "images"
+    where = {"root": str(root / "classes")}
+    if job == "segment":
+        where = {"root": str(root / "masks"), "classes": str(root / "masks/classes.txt")}
     settings = {
         "accelerator": bench.device, "precision": "fp32", "global_batch": 32, "epochs": 2, "save_every_steps": 3,
         "log_every_steps": 1, "evaluate_every_epochs": 100, "compile": False, "steps": None, **trainer,
     }  # fmt: skip
     return recipe(
         f"demo_{job}", out=out, init=None, model={**TINY, "drop_path": 0.1}, trainer=settings,
-        data={"train_images": 128, "workers": 0},
+        data={"source": "folder", **where, "train_images": None, "workers": 0},
         # epsilon 1: AdamW's first steps would else be signs of gradients, of rounding noise where these are nearly 0
         optim={"warmup_epochs": 0.5, "warmup_steps": None, "eps": 1.0, "lr": 1.0, "min_lr": 0.0, "weight_decay": 0.0},
     )  # fmt: skip
@@ -171,14 +194,16 @@ def jobs_agree_with_cpu(bench: Bench) -> None:
     """A few steps of each job, on the CPU and on the device."""
     for job in KINDS:
         with tempfile.TemporaryDirectory() as folder:
-            for name, device in (("cpu", "cpu"), ("device", bench.device)):
+            for name, device in (("cpu", "cpu"), ("device", bench.device), ("again", bench.device)):
                 config = small(bench, job, f"{folder}/{name}", accelerator=device, max_steps=3)
                 config.model = replace(config.model, drop_path=0.0)  # drawn, like erasing, on the device
                 if isinstance(config, FinetuneConfig):
                     config.erasing = 0.0
                 train(config)
             found = difference(weights(f"{folder}/cpu"), weights(f"{folder}/device"))
-        bench.check(f"{job}: 3 steps as on the CPU", found < 5e-2, largest_relative_difference=f"{found:.1e}")
+            noise = difference(weights(f"{folder}/again"), weights(f"{folder}/device"))
+        figures = {"largest_relative_difference": f"{found:.1e}", "of_two_equal_runs": f"{noise:.1e}"}
+        bench.check(f"{job}: 3 steps as on the CPU", found < 2e-2 + noise, **figures)
 
 
 def jobs_resume(bench: Bench) -> None:
@@ -263,12 +288,11 @@ def out_of_memory(bench: Bench) -> None:
     if bench.tiny:
         bench.note("out of memory", "not run", reason="a CPU swaps")
         return
-    held = torch.empty(int(0.97 * torch.cuda.mem_get_info()[0]), dtype=torch.uint8, device=bench.device)
+    held = torch.empty(int(0.995 * torch.cuda.mem_get_info()[0]), dtype=torch.uint8, device=bench.device)
     said = ""
     with tempfile.TemporaryDirectory() as folder:
         config = small(bench, "finetune", f"{folder}/run")
-        config.data = replace(config.data, train_images=None)
-        config.trainer = replace(config.trainer, global_batch=8192)
+        config.trainer = replace(config.trainer, global_batch=128)
         config.model = replace(config.model, args={**config.model.args, "embed_dim": 768, "num_heads": 12})
         try:
             train(config)
