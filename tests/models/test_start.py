@@ -24,7 +24,7 @@ def test_a_timm_file_fills_the_encoder_and_leaves_the_head(tmp_path: Path) -> No
     source, model = vit(), vit(global_pool="avg", num_classes=5)
     head = model.head.weight.clone()
     result = start_from(model, save(tmp_path, source.state_dict()))
-    assert result.share == 1.0
+    assert result.fraction == 1.0
     assert torch.equal(model.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
     assert torch.equal(model.head.weight, head)
     assert "norm.weight" in result.loaded.unexpected
@@ -77,16 +77,16 @@ def test_mae_files_full_and_encoder_only(tmp_path: Path, full: bool) -> None:
     if not full:
         state = {key: value for key, value in state.items() if not key.startswith(("decoder", "mask_token"))}
     result = start_from(vit(global_pool="avg"), save(tmp_path, {"model": state}))
-    assert result.share == 1.0
+    assert result.fraction == 1.0
     assert "under CC BY-NC 4.0: not for commercial use" in str(result)
 
 
-def test_the_licence_of_timms_weights_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_license_of_timms_weights_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     source, model = vit(), vit(global_pool="avg")
     source.pretrained_cfg = {"license": "cc-by-nc-4.0"}
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained: source)
     result = start_from(model, "timm:vit_base_patch16_224.mae")
-    assert "licence of timm:vit_base_patch16_224.mae, as timm names it: cc-by-nc-4.0" in str(result)
+    assert "license of timm:vit_base_patch16_224.mae, as timm names it: cc-by-nc-4.0" in str(result)
 
 
 def test_another_architecture_is_refused_with_the_share_matched(tmp_path: Path) -> None:
@@ -106,5 +106,5 @@ def test_one_tensor_that_does_not_fit_is_left_out_above_the_share(tmp_path: Path
     state = vit().state_dict()
     state["patch_embed.proj.bias"] = torch.ones(7)
     result = start_from(vit(), save(tmp_path, state))
-    assert 0.9 <= result.share < 1
+    assert 0.9 <= result.fraction < 1
     assert "patch_embed.proj.bias" in result.loaded.missing
