@@ -70,7 +70,7 @@ def start_from(model: nn.Module, source: str) -> Start:
     encoder = model if isinstance(model, VisionTransformer) else model.encoder
     assert isinstance(encoder, VisionTransformer)
     origin = _open(source)
-    state = origin.state
+    state = dict(origin.state)
     try:
         resized = _resample_positions(state, encoder)
     except RuntimeError as error:  # torch's, on position embeddings that are no grid of numbers
@@ -82,19 +82,19 @@ def start_from(model: nn.Module, source: str) -> Start:
     }
     fits = {name for name, shape in wanted.items() if name in state and state[name].shape == shape}
     fraction = sum(wanted[name].numel() for name in fits) / sum(shape.numel() for shape in wanted.values())
-    wrong = f"{source}: checkpoint of another architecture: "
-    if fraction < WANTED_FRACTION:
-        raise ValueError(
-            f"{wrong}wanted at least {WANTED_FRACTION:.0%} of the encoder's parameters, matched {fraction:.1%}; "
-            f"{_difference(state, wanted, fits)}{_setting(origin)}"
-        )
     own = {name: value.shape for name, value in public_state(model).items()}
     pools = not isinstance(encoder.fc_norm, nn.Identity)
     replaced = (*REPLACED, "norm.*") if pools or model is not encoder else REPLACED
-    of_stage = {name for name in state if any(fnmatchcase(name, glob) for glob in replaced)}
     unfit = [name for name, value in state.items() if own.get(name) != value.shape]
-    if lost := [name for name in unfit if name not in of_stage]:
-        raise ValueError(f"{wrong}the model has no place for its {_some(lost, state, own)}{_setting(origin, lost)}")
+    lost = [name for name in unfit if not any(fnmatchcase(name, glob) for glob in replaced)]
+    wrong, setting = f"{source}: checkpoint of another architecture: ", _setting(origin, lost)
+    if fraction < WANTED_FRACTION:
+        raise ValueError(
+            f"{wrong}wanted at least {WANTED_FRACTION:.0%} of the encoder's parameters, matched {fraction:.1%}; "
+            f"{_difference(state, wanted, fits)}{setting}"
+        )
+    if lost:
+        raise ValueError(f"{wrong}the model has no place for its {_some(lost, state, own)}{setting}")
     if "pos_embed" in wanted and "pos_embed" not in state:
         raise ValueError(f"{wrong}wanted position embeddings, got none (rotary or relative ones cannot be taken over)")
     _check_forward(origin, encoder)
