@@ -73,7 +73,8 @@ def test_item_13_code_among_the_arguments_is_refused(tmp_path: Path, zipped: boo
 
 PREFIXES = (
     "module.", "model.", "_orig_mod.", "backbone.", "visual.", "visual.trunk.", "teacher.", "student.",
-    "model_ema.module.", "module._orig_mod.", "model.backbone.", "encoder.", "module.encoder.", "teacher.backbone.", "base_encoder.",
+    "model_ema.module.", "module._orig_mod.", "model.backbone.", "encoder.", "module.encoder.", "teacher.backbone.",
+    "base_encoder.",
 )  # fmt: skip
 
 

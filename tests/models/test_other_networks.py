@@ -220,7 +220,8 @@ def test_item_12_timms_name_is_the_architecture() -> None:
 
 
 def test_item_16_an_unreachable_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, model = [], classifier()
+    asked: list[tuple[str, float]] = []
+    model = classifier()
 
     def refuse(url: str, timeout: float) -> None:
         asked.append((url, timeout))
