@@ -4,9 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from sparsemae.data.sampling import INIT, BatchPlan, seed_all
+from sparsemae.models.architecture import architecture_of
 from sparsemae.models.start import start_from
 from sparsemae.models.weights import save_model
 from sparsemae.options.tasks import TrainingConfig
+from sparsemae.packing.pack import check_blocks
 from sparsemae.sparsity import freeze, iter_sparse, summarize
 from sparsemae.tasks import task_class
 from sparsemae.tasks.sparse import make_sparse, mask_schedule
@@ -18,6 +20,7 @@ from sparsemae.training.subject import Subject
 
 def train(config: TrainingConfig) -> Path:
     """Run (or continue) a training; returns the file of its weights, frozen where the task ends in a frozen model."""
+    config, notes = with_model_of_source(config)
     task = task_class(config.task)(config)
     task.open_data()
     card, sparse = task.card(), config.sparse
@@ -31,7 +34,11 @@ def train(config: TrainingConfig) -> Path:
     if config.init is not None:
         run.log.info(f"{config.init}: {start_from(model, config.init)}")
     make_sparse(model, sparse)
-    run.log.info("\n".join([str(summarize(encoder_of(model))), *task.notes(model)]))
+    try:
+        check_blocks(encoder_of(model))
+    except ValueError as error:
+        notes.append(f"warning: this model can be trained, not packed: {error}")
+    run.log.info("\n".join([str(summarize(encoder_of(model))), *notes, *task.notes(model)]))
     task.prepare(model, run.fabric, plan)
     card = replace(card, patterns={name: str(layer.pattern) for name, layer in iter_sparse(model)})
 
@@ -45,3 +52,12 @@ def train(config: TrainingConfig) -> Path:
         save_model(path, model, replace(card, frozen=frozen, metrics=metrics))
         run.log.info(f"wrote {path}: {task.result(metrics)}")
     return path
+
+
+def with_model_of_source(config: TrainingConfig) -> tuple[TrainingConfig, list[str]]:
+    """The options with the network of the weights to start from, where the user names none, and what to say of it."""
+    if config.init is None or config.model.name is not None:
+        return config, []
+    found = architecture_of(config.init, config.model.args)
+    model = replace(config.model, name=found.name, args=found.args)
+    return replace(config, model=model), [f"{config.init}: {found} {found.note and f'({found.note})'}".rstrip()]

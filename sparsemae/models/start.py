@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 
-import timm
 import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from sparsemae.card import ModelCard
+from sparsemae.models.architecture import Architecture, described
+from sparsemae.models.hub import pretrained
 from sparsemae.models.mae import sincos_pos_embed
-from sparsemae.models.weights import Loaded, load_weights, read_weights, to_public_names
+from sparsemae.models.names import public_names
+from sparsemae.models.vit import build_vit
+from sparsemae.models.weights import Loaded, card_of, load_weights, public_state, read_weights
 
 NEW = ("head.*", "fc_norm.*", "*.weight_mask")
 """Never taken over: the head and its norm are new in each stage, and a frozen mask moves again."""
+REPLACED = (
+    *NEW, "head_dist.*", "pre_logits.*", "attn_pool.*", "classifier.*", "pooler.*", "mask_token", "dist_token",
+    "decoder*", "pyramid.*", "decode_head.*", "auxiliary_head.*",
+)  # fmt: skip
+"""What a stage has in place of the source's own, by design: everything else of the source must find its place."""
+KNOWN = re.compile(
+    r"cls_token|reg_token|pos_embed|(patch_embed\.proj|norm_pre|norm)\.(weight|bias)|blocks\.\d+\.(ls[12]\.gamma|"
+    r"(norm[12]|attn\.(qkv|proj|norm|q_norm|k_norm)|mlp\.(fc1|fc2|norm))\.(weight|bias))"
+)
+"""What some VisionTransformer of timm has."""
 WANTED_FRACTION = 0.9
 MAE_LICENSE = "weights published by MAE's authors are under CC BY-NC 4.0: not for commercial use"
 
@@ -47,13 +63,15 @@ def start_from(model: nn.Module, source: str) -> Start:
             timm's pretrained weights, which are downloaded.
 
     Raises:
-        ValueError: the source cannot be read, or used, or fewer than 90 % of the encoder's parameters match by name and
-            shape (says how many); names the source.
+        ValueError: the source cannot be read, or is of another network: fewer than 90 % of the encoder's parameters
+            match by name and shape (says how many), or something of it has no place in the model; names the source
+            and, where that is known, the settings that would take it.
     """
     encoder = model if isinstance(model, VisionTransformer) else model.encoder
     assert isinstance(encoder, VisionTransformer)
+    origin = _open(source)
+    state = dict(origin.state)
     try:
-        state, license = _state(source)
         resized = _resample_positions(state, encoder)
     except RuntimeError as error:  # torch's, on position embeddings that are no grid of numbers
         raise ValueError(f"{source}: {error}") from error
@@ -64,32 +82,105 @@ def start_from(model: nn.Module, source: str) -> Start:
     }
     fits = {name for name, shape in wanted.items() if name in state and state[name].shape == shape}
     fraction = sum(wanted[name].numel() for name in fits) / sum(shape.numel() for shape in wanted.values())
+    own = {name: value.shape for name, value in public_state(model).items()}
+    pools = not isinstance(encoder.fc_norm, nn.Identity)
+    replaced = (*REPLACED, "norm.*") if pools or model is not encoder else REPLACED
+    unfit = [name for name, value in state.items() if own.get(name) != value.shape]
+    lost = [name for name in unfit if not any(fnmatchcase(name, glob) for glob in replaced)]
+    wrong, setting = f"{source}: checkpoint of another architecture: ", _setting(origin, lost)
     if fraction < WANTED_FRACTION:
         raise ValueError(
-            f"{source}: checkpoint of another architecture: wanted at least {WANTED_FRACTION:.0%} of the encoder's "
-            f"parameters, matched {fraction:.1%}; {_difference(state, wanted, fits)}"
+            f"{wrong}wanted at least {WANTED_FRACTION:.0%} of the encoder's parameters, matched {fraction:.1%}; "
+            f"{_difference(state, wanted, fits)}{setting}"
         )
-    unfit = [name for name in wanted if name in state and name not in fits]
+    if lost:
+        raise ValueError(f"{wrong}the model has no place for its {_some(lost, state, own)}{setting}")
+    if "pos_embed" in wanted and "pos_embed" not in state:
+        raise ValueError(f"{wrong}wanted position embeddings, got none (rotary or relative ones cannot be taken over)")
+    _check_forward(origin, encoder)
     loaded = load_weights(model, state, ignore=[*NEW, *unfit], name=source)
-    return Start(loaded, fraction, resized, [license] if license else [])
+    beside = f"beside it and left out: {len(origin.beside)} tensors ({', '.join(origin.beside[:3])})"
+    return Start(loaded, fraction, resized, [origin.license] * bool(origin.license) + [beside] * bool(origin.beside))
 
 
-def _state(source: str) -> tuple[dict[str, Tensor], str]:
-    """Tensors under public names, and what to say of their license."""
-    name = source.removeprefix("timm:")
-    if name == source:
-        tensors, metadata = read_weights(source)
+@dataclass(frozen=True)
+class _Origin:
+    """Somebody's weights under public names, and what is known of them."""
+
+    source: str
+    state: dict[str, Tensor]
+    license: str = ""
+    """What to say of it."""
+    beside: list[str] = field(default_factory=list)
+    """Tensors of the file that are no part of the network."""
+    card: ModelCard | None = None
+    network: VisionTransformer | None = None
+    """Where timm made it."""
+
+
+def _open(source: str) -> _Origin:
+    if source.startswith("timm:"):
+        network = pretrained(source)
+        license = getattr(network, "pretrained_cfg", {}).get("license")
+        said = f"license of {source}, as timm names it: {license}" if license else ""
+        return _Origin(source, dict(network.state_dict()), said, network=network)
+    tensors, metadata = read_weights(source)
+    card = card_of(metadata, Path(source)) if metadata else None
+    try:
+        state, beside = public_names(tensors)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    return _Origin(source, state, MAE_LICENSE if card is None and _is_of_mae(state) else "", beside, card)
+
+
+def _check_forward(origin: _Origin, encoder: VisionTransformer) -> None:
+    """Refuse a source whose forward is known and computes something else with the same weights."""
+    network = origin.network
+    if (card := origin.card) is not None:
         try:
-            state = to_public_names(tensors)
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
-        return state, MAE_LICENSE if not metadata and _is_of_mae(state) else ""
-    if not timm.is_model(name):
-        raise ValueError(f"{source}: wanted a timm model after timm:, got {name!r}")
-    create: Callable[..., nn.Module] = timm.create_model
-    model = create(name, pretrained=True)
-    license = getattr(model, "pretrained_cfg", {}).get("license")
-    return dict(model.state_dict()), f"license of {source}, as timm names it: {license}" if license else ""
+            with torch.device("meta"):
+                network = build_vit(card.architecture, {**card.model_args, "depth": 1}, card.input.img_size)
+        except Exception as error:  # whatever timm makes of what a file says
+            raise ValueError(f"{origin.source}: wanted a card of a model that can be built: {error!r:.200}") from error
+    if network is None:
+        return
+    theirs, ours = _forward(network), _forward(encoder)
+    if changed := [f"{name} {value} for {ours[name]}" for name, value in theirs.items() if value != ours[name]]:
+        raise ValueError(f"{origin.source}: checkpoint of another architecture: {', '.join(changed)}{_setting(origin)}")
+
+
+def _forward(vit: VisionTransformer) -> dict[str, object]:
+    """What the forward of a block depends on beside its weights."""
+    block = vit.blocks[0]
+    attention, mlp, norm = (getattr(block, name, block) for name in ("attn", "mlp", "norm1"))
+    return {
+        "block": type(block).__name__,
+        "attention": type(attention).__name__,
+        "num_heads": getattr(attention, "num_heads", None),
+        "activation": repr(getattr(mlp, "act", None)),
+        "norm": type(norm).__name__,
+        "norm's eps": getattr(norm, "eps", None),
+    }
+
+
+def _setting(origin: _Origin, lost: Sequence[str] = ()) -> str:
+    """How to build a model that takes the source, as far as it is known."""
+    if strange := [name for name in lost if not KNOWN.fullmatch(name)]:
+        return f"; no VisionTransformer of timm has {strange[0]}"
+    try:
+        if origin.network is not None:
+            return f"; wanted --model.name {origin.source.removeprefix('timm:')}"
+        if origin.card is not None:
+            return f"; wanted {Architecture(origin.card.architecture, origin.card.model_args)}"
+        return f"; wanted {described(origin.state)}"
+    except ValueError as error:
+        return f"; {error}"
+
+
+def _some(names: list[str], got: Mapping[str, Tensor], own: Mapping[str, torch.Size]) -> str:
+    shapes = {name: f" {list(got[name].shape)} for {list(own[name])}" for name in names if name in own}
+    first = ", ".join(f"{name}{shapes.get(name, '')}" for name in names[:3])
+    return f"{first} and {len(names) - 3} more" if len(names) > 3 else first
 
 
 def _is_of_mae(state: Mapping[str, Tensor]) -> bool:
@@ -114,16 +205,26 @@ def _resample_positions(state: dict[str, Tensor], encoder: VisionTransformer) ->
         return []
     if positions.shape == own.shape:
         return []
-    tokens = [state[name].shape[1] for name in ("cls_token", "dist_token", "reg_token") if name in state]
-    sides = {before: math.isqrt(positions.shape[1] - before) for before in (0, sum(tokens[:1]), sum(tokens))}
-    before = next((before for before, side in sides.items() if side**2 == positions.shape[1] - before), None)
-    prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
-    if before is None or prefix > max(before, 1):
+    width, count = positions.shape[-1], positions.shape[1]
+    tokens = [state[name].numel() // width for name in ("cls_token", "dist_token", "reg_token") if name in state]
+    sides = {before: math.isqrt(max(count - before, 0)) for before in (0, sum(tokens[:1]), sum(tokens))}
+    before = next((before for before, side in sides.items() if side and side**2 == count - before), None)
+    if before is None:
         return []
-    first = positions[:, :prefix] if before else positions.new_zeros(1, prefix, positions.shape[-1])
+    first = positions[:, :before]
+    if "dist_token" in state and not hasattr(encoder, "dist_token"):
+        first = first[:, :1]
+    if encoder.no_embed_class:  # the tokens hold their own position embeddings
+        for name, of_token in (("cls_token", first[:, :1]), ("reg_token", first[:, 1:])):
+            if name in state and of_token.numel():
+                state[name] = state[name] + of_token
+        first = first[:, :0]
+    else:
+        first = torch.cat((first, first.new_zeros(1, encoder.num_prefix_tokens, width)), dim=1)
+        first = first[:, : encoder.num_prefix_tokens]
     state["pos_embed"] = resample_abs_pos_embed(
         torch.cat((first, positions[:, before:]), dim=1), new_size=list(encoder.patch_embed.grid_size),
-        old_size=[sides[before]] * 2, num_prefix_tokens=prefix,
+        old_size=[sides[before]] * 2, num_prefix_tokens=first.shape[1],
     )  # fmt: skip
     return ["pos_embed"]
 

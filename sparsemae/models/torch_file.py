@@ -4,6 +4,9 @@
 a zip may unfold, and no checksum is looked at. So a file is taken only if its pickles name nothing but what a state
 dict is made of, are small beside the data, and its zip is stored plainly and unharmed; and torch maps it, so that no
 storage can reach beyond it. Files from before torch 1.6 are no zips; torch compares their storages with the data.
+
+Checkpoints of MAE, DeiT and their kin also hold the arguments of their run and numbers of numpy. Their types are known
+to be inert, and even so none is made: a stand-in takes what the pickle says of them, and drops it.
 """
 
 from __future__ import annotations
@@ -16,7 +19,16 @@ from typing import IO
 
 import torch
 from torch import Tensor
+from torch.serialization import safe_globals
 
+from sparsemae.models.names import prefixes
+
+INERT = (
+    "argparse.Namespace", "types.SimpleNamespace", "numpy.dtype", "numpy.ndarray",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *(f"pathlib.{pure}{name}Path" for pure in ("", "Pure") for name in ("", "Posix", "Windows")),
+)  # fmt: skip
+"""What a checkpoint may hold beside tensors; it is dropped."""
 PLAIN = re.compile(
     r"collections (OrderedDict|Counter|defaultdict)|(__builtin__|builtins) (set|dict|int|complex)|_codecs encode"
     r"|torch\.nn\.parameter Parameter|torch(\.storage)? \w+Storage|torch\._utils _rebuild_(tensor(_v2)?|parameter)"
@@ -31,6 +43,8 @@ LEGACY_PICKLES = 5  # magic number, protocol, system, content, storage keys
 def load_torch_file(path: Path) -> dict[str, Tensor]:
     """The tensors of a state dict, which may lie under ``model`` or ``state_dict``. Never runs pickled code.
 
+    Networks that lie under other keys (``model_ema``, ``teacher``) have that key before their names.
+
     Raises ValueError, naming the file, if it is damaged, needs more than tensors to load, or holds none.
     """
     wanted = f"{path}: wanted a torch file of tensors only, got one that"
@@ -38,18 +52,14 @@ def load_torch_file(path: Path) -> dict[str, Tensor]:
         names, zipped = _names(path)
     except Exception as error:  # zip, pickle and end-of-file errors alike
         raise ValueError(f"{wanted} cannot be read: {_line(error)}") from error
-    if code := sorted(name for name in names if not PLAIN.fullmatch(name)):
+    if code := sorted(name for name in names if not PLAIN.fullmatch(name) and name.replace(" ", ".") not in INERT):
         raise ValueError(f"{wanted} needs {code[0].replace(' ', '.')} to load (convert it to safetensors)")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with safe_globals([(_Dropped, name) for name in INERT]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:
         raise ValueError(f"{wanted} cannot be read: {_line(error)}") from error
-    for key in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    tensors = {}
-    if isinstance(content, dict):
-        tensors = {key: value.detach() for key, value in content.items() if type(value) in (Tensor, torch.nn.Parameter)}
+    tensors = _tensors(content)
     if not tensors or not all(isinstance(key, str) for key in tensors):
         raise ValueError(f"{path}: wanted a state dict, got no tensors")
     if strange := [key for key, value in tensors.items() if value.layout != torch.strided or value.is_meta]:
@@ -58,6 +68,36 @@ def load_torch_file(path: Path) -> dict[str, Tensor]:
     if held > 2 * size:  # views that repeat themselves; tied weights are named twice
         raise ValueError(f"{path}: wanted tensors that lie in the file, got {held:,} bytes from a file of {size:,}")
     return tensors
+
+
+class _Dropped:
+    """Takes whatever a pickle makes of a type in `INERT`, and keeps nothing."""
+
+    def __new__(cls, *arguments: object) -> _Dropped:
+        return object.__new__(cls)
+
+    def __init__(self, *arguments: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None: ...
+
+
+def _tensors(content: object) -> dict[str, Tensor]:
+    """By name; of a dict of dicts that under ``model`` or ``state_dict``, and those with a ViT."""
+    if not isinstance(content, dict):
+        return {}
+    main = next((key for key in ("model", "state_dict") if isinstance(content.get(key), dict)), None)
+    others = {key: value for key, value in content.items() if key != main and isinstance(value, dict)}
+    networks = {f"{key}.": value for key, value in others.items() if prefixes(filter(_is_text, value))}
+    tensors = {}
+    for prefix, state in {"": content if main is None else content[main], **networks}.items():
+        for key, value in state.items():
+            if type(value) in (Tensor, torch.nn.Parameter):
+                tensors[f"{prefix}{key}" if prefix else key] = value.detach()
+    return tensors
+
+
+def _is_text(key: object) -> bool:
+    return isinstance(key, str)
 
 
 def _names(path: Path) -> tuple[set[str], bool]:

@@ -8,7 +8,6 @@ is a `ModelCard`.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from sparsemae.card import ModelCard
 from sparsemae.files import replacing
+from sparsemae.models.names import public_names
 from sparsemae.models.torch_file import load_torch_file
 
 
@@ -76,7 +76,7 @@ def load_weights(
         name = "state dict"
     found = source if isinstance(source, Mapping) else read_weights(source)[0]
     try:
-        state = to_public_names(found)
+        state, outside = public_names(found)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     ignored = [key for key in state if any(fnmatchcase(key, glob) for glob in ignore)]
@@ -107,7 +107,7 @@ def load_weights(
         result = model.load_state_dict(translated, strict=False)
     except (ValueError, RuntimeError) as error:  # a mask that does not hold, or has no place
         raise ValueError(f"{name}: {error}") from error
-    unexpected = [key.removeprefix(prefix) for key in result.unexpected_keys]
+    unexpected = [key.removeprefix(prefix) for key in result.unexpected_keys] + outside
     if strict and unexpected:
         raise ValueError(f"{name}: checkpoint of another architecture: has no place for {', '.join(unexpected[:3])}")
     return Loaded([key for key in state if key not in unexpected], missing, unexpected + ignored)
@@ -222,48 +222,3 @@ def _metadata(file: Any) -> dict[str, Any]:
     if not isinstance(metadata, dict):
         raise ValueError(f"wanted a card in the metadata entry sparsemae, got {metadata!r:.60}")
     return metadata
-
-
-# HF ViTMAE -> MAE. Both the names of transformers >= 5 and the older ones of the published files.
-_HF_NAMES: list[tuple[str, Any]] = [
-    (r"^(vit|vit_mae)\.", ""),
-    (r"^embeddings\.cls_token", "cls_token"),
-    (r"^embeddings\.position_embeddings", "pos_embed"),
-    (r"^embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
-    (r"^(encoder\.layer|layers)\.(\d+)\.", r"blocks.\2."),
-    (r"^layernorm\.", "norm."),
-    (
-        r"^decoder\.decoder_(layers|encoder\.layer)\.(\d+)\.",
-        r"decoder_blocks.\2.",
-    ),  # the latter: saved by transformers 5
-    (r"^decoder\.(mask_token|decoder_)", r"\1"),
-    (r"layernorm_before", "norm1"),
-    (r"layernorm_after", "norm2"),
-    (r"attention\.attention\.(query|key|value)", r"attn.\1"),
-    (r"attention\.([qkv])_proj", lambda m: "attn." + {"q": "query", "k": "key", "v": "value"}[m[1]]),
-    (r"attention\.(output\.dense|o_proj)", "attn.proj"),
-    (r"(intermediate\.dense|mlp\.fc1)", "mlp.fc1"),
-    (r"(?<!attn\.)(output\.dense|mlp\.fc2)", "mlp.fc2"),
-]
-
-
-def to_public_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict under MAE's and timm's names; those of HF ViTMAE are translated, q, k and v fused.
-
-    Raises ValueError if these three are not there, or not alike.
-    """
-    if not any("embeddings.patch_embeddings" in key for key in state):
-        return {key.removeprefix("encoder."): value for key, value in state.items()}
-    renamed = {}
-    for key, value in state.items():
-        name = key
-        for pattern, replacement in _HF_NAMES:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = value
-    for key in [key for key in renamed if ".attn.query." in key]:
-        names = [key.replace("query", part) for part in ("query", "key", "value")]
-        parts = [renamed.pop(name) for name in names if name in renamed]
-        if len(parts) < 3 or len({(part.shape, part.dtype) for part in parts}) > 1 or not parts[0].dim():
-            raise ValueError(f"checkpoint of another architecture: wanted {', '.join(names)} of one shape and type")
-        renamed[key.replace("query", "qkv")] = torch.cat(parts)
-    return renamed

@@ -5,13 +5,15 @@ from typing import Any, Literal
 
 from sparsemae.limits import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, check_limits
 
+DEFAULT_MODEL = "vit_base_patch16_224"
+
 
 @dataclass
 class ModelConfig:
     """The vision transformer."""
 
-    name: str = "vit_base_patch16_224"
-    """Any timm VisionTransformer."""
+    name: str | None = None
+    """Any timm VisionTransformer; None: that of the weights to start from, or vit_base_patch16_224 from scratch."""
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments of timm's constructor that differ, for example {depth: 4, embed_dim: 128}."""
     drop_path: float = 0.1

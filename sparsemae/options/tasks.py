@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from sparsemae.limits import AT_LEAST_0, BELOW_1, UNIT_INTERVAL, check_limits, may_change
 from sparsemae.options.data import DataConfig, ImageDataConfig, MaskDataConfig
-from sparsemae.options.model import DecoderConfig, HeadConfig, InferenceConfig, ModelConfig, SparseConfig
+from sparsemae.options.model import DEFAULT_MODEL, DecoderConfig, HeadConfig, InferenceConfig, ModelConfig, SparseConfig
 from sparsemae.options.training import OptimConfig, TrainerConfig
 
 
@@ -30,6 +30,8 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check_limits(self, "", seed=AT_LEAST_0)
+        if self.init is None and self.model.name is None:
+            self.model.name = DEFAULT_MODEL
 
     def paths(self) -> dict[str, str | None]:
         """What must be there, by option."""

@@ -192,48 +192,55 @@ def _mask_of(weight: Array, n: int, m: int, layer: str) -> NDArray[np.bool_]:
     return mask.reshape(weight.shape)
 
 
-def _refuse_unsupported(model: VisionTransformer) -> None:
-    def require(holds: bool, where: str, wanted: str, got: object) -> None:
-        if not holds:
-            what = type(got).__name__ if isinstance(got, nn.Module) else got
-            raise ValueError(f"pack: {where}: wanted {wanted}, got {what}")
+def _require(holds: bool, where: str, wanted: str, got: object) -> None:
+    if not holds:
+        what = type(got).__name__ if isinstance(got, nn.Module) else got
+        raise ValueError(f"pack: {where}: wanted {wanted}, got {what}")
 
+
+def _refuse_unsupported(model: VisionTransformer) -> None:
     embed, head, pool = model.patch_embed, model.head, model.global_pool
-    require(
+    _require(
         type(embed) is PatchEmbed and isinstance(embed.norm, nn.Identity),
         "patch_embed", "PatchEmbed without norm", embed,
     )  # fmt: skip
-    require(embed.patch_size[0] == embed.patch_size[1], "patch_embed", "square patches", embed.patch_size)
-    require(
+    _require(embed.patch_size[0] == embed.patch_size[1], "patch_embed", "square patches", embed.patch_size)
+    _require(
         embed.img_size is not None and not getattr(embed, "dynamic_img_pad", False),
         "patch_embed", "a fixed image size without padding", f"img_size={embed.img_size}",
     )  # fmt: skip
-    require(model.pos_embed is not None, "pos_embed", "a position embedding", None)
-    require(model.attn_pool is None and pool in ("token", "avg", ""), "global_pool", "token, avg or ''", repr(pool))
-    require(isinstance(head, nn.Linear | nn.Identity), "head", "Linear or Identity", head)
-    require(pool != "" or isinstance(head, nn.Identity), "head", "Identity, as nothing is pooled", head)
+    _require(model.pos_embed is not None, "pos_embed", "a position embedding", None)
+    _require(model.attn_pool is None and pool in ("token", "avg", ""), "global_pool", "token, avg or ''", repr(pool))
+    _require(isinstance(head, nn.Linear | nn.Identity), "head", "Linear or Identity", head)
+    _require(pool != "" or isinstance(head, nn.Identity), "head", "Identity, as nothing is pooled", head)
+    check_blocks(model)
     first: Any = model.blocks[0]
     eps = first.norm1.eps
     for name, module in model.named_modules():
         if "norm" in name.rsplit(".", 1)[-1] and not isinstance(module, nn.Identity):
-            require(isinstance(module, nn.LayerNorm), name, "LayerNorm", module)
-            require(module.eps == eps and module.weight is not None, name, f"eps={eps} and a weight", str(module))
+            _require(isinstance(module, nn.LayerNorm), name, "LayerNorm", module)
+            _require(module.eps == eps and module.weight is not None, name, f"eps={eps} and a weight", str(module))
+
+
+def check_blocks(model: VisionTransformer) -> None:
+    """Raises ValueError, naming the block, if one computes what the runtime does not: it can be trained, not packed."""
     block: Any
     for i, block in enumerate(model.blocks):
-        name, attn, mlp = f"blocks.{i}", block.attn, block.mlp
-        require(type(block) is Block, name, "Block", block)
-        require(type(attn) is Attention, f"{name}.attn", "Attention", attn)
-        require(
+        name = f"blocks.{i}"
+        _require(type(block) is Block, name, "Block", block)
+        attn, mlp = block.attn, block.mlp
+        _require(type(attn) is Attention, f"{name}.attn", "Attention", attn)
+        _require(
             isinstance(attn.q_norm, nn.Identity) and isinstance(attn.norm, nn.Identity),
             f"{name}.attn", "neither qk_norm nor scale_norm", "one of them",
         )  # fmt: skip
-        require(getattr(attn, "gate", None) is None, f"{name}.attn", "no gate", "one")
-        require(type(mlp) is Mlp and isinstance(mlp.norm, nn.Identity), f"{name}.mlp", "Mlp without norm", mlp)
-        require(
+        _require(getattr(attn, "gate", None) is None, f"{name}.attn", "no gate", "one")
+        _require(type(mlp) is Mlp and isinstance(mlp.norm, nn.Identity), f"{name}.mlp", "Mlp without norm", mlp)
+        _require(
             isinstance(mlp.act, nn.GELU) and mlp.act.approximate == "none",
             f"{name}.mlp.act", "GELU, not approximated", str(mlp.act),
         )  # fmt: skip
-        require(
+        _require(
             attn.qkv.out_features == 3 * model.embed_dim,
             f"{name}.attn.qkv", f"{3 * model.embed_dim} outputs", attn.qkv.out_features,
         )  # fmt: skip

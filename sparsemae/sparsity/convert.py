@@ -5,8 +5,6 @@ device, training mode and every sharing of modules or weights therefore stay wha
 with copied members would have to remember each of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -14,7 +12,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from sparsemae.sparsity.linear import NMLinear
+from sparsemae.sparsity.linear import NMLinear, divided, whole
 from sparsemae.sparsity.pattern import NMPattern, check_divides, check_finite
 
 _BYPASS_FORWARD = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -36,8 +34,8 @@ def sparsify(
 
     Raises:
         ValueError: nothing matched, a glob matched nothing, ``m`` does not divide a layer's ``in_features``,
-            a weight is NaN or infinite, or a layer lies in a module that bypasses its forward. Nothing is
-            converted then.
+            a weight is NaN or infinite, a layer is of a subclass of ``nn.Linear`` or lies in a module that bypasses
+            its forward. Nothing is converted then.
     """
     pattern = NMPattern.parse(pattern)
     names = [name for name, _ in model.named_modules()]
@@ -52,8 +50,11 @@ def sparsify(
         if not (_below_blocks(model, name) if include is None else any(fnmatchcase(name, glob) for glob in include)):
             continue
         _refuse_bypassed(model, name)
-        if type(module) is not nn.Linear:
+        if isinstance(module, NMLinear):
             continue
+        if type(module) is not nn.Linear:
+            kind = f"{type(module).__module__}.{type(module).__qualname__}"
+            raise ValueError(f"{name}: wanted a plain nn.Linear, got a {kind}, whose forward may do more (exclude it)")
         check_divides(module.weight, pattern, name)
         check_finite(module.weight, name)
         chosen[name] = module
@@ -132,15 +133,15 @@ def dense_weights(model: nn.Module) -> Iterator[None]:
 def freeze(model: nn.Module) -> list[str]:
     """Make today's masks permanent: pruned weights become exactly +0 and stay so, whatever the optimizer holds.
 
-    Adds the bool buffer ``<layer>.weight_mask``. Returns the frozen layers' names.
+    Adds the bool ``<layer>.weight_mask``, saved beside the weight; moved zeros of a frozen layer are repaired.
+    Returns the frozen layers' names.
     Raises ValueError if the model has no sparse layer or a weight is not finite.
     """
     layers = _sparse_layers(model, "freeze")
     for name, layer in layers:
-        check_finite(layer.weight, name)
+        check_finite(whole(layer.weight), name)
     for name, layer in layers:
-        if not layer.frozen:
-            layer.freeze(name)
+        layer.freeze(name)
     return [name for name, _ in layers]
 
 
@@ -200,4 +201,4 @@ def _moving_weights(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
     for _, layer in iter_sparse(model):
         if not layer.frozen and id(layer.weight) not in done:
             done.add(id(layer.weight))
-            yield layer.weight, layer.current_mask()
+            yield layer.weight, divided(layer.current_mask(), layer.weight)

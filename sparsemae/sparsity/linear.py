@@ -3,22 +3,23 @@
 The mask lives nowhere: in training it is recomputed from the latent weight at each forward, because the
 layer cannot know when an optimizer has changed the weight (fused AdamW does not bump ``Tensor._version``).
 Three states replace that recomputation: a mask *held* for the micro-batches of one optimizer step, *dense*
-(the full latent weight, for a moment), and *frozen* (the buffer ``weight_mask``, for good).
+(the full latent weight, for a moment), and *frozen* (the tensor ``weight_mask``, for good).
+
+A frozen mask is saved and moved like a buffer, but is none: DDP broadcasts buffers at each forward.
 
 Not ``torch.nn.utils.parametrize``: it renames ``weight`` in the state dict and breaks ``deepcopy`` and
 compile under DDP.
 """
 
-from __future__ import annotations
-
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, Self
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.weak import WeakIdKeyDictionary
 
 from sparsemae.sparsity.pattern import NMPattern, check_finite, check_holds, select_mask
 
@@ -26,9 +27,14 @@ from sparsemae.sparsity.pattern import NMPattern, check_finite, check_holds, sel
 class _StraightThrough(torch.autograd.Function):
     """M * W forward, the gradient of W~ passed unchanged to *all* of W backward (SR-STE with strength 0)."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
+    def forward(weight: Tensor, mask: Tensor) -> Tensor:
         return torch.where(mask, weight, 0.0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -39,7 +45,8 @@ class NMLinear(nn.Linear):
     """``nn.Linear`` with an N:M sparse weight ``[O, I]``; made by `sparsemae.sparsity.sparsify`.
 
     ``weight`` stays the full latent parameter, so state-dict keys are those of ``nn.Linear``. A frozen layer
-    has one more key, the bool buffer ``weight_mask`` ``[O, I]``, and its pruned weights are exactly +0.
+    has one more key, the bool ``weight_mask`` ``[O, I]``, and its pruned weights are exactly +0. Under FSDP2 the weight
+    is a DTensor outside the forward, the mask always whole.
     """
 
     pattern: NMPattern
@@ -53,40 +60,43 @@ class NMLinear(nn.Linear):
     @property
     def frozen(self) -> bool:
         """True once `freeze` has made the mask permanent."""
-        return "weight_mask" in self._buffers
+        return "weight_mask" in self.__dict__
 
     def current_mask(self) -> Tensor:
         """The mask that the next forward uses, bool ``[O, I]``, True = kept."""
         if self.frozen:
             return self.weight_mask
-        return select_mask(self.weight, self.pattern) if self.held_mask is None else self.held_mask
+        return select_mask(whole(self.weight), self.pattern) if self.held_mask is None else self.held_mask
 
     def forward(self, input: Tensor) -> Tensor:
         """``input [..., I]`` to ``[..., O]``."""
         if self.use_dense and not self.frozen:
             weight: Tensor = self.weight
         elif self.frozen:
-            _keep_zero_after_steps(self.weight, self.weight_mask)
             weight = torch.where(self.weight_mask, self.weight, 0.0)  # not straight-through: pruned gradients are 0
         else:
             weight = _StraightThrough.apply(self.weight, self.current_mask())
         return F.linear(input, weight, self.bias)
 
     def freeze(self, name: str = "layer") -> None:
-        """Make the current mask permanent and set the pruned weights to exactly +0."""
-        mask = self.current_mask().clone()
-        with torch.no_grad():
-            self.weight.copy_(torch.where(mask, self.weight, 0.0))
-            if self.weight.grad is not None:
-                self.weight.grad.masked_fill_(~mask, 0.0)
-        check_holds(self.weight, mask, self.pattern, name)
-        self.register_buffer("weight_mask", mask)
+        """Make the current mask permanent and set the pruned weights to exactly +0; again, if they are not any more."""
+        mask = self.current_mask()
+        self.weight_mask = mask if self.frozen else mask.clone()
+        self.zero_pruned()
+        if self.weight.grad is not None:
+            self.weight.grad.masked_fill_(~divided(mask, self.weight), 0.0)
+        check_holds(whole(self.weight), mask, self.pattern, name)
         self.held_mask = None
-        _keep_zero_after_steps(self.weight, mask)
+        _keep_zero_after_steps(self)
+
+    @torch.no_grad()
+    def zero_pruned(self) -> None:
+        """Set the weights outside the mask of now to exactly +0."""
+        self.weight.copy_(torch.where(divided(self.current_mask(), self.weight), self.weight, 0.0))
 
     def drop_mask(self) -> None:
         """Undo the permanence of `freeze`: the weight keeps its zeros, and optimizers may move them again."""
-        _frozen_weights.pop(self.weight, None)
+        _frozen_layers.discard(self)
         del self.weight_mask
 
     def extra_repr(self) -> str:
@@ -95,31 +105,68 @@ class NMLinear(nn.Linear):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "held_mask": None, "use_dense": False}
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.frozen:
+            _keep_zero_after_steps(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.frozen:
+            self.weight_mask = fn(self.weight_mask)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.frozen:
+            destination[prefix + "weight_mask"] = self.weight_mask
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str],
+        unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
         """A state dict with a mask makes the layer frozen; one that breaks N:M is refused, naming the layer."""
-        mask = state_dict.get(prefix + "weight_mask")
-        weight = state_dict.get(prefix + "weight")
+        key, name = prefix + "weight_mask", prefix.rstrip(".")
+        weight, mask = state_dict.get(prefix + "weight"), state_dict.get(key)
         if weight is not None:
-            check_finite(weight, prefix.rstrip("."))
+            check_finite(whole(weight), name)
         if mask is None and self.frozen:
+            missing.append(key)
             mask = self.weight_mask
-        if mask is not None and weight is not None:
-            check_holds(weight, mask.bool(), self.pattern, prefix.rstrip("."))
-            if not self.frozen:
-                self.register_buffer("weight_mask", torch.empty_like(self.weight, dtype=torch.bool))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        if mask is not None:
+            check_holds(whole(self.weight if weight is None else weight), mask.bool(), self.pattern, name)
+            if mask.shape == self.weight.shape:  # else the weight is refused as well
+                self.weight_mask = mask.detach().to(self.weight.device, torch.bool, copy=True)
+                _keep_zero_after_steps(self)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if key in unexpected:
+            unexpected.remove(key)
+
+
+def whole(weight: Tensor) -> Tensor:
+    """All of a weight that FSDP2 has divided among processes (which must all ask); any other as it is."""
+    gathered: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    return gathered
+
+
+def divided(mask: Tensor, weight: Any) -> Tensor:
+    """A mask divided as its weight is, without communication."""
+    if not hasattr(weight, "device_mesh"):
+        return mask
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(mask, weight.device_mesh, weight.placements, src_data_rank=None)
 
 
 # Momentum gathered before a freeze would move pruned weights after it, whatever their gradient. No layer sees the
-# optimizer, so a hook on every optimizer's step puts the zeros back. Keys are weights, by identity.
-_frozen_weights: Any = WeakIdKeyDictionary()
+# optimizer, so a hook on every optimizer's step puts the zeros back. The layers are known, not their weights: a move to
+# another device, loading and FSDP may replace those.
+_frozen_layers: WeakSet[NMLinear] = WeakSet()
 
 
-def _keep_zero_after_steps(weight: Tensor, mask: Tensor) -> None:
-    if torch.compiler.is_compiling():
-        return
+def _keep_zero_after_steps(layer: NMLinear) -> None:
     _watch_optimizers()
-    _frozen_weights[weight] = mask
+    _frozen_layers.add(layer)
 
 
 @cache
@@ -128,9 +175,7 @@ def _watch_optimizers() -> None:
 
 
 def _zero_pruned(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    with torch.no_grad():
-        for group in optimizer.param_groups:
-            for weight in group["params"]:
-                mask = _frozen_weights.get(weight)
-                if mask is not None:
-                    weight.copy_(torch.where(mask, weight, 0.0))
+    stepped = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    for layer in list(_frozen_layers):
+        if id(layer.weight) in stepped:
+            layer.zero_pruned()

@@ -19,6 +19,7 @@ from sparsemae.data.dataset import ImageDataset
 from sparsemae.data.sampling import BatchPlan
 from sparsemae.models import patch_side
 from sparsemae.options.data import SourceConfig
+from sparsemae.options.model import DEFAULT_MODEL
 from sparsemae.options.tasks import TrainingConfig
 
 Config = TypeVar("Config", bound=TrainingConfig)
@@ -94,7 +95,7 @@ class Task(ABC, Generic[Config]):
         """Of the model to train, before it is made sparse."""
         config = self.config
         return ModelCard(
-            config.task, config.model.name, dict(config.model.args), InputSpec.of(config.data),
+            config.task, config.model.name or DEFAULT_MODEL, dict(config.model.args), InputSpec.of(config.data),
             tuple(self.class_names), settings=self.settings(), ema_decay=config.trainer.ema_decay,
         )  # fmt: skip
 

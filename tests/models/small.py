@@ -4,9 +4,11 @@ import timm
 import torch
 from torch import nn
 
+from sparsemae.card import InputSpec, ModelCard
 from sparsemae.models import MaskedAutoencoder
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+CARD = ModelCard("pretrain", "vit_tiny_patch16_224", {}, InputSpec(32, (0.5,) * 3, (0.5,) * 3))
 BLOCK = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]
 
 

@@ -7,7 +7,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from sparsemae.models import MaskedAutoencoder
-from sparsemae.models.mae import random_masking, sincos_positions
+from sparsemae.models.mae import random_masking, sincos_pos_embed
 from sparsemae.sparsity import sparsify
 
 
@@ -138,7 +138,7 @@ def test_positions_are_those_of_transformers(grid):
 
     reference = build_2d_sinusoidal_position_embedding(*grid, embed_dim=48, cls_token=True)
     reference = torch.cat((reference[:, 24:], reference[:, :24]), dim=1)
-    torch.testing.assert_close(sincos_positions(grid, 48), reference[None], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(sincos_pos_embed(grid, 48), reference[None], rtol=1e-6, atol=1e-6)
 
 
 # --- positions, patches, masking -----------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def test_positions_are_those_of_transformers(grid):
 @pytest.mark.parametrize("grid", [(3, 3), (2, 5), (4, 1)])
 def test_positions_by_their_formula(grid):
     width = 16
-    positions = sincos_positions(grid, width)[0]
+    positions = sincos_pos_embed(grid, width)[0]
     assert positions.shape == (1 + grid[0] * grid[1], width)
     assert (positions[0] == 0).all()
     for row in range(grid[0]):
@@ -160,9 +160,11 @@ def test_positions_by_their_formula(grid):
                 torch.testing.assert_close(got, torch.stack(wanted).float())
 
 
-def test_positions_want_a_width_that_four_divides():
-    with pytest.raises(ValueError, match=r"^sin-cos positions: wanted a width divisible by 4, got 30$"):
-        sincos_positions((2, 2), 30)
+def test_position_embeddings_want_a_dimension_that_four_divides():
+    with pytest.raises(
+        ValueError, match=r"^sin-cos position embeddings: wanted an embedding dimension divisible by 4, got 30$"
+    ):
+        sincos_pos_embed((2, 2), 30)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +239,7 @@ def test_mask_is_one_where_a_patch_is_removed(mask_ratio, kept):
         assert torch.equal(order[ids_restore[i]], torch.arange(196))
 
 
-def test_removed_patches_do_not_reach_the_encoder_and_kept_ones_do_not_reach_the_loss():
+def test_masked_patches_do_not_reach_the_encoder_and_kept_ones_do_not_reach_the_loss():
     model = make_mae(norm_pix_loss=False)
     images, noise = torch.randn(1, 3, 32, 32), torch.rand(1, 16)
     output = model(images, 0.5, noise)
@@ -287,8 +289,8 @@ def test_a_constant_patch_gives_a_finite_loss():
 def test_initial_values():
     model = make_mae(embed_dim=128, num_heads=4)
     encoder = model.encoder
-    assert torch.equal(encoder.pos_embed.detach(), sincos_positions((4, 4), 128))
-    assert torch.equal(model.decoder_pos_embed.detach(), sincos_positions((4, 4), 16))
+    assert torch.equal(encoder.pos_embed.detach(), sincos_pos_embed((4, 4), 128))
+    assert torch.equal(model.decoder_pos_embed.detach(), sincos_pos_embed((4, 4), 16))
     assert not encoder.pos_embed.requires_grad
     assert not model.decoder_pos_embed.requires_grad
     fixed = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
@@ -345,8 +347,8 @@ def test_training_lowers_the_loss():
 
 
 @pytest.mark.parametrize("mask_ratio", [0.0, 1.0, 0.95, -0.5, 1.5, 0])
-def test_ratios_that_remove_nothing_or_all(mask_ratio):
-    wanted = rf"^mask_ratio: wanted a share that keeps and removes at least one of 16 patches, got {mask_ratio}$"
+def test_ratios_that_mask_nothing_or_all(mask_ratio):
+    wanted = rf"^mask_ratio: wanted a fraction that keeps and masks at least one of 16 patches, got {mask_ratio}$"
     with pytest.raises(ValueError, match=wanted):
         make_mae()(torch.randn(1, 3, 32, 32), mask_ratio=mask_ratio)
 
@@ -356,8 +358,8 @@ def test_ratios_that_remove_nothing_or_all(mask_ratio):
     [
         ({"class_token": False, "global_pool": "avg"}, "a class token"),
         ({"reg_tokens": 4}, "no register tokens"),
-        ({"no_embed_class": True}, "learned positions that include the class token"),
-        ({"pos_embed": "none"}, "learned positions that include the class token"),
+        ({"no_embed_class": True}, "learned position embeddings, the class token's included"),
+        ({"pos_embed": "none"}, "learned position embeddings, the class token's included"),
         ({"dynamic_img_size": True}, "a fixed input size"),
         ({"global_pool": "avg"}, r"a final `norm` \(global_pool='token'\)"),
     ],
@@ -376,20 +378,22 @@ def test_an_encoder_that_is_no_vit():
     ("width", "heads", "message"),
     [
         (20, 3, r"^decoder: wanted decoder_embed_dim divisible by decoder_num_heads, got 20 and 3$"),
-        (18, 2, r"^sin-cos positions: wanted a width divisible by 4, got 18$"),
+        (18, 2, r"^sin-cos position embeddings: wanted an embedding dimension divisible by 4, got 18$"),
     ],
 )
-def test_decoder_widths_that_do_not_divide(width, heads, message):
+def test_decoder_dimensions_that_do_not_divide(width, heads, message):
     with pytest.raises(ValueError, match=message):
         MaskedAutoencoder(make_encoder(), width, 1, heads)
 
 
-def test_an_encoder_width_that_four_does_not_divide():
-    with pytest.raises(ValueError, match=r"^sin-cos positions: wanted a width divisible by 4, got 30$"):
+def test_an_encoder_dimension_that_four_does_not_divide():
+    with pytest.raises(
+        ValueError, match=r"^sin-cos position embeddings: wanted an embedding dimension divisible by 4, got 30$"
+    ):
         MaskedAutoencoder(make_encoder(embed_dim=30), 16, 1, 2)
 
 
-def test_the_decoder_normalises_like_the_encoder():
+def test_the_decoder_normalizes_like_the_encoder():
     model = make_mae()
     assert isinstance(model.decoder_norm, LayerNorm)
     assert model.decoder_norm.eps == model.encoder.norm.eps == 1e-6

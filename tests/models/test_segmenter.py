@@ -111,20 +111,22 @@ def test_the_pyramids_strides_and_the_logits_size() -> None:
     assert trained.auxiliary.shape == trained.logits.shape == (2, CLASSES, 32, 32)
 
 
-def test_the_taps_are_the_blocks_outputs() -> None:
+def test_out_indices_are_the_blocks_outputs() -> None:
     model, seen = segmenter().eval(), {}
     for i, block in enumerate(model.encoder.blocks):
         block.register_forward_hook(lambda _, __, out, i=i: seen.__setitem__(i, out))
     image = torch.randn(1, 3, 32, 32)
-    third = model.forward_pyramid(image)[2]  # the pyramid leaves the third tap as it is
+    third = model.forward_pyramid(image)[2]  # the pyramid leaves the third map as it is
     assert torch.equal(third, seen[2][:, 1:].transpose(1, 2).reshape(1, 32, 4, 4))
 
 
-@pytest.mark.parametrize("taps", [(0, 1, 2), (0, 1, 1, 3), (0, 1, 2, 4), (3, 2, 1, 0), (0, 1, 2, 2), (-1, 0, 1, 3)])
-def test_taps_that_cannot_be(taps: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    "out_indices", [(0, 1, 2), (0, 1, 1, 3), (0, 1, 2, 4), (3, 2, 1, 0), (0, 1, 2, 2), (-1, 0, 1, 3)]
+)
+def test_out_indices_that_cannot_be(out_indices: tuple[int, ...]) -> None:
     encoder = timm.create_model("vit_tiny_patch16_224", depth=4, num_classes=0)
-    with pytest.raises(ValueError, match="taps: wanted 4 ascending blocks that end with the last, 3, got"):
-        Segmenter(encoder, CLASSES, taps)
+    with pytest.raises(ValueError, match="out_indices: wanted 4 ascending blocks up to the last, 3, got"):
+        Segmenter(encoder, CLASSES, out_indices)
     with pytest.raises(ValueError, match=r"head\.width: wanted at least 1, got 0"):
         Segmenter(encoder, CLASSES, (0, 1, 2, 3), HeadConfig(width=0))
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from small import MAE_KEYS, make_classifier, make_mae
+from small import CARD, MAE_KEYS, make_classifier, make_mae
 
 from sparsemae.models import load_weights
 from sparsemae.models.weights import public_state, read_weights, save_model
@@ -21,7 +21,7 @@ def test_a_sparse_autoencoder_survives_its_file(tmp_path, frozen):
     sparsify(model, "2:8")
     if frozen:
         freeze(model)
-    save_model(tmp_path / "m.safetensors", model, {})
+    save_model(tmp_path / "m.safetensors", model, CARD)
     state, _ = read_weights(tmp_path / "m.safetensors")
     masks = {key for key in state if key.endswith(".weight_mask")}
     assert len(masks) == (8 if frozen else 0)
@@ -65,7 +65,7 @@ def test_a_frozen_file_that_breaks_the_pattern_is_refused_naming_the_layer(tmp_p
     layer = model.encoder.blocks[1].mlp.fc1
     with torch.no_grad():
         layer.weight[5, int((~layer.weight_mask[5]).nonzero()[0])] = 0.25
-    save_model(tmp_path / "broken.safetensors", model, {})
+    save_model(tmp_path / "broken.safetensors", model, CARD)
     other = make_mae(seed=1)
     sparsify(other, "2:8")
     with pytest.raises(
@@ -104,7 +104,7 @@ def test_train_save_and_load_in_a_fresh_process(tmp_path, frozen, request):
     optimizer.step()
     if frozen:
         freeze(model)
-    save_model(tmp_path / "m.safetensors", model, {})
+    save_model(tmp_path / "m.safetensors", model, CARD)
     subprocess.run([sys.executable, "-c", FRESH, str(request.path.parent), str(tmp_path)], check=True, timeout=120)
     out = torch.load(tmp_path / "out.pt", weights_only=True)
     assert torch.equal(out["pred"], model(images, noise=noise).pred)

@@ -6,7 +6,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
-from sparsemae.models import MaskedAutoencoder
+from sparsemae.models import MaskedAutoencoder, start
 from sparsemae.models.start import start_from
 
 
@@ -24,7 +24,7 @@ def test_a_timm_file_fills_the_encoder_and_leaves_the_head(tmp_path: Path) -> No
     source, model = vit(), vit(global_pool="avg", num_classes=5)
     head = model.head.weight.clone()
     result = start_from(model, save(tmp_path, source.state_dict()))
-    assert result.share == 1.0
+    assert result.fraction == 1.0
     assert torch.equal(model.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
     assert torch.equal(model.head.weight, head)
     assert "norm.weight" in result.loaded.unexpected
@@ -46,9 +46,8 @@ def test_positions_are_resampled_as_timm_does(tmp_path: Path, size: int | tuple[
 @pytest.mark.parametrize(
     ("name", "options", "before"),
     [
-        ("deit3_base_patch16_224", {}, 0),
+        ("vit_base_patch16_224", {"no_embed_class": True}, 0),
         ("deit_base_distilled_patch16_224", {}, 2),
-        ("vit_base_patch16_224", {"reg_tokens": 4}, 5),
         ("vit_base_patch16_224", {"class_token": False, "global_pool": "avg"}, 0),
     ],
 )
@@ -64,10 +63,19 @@ def test_positions_of_other_tokens_are_told_from_those_of_patches(
     assert torch.equal(model.pos_embed[:, :1], source.pos_embed[:, :1] * bool(before))
 
 
-def test_positions_of_no_square_are_left_new_and_named(tmp_path: Path) -> None:
-    result = start_from(vit(), save(tmp_path, vit((28, 56)).state_dict()))
-    assert not result.resized
-    assert "pos_embed" in result.loaded.missing
+def test_an_encoder_whose_tokens_have_no_positions_has_them_added(tmp_path: Path) -> None:
+    """Registers and the class token keep what the source added to them: the same features."""
+    source, model = vit(reg_tokens=4), vit(reg_tokens=4, no_embed_class=True)
+    torch.nn.init.normal_(source.pos_embed)
+    result = start_from(model, save(tmp_path, source.state_dict()))
+    assert result.resized == ["pos_embed"]
+    images = torch.randn(2, 3, 28, 28)
+    torch.testing.assert_close(model.eval().forward_features(images), source.eval().forward_features(images))
+
+
+def test_positions_of_no_square_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no place for its pos_embed \[1, 33, 32\] for \[1, 17, 32\]; "):
+        start_from(vit(), save(tmp_path, vit((28, 56)).state_dict()))
 
 
 @pytest.mark.parametrize("full", [True, False])
@@ -77,16 +85,16 @@ def test_mae_files_full_and_encoder_only(tmp_path: Path, full: bool) -> None:
     if not full:
         state = {key: value for key, value in state.items() if not key.startswith(("decoder", "mask_token"))}
     result = start_from(vit(global_pool="avg"), save(tmp_path, {"model": state}))
-    assert result.share == 1.0
+    assert result.fraction == 1.0
     assert "under CC BY-NC 4.0: not for commercial use" in str(result)
 
 
-def test_the_licence_of_timms_weights_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_license_of_timms_weights_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     source, model = vit(), vit(global_pool="avg")
     source.pretrained_cfg = {"license": "cc-by-nc-4.0"}
-    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: source)
+    monkeypatch.setattr(start, "pretrained", lambda name: source)
     result = start_from(model, "timm:vit_base_patch16_224.mae")
-    assert "licence of timm:vit_base_patch16_224.mae, as timm names it: cc-by-nc-4.0" in str(result)
+    assert "license of timm:vit_base_patch16_224.mae, as timm names it: cc-by-nc-4.0" in str(result)
 
 
 def test_another_architecture_is_refused_with_the_share_matched(tmp_path: Path) -> None:
@@ -102,9 +110,8 @@ def test_another_architecture_is_refused_with_the_share_matched(tmp_path: Path) 
         start_from(vit(), "timm:vit_giant")
 
 
-def test_one_tensor_that_does_not_fit_is_left_out_above_the_share(tmp_path: Path) -> None:
+def test_one_tensor_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     state = vit().state_dict()
     state["patch_embed.proj.bias"] = torch.ones(7)
-    result = start_from(vit(), save(tmp_path, state))
-    assert 0.9 <= result.share < 1
-    assert "patch_embed.proj.bias" in result.loaded.missing
+    with pytest.raises(ValueError, match=r"the model has no place for its patch_embed.proj.bias \[7\] for \[32\]; "):
+        start_from(vit(), save(tmp_path, state))

@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from sparsemae.models import MaskedAutoencoder, ModelConfig, build_vit
+from sparsemae.models import MaskedAutoencoder, build_vit
 
+NAME = "vit_base_patch16_224"
 TINY = {"patch_size": 7, "embed_dim": 32, "depth": 3, "num_heads": 2}
 
 
 def test_an_encoder_suits_the_autoencoder():
-    encoder = build_vit(ModelConfig(args=TINY), img_size=28)
+    encoder = build_vit(NAME, TINY, img_size=28)
     assert isinstance(encoder.norm, nn.LayerNorm)
     assert isinstance(encoder.head, nn.Identity)
     assert encoder.patch_embed.grid_size == (4, 4)
@@ -18,7 +19,7 @@ def test_an_encoder_suits_the_autoencoder():
 
 
 def test_a_classifier_has_maes_finetuning_head():
-    model = build_vit(ModelConfig(args={**TINY, "embed_dim": 256}), img_size=28, num_classes=100)
+    model = build_vit(NAME, {**TINY, "embed_dim": 256}, img_size=28, num_classes=100)
     assert isinstance(model.norm, nn.Identity)
     assert isinstance(model.fc_norm, nn.LayerNorm)
     assert model.head.weight.shape == (100, 256)
@@ -35,7 +36,7 @@ def test_a_classifier_has_maes_finetuning_head():
 
 
 def test_drop_path_grows_linearly_from_zero():
-    model = build_vit(ModelConfig(args=TINY, drop_path=0.2), img_size=28)
+    model = build_vit(NAME, TINY, img_size=28, drop_path=0.2)
     rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in model.blocks]
     assert rates == pytest.approx([0.0, 0.1, 0.2])
 
@@ -57,4 +58,4 @@ def test_drop_path_grows_linearly_from_zero():
 )
 def test_refusals(name, args, img_size, message):
     with pytest.raises(ValueError, match=message):
-        build_vit(ModelConfig(name, args), img_size)
+        build_vit(name, args, img_size)

@@ -1,16 +1,17 @@
 from __future__ import annotations
 
-import argparse
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from small import ENCODER_KEYS, MAE_KEYS, leaves, make_classifier, make_mae, make_vit, randomized
+from small import CARD, ENCODER_KEYS, MAE_KEYS, leaves, make_classifier, make_mae, make_vit, randomized
 from torch import nn
 
+from sparsemae.card import ModelCard
 from sparsemae.models import load_weights
 from sparsemae.models.weights import find_weights, public_state, read_weights, save_model
 
@@ -57,7 +58,7 @@ def assert_same(model: nn.Module, state: dict[str, torch.Tensor], keys: list[str
 @pytest.fixture
 def mae_file(tmp_path):
     path = tmp_path / "model.safetensors"
-    save_model(path, make_mae(), {"task": "pretrain"})
+    save_model(path, make_mae(), CARD)
     return path
 
 
@@ -67,7 +68,7 @@ def mae_file(tmp_path):
 def test_a_file_has_the_keys_of_a_published_full_checkpoint(mae_file):
     with safe_open(mae_file, framework="pt") as file:
         assert sorted(file.keys()) == MAE_KEYS
-        assert json.loads(file.metadata()["sparsemae"]) == {"task": "pretrain"}
+        assert json.loads(file.metadata()["sparsemae"]) == json.loads(json.dumps(CARD.to_dict()))
         assert list(file.get_tensor("blocks.0.attn.qkv.weight").shape) == [96, 32]
         assert list(file.get_tensor("decoder_pos_embed").shape) == [1, 17, 16]
     assert [path.name for path in mae_file.parent.iterdir()] == [mae_file.name], "no temporary file is left"
@@ -75,10 +76,10 @@ def test_a_file_has_the_keys_of_a_published_full_checkpoint(mae_file):
 
 def test_save_and_read_are_inverse(tmp_path):
     model = make_mae()
-    description = {"task": "pretrain", "nested": {"list": [1, 2.5, None, "é"]}}
-    save_model(tmp_path / "a.safetensors", model, description)
+    card = replace(CARD, settings={"nested": {"list": [1, 2.5, None, "é"]}})
+    save_model(tmp_path / "a.safetensors", model, card)
     state, read = read_weights(tmp_path / "a.safetensors")
-    assert read == description
+    assert ModelCard.from_dict(read) == card
     assert state.keys() == public_state(model).keys()
     assert_same(model, state, MAE_KEYS)
 
@@ -89,7 +90,7 @@ def test_saving_replaces_a_file_and_takes_any_layout_and_tied_weights(tmp_path):
     model[0].bias = nn.Parameter(torch.arange(8.0)[::2])
     path = tmp_path / "model.safetensors"
     path.write_text("old")
-    save_model(path, model, {})
+    save_model(path, model, CARD)
     state, _ = read_weights(path)
     assert torch.equal(state["0.weight"], state["1.weight"])
     assert state["0.bias"].tolist() == [0, 2, 4, 6]
@@ -131,7 +132,7 @@ def test_an_autoencoder_into_a_classifier(mae_file):
 
 def test_a_classifier_keeps_timms_names(tmp_path):
     model = make_classifier()
-    save_model(tmp_path / "c.safetensors", model, {})
+    save_model(tmp_path / "c.safetensors", model, CARD)
     state, _ = read_weights(tmp_path / "c.safetensors")
     assert state.keys() == model.state_dict().keys()
     plain = make_classifier(seed=2)
@@ -305,13 +306,6 @@ def test_a_pickle_with_code_is_refused_and_not_executed(tmp_path):
     assert not trace.exists()
 
 
-def test_a_checkpoint_with_pickled_arguments_is_refused_naming_them(tmp_path):
-    content = {"model": public_state(make_mae()), "args": argparse.Namespace(lr=1.0)}
-    torch.save(content, tmp_path / "args.pth")
-    with pytest.raises(ValueError, match=r"args\.pth: wanted .* needs argparse\.Namespace to load \(convert it to saf"):
-        read_weights(tmp_path / "args.pth")
-
-
 DAMAGES = {
     "empty": r"pickle exhausted before seeing STOP",
     "text": r"at position 0, opcode b'<' unknown",
@@ -341,10 +335,10 @@ def test_a_torch_file_without_a_state_dict(tmp_path, content):
         read_weights(tmp_path / "other.pt")
 
 
-@pytest.mark.parametrize("damage", ["empty", "truncated", "header", "text", "description"])
+@pytest.mark.parametrize("damage", ["empty", "truncated", "header", "text", "card"])
 def test_a_damaged_safetensors_file(mae_file, damage):
     whole = mae_file.read_bytes()
-    if damage == "description":
+    if damage == "card":
         save_file({"a": torch.ones(2)}, mae_file, {"sparsemae": "{"})
     else:
         mae_file.write_bytes(
@@ -359,11 +353,11 @@ def test_a_damaged_safetensors_file(mae_file, damage):
         read_weights(mae_file)
 
 
-def test_foreign_safetensors_have_no_description(tmp_path):
+def test_foreign_safetensors_have_no_card(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "foreign.safetensors", {"format": "pt"})
-    state, description = read_weights(tmp_path / "foreign.safetensors")
+    state, metadata = read_weights(tmp_path / "foreign.safetensors")
     assert list(state) == ["a"]
-    assert description == {}
+    assert metadata == {}
 
 
 # --- files and folders ---------------------------------------------------------------------------------------------

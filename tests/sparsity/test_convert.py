@@ -190,13 +190,18 @@ def test_layers_inside_a_multihead_attention_are_refused():
     assert sparsify(model, "2:8", exclude=["*.attn.*"]) == ["blocks.0.fc"]
 
 
-def test_subclasses_of_linear_are_left_alone():
+@pytest.mark.holds("right.1")
+def test_item_15_a_chosen_subclass_of_linear_is_refused():
     class Special(nn.Linear):
         pass
 
     model = nn.Sequential(Special(8, 8), nn.Linear(8, 8))
-    assert sparsify(model, "2:8", include=["*"]) == ["1"]
+    with pytest.raises(ValueError, match=r"^0: wanted a plain nn\.Linear, got a \S+Special, .*exclude it"):
+        sparsify(model, "2:8", include=["*"])
+    assert_untouched(model)
+    assert sparsify(model, "2:8", include=["*"], exclude=["0"]) == ["1"]
     assert type(model[0]) is Special
+    assert sparsify(nn.Sequential(Special(8, 8), nn.Linear(8, 8)), "2:8", include=["1"]) == ["1"]
 
 
 def test_shared_modules_and_tied_weights_stay_shared():

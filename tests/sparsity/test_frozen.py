@@ -130,6 +130,6 @@ def test_a_densified_layer_learns_in_every_weight():
 def test_frozen_weights_do_not_leak():
     layer = sparse_layer()
     freeze(layer)
-    entries = len(linear_module._frozen_weights)
+    entries = len(linear_module._frozen_layers)
     del layer
-    assert len(linear_module._frozen_weights) == entries - 1
+    assert len(linear_module._frozen_layers) == entries - 1

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsemae.sparsity import MaskSchedule, NMPattern, zero_pruned, iter_sparse, nm_mask, shrink_pruned, sparsify
+from sparsemae.sparsity import MaskSchedule, NMPattern, iter_sparse, nm_mask, shrink_pruned, sparsify, zero_pruned
 from sparsemae.sparsity.schedule import pattern_at
 
 

@@ -1,0 +1,64 @@
+"""From the command line: the network of the weights to start from, and a model that cannot be packed."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from conftest import tiny
+
+from sparsemae.card import ModelCard
+from sparsemae.cli import main
+from sparsemae.models.weights import read_card
+
+pytestmark = pytest.mark.holds("right.1")
+SHORT = (
+    "--data.source", "fashion-mnist", "--data.train_images", "32", "--data.img_size", "28", "--trainer.global_batch", "16",
+    "--trainer.epochs", "1", "--optim.warmup_epochs", "0", "--trainer.precision", "fp32", "--sparse.pattern", "2:8",
+)  # fmt: skip
+SMALL = {"patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+def card_of(out: Path) -> ModelCard:
+    card = read_card(out)
+    assert card is not None
+    return card
+
+
+@pytest.mark.slow
+def test_item_12_without_a_model_named_it_is_that_of_the_source(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = timm.create_model("vit_tiny_patch16_224", img_size=28, **SMALL, init_values=0.1, num_classes=0)
+    torch.save({"model": source.state_dict()}, tmp_path / "weights.pth")
+    words = ["finetune", *SHORT, "--init", str(tmp_path / "weights.pth"), "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "weights of an unusual embedding dimension do not say their number of heads" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+    main([*words, "--model.args", "{num_heads: 2}"])
+    wanted = {**SMALL, "init_values": 1e-5}
+    assert card_of(tmp_path / "run").model_args == wanted
+    resolved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert resolved["model"]["name"] == "vit_base_patch16_224"
+    assert resolved["model"]["args"] == wanted
+
+    again = ["finetune", *SHORT, "--init", str(tmp_path / "run"), "--out", str(tmp_path / "second")]
+    main(again)
+    assert card_of(tmp_path / "second").model_args == wanted
+
+
+@pytest.mark.slow
+def test_item_15_parallel_blocks_are_said_to_be_trained_not_packed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    main(tiny("finetune", out, "--model.name", "vit_small_patch16_18x2_224", "--data.train_images", "16"))
+    said = (out / "log.txt").read_text() if (out / "log.txt").exists() else "".join(capfd.readouterr())
+    warning = "warning: this model can be trained, not packed: pack: blocks.0: wanted Block, got ParallelThingsBlock"
+    assert said.count(warning) == 1
+    with pytest.raises(SystemExit):
+        main(["pack", str(out), str(tmp_path / "model.packed")])
+    assert "pack: blocks.0: wanted Block, got ParallelThingsBlock" in capfd.readouterr().err
