@@ -47,5 +47,6 @@ def test_the_checkpoint_before_is_used(
     assert not last.exists()
     whole, other = read_weights(tmp_path / "whole")[0], read_weights(tmp_path / "run")[0]
     assert all(torch.equal(whole[key], other[key]) for key in whole)
-    made = {truncate: "its last 9 bytes cut off", flip_a_bit: "one bit flipped"}.get(damage, "removed")
-    came_out("harmed checkpoint", f"{file} of the last one: {made}", 0, named, equal=True)
+    ways: dict[Any, str] = {truncate: "its last 9 bytes cut off", flip_a_bit: "one bit flipped"}
+    made = ways.get(damage, "removed")
+    came_out("corrupt checkpoint", f"{file} of the last one: {made}", 0, named, equal=True)
