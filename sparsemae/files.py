@@ -1,9 +1,14 @@
 """Files that appear whole or not at all, a kill at any moment included."""
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+RETRY_PAUSES_SECONDS = (1.0, 2.0, 4.0)
 
 
 @contextmanager
@@ -42,6 +47,22 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
     """Write a text (as UTF-8) or bytes by `replacing`."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def retried(action: Callable[[], T], info: Callable[[str], None]) -> T:
+    """What an action gives, tried again where the system fails it (a disk, a network, memory), which may pass.
+
+    A missing file is no such failure.
+    """
+    for pause in RETRY_PAUSES_SECONDS:
+        try:
+            return action()
+        except FileNotFoundError:
+            raise
+        except (OSError, MemoryError) as error:
+            info(f"{error or 'out of memory'}; trying again in {pause:g} s")
+            time.sleep(pause)
+    return action()
 
 
 def fsync(path: Path) -> None:

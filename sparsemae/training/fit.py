@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from statistics import fmean
 from typing import Any, NamedTuple, NoReturn
 
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 
 from sparsemae.data.loader import UnreadableImages, batches
 from sparsemae.data.sampling import STEP, BatchPlan, TrainingSampler, seed_all
+from sparsemae.files import retried
 from sparsemae.models import use_plain_attention
 from sparsemae.sparsity import Topology, hold_masks, iter_sparse
 from sparsemae.training.bad_steps import bad_record
-from sparsemae.training.checkpoint import list_checkpoints, remove_checkpoint
+from sparsemae.training.checkpoint import DamagedCheckpoint, list_checkpoints, set_aside
 from sparsemae.training.feed import Feed
-from sparsemae.training.logs import StepProgress
+from sparsemae.training.logs import StepProgress, package_versions
 from sparsemae.training.optim import in_epochs, learning_rate, make_optimizer, scaled_to_batch, set_learning_rate
 from sparsemae.training.run import Run
 from sparsemae.training.saver import Saver
@@ -90,6 +92,7 @@ class _Loop:
             average=None if trainer.ema_decay is None else ModelEmaV3(model, decay=trainer.ema_decay),
             masks=subject.masks,
             topology=Topology(model) if any(iter_sparse(model)) else None,
+            origin={"config": run.config, "packages": package_versions()},
         )  # fmt: skip
         self.unreadable = UnreadableImages(images, config.data.max_unreadable, run.log.info)
         self.signals = StopSignals(announce=fabric.is_global_zero)
@@ -118,26 +121,33 @@ class _Loop:
     def resume(self) -> None:
         """Go back to the last intact checkpoint, if there are any.
 
-        Corrupt ones that are newer are removed, or they would outlive what is saved from here on.
+        Damaged ones that are newer are set aside, or they would outlive what is saved from here on. Raises ValueError,
+        and leaves all as it is, if one cannot be read for another reason.
         """
-        run, state, corrupt = self.run, self.state, []
+        run, state, damaged = self.run, self.state, []
         for path in reversed(list_checkpoints(run.checkpoints)):
             try:
-                state.restore(path)
+                counters = retried(partial(state.restore, path), run.log.info)
                 break
-            except ValueError as error:
-                corrupt.append(path)
+            except DamagedCheckpoint as error:
+                damaged.append(path)
                 run.log.info(str(error))
-        if corrupt and not state.done:
+            except (OSError, MemoryError) as error:
+                reason = f"{error or 'out of memory'}; nothing is lost, the same command goes on when it can be read"
+                raise ValueError(f"{path}: {reason}") from error
+        if damaged and not state.done:
             raise ValueError(f"{run.checkpoints}: no intact checkpoint to continue from; choose another --out")
         self.fabric.barrier()
         if self.fabric.is_global_zero:
-            for path in corrupt:
-                remove_checkpoint(path)
+            for path in damaged:
+                set_aside(path)
         run.log.truncate_after(state.done)
         self.saver.step = state.done
         if state.done:
             run.log.info(f"continuing {run.folder} at step {state.done}")
+            now, before = state.origin["packages"], counters.get("packages", {})
+            for name in (name for name in now if before.get(name, now[name]) != now[name]):
+                run.log.info(f"warning: {name} was {before[name]} and is {now[name]}: results may differ")
 
     def run_all(self) -> dict[str, float]:
         run, state = self.run, self.state

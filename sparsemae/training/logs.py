@@ -12,7 +12,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, islice
 from pathlib import Path
@@ -139,18 +139,21 @@ def _step_of(line: str) -> int:
         return sys.maxsize
 
 
+def package_versions() -> dict[str, str]:
+    """Of the packages that the numbers depend on, where they are installed."""
+    versions = {}
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
+
+
 def environment() -> dict[str, Any]:
     """Versions and machine, for ``environment.json``."""
     import torch
 
-    versions: dict[str, str | None] = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "python": platform.python_version(), "platform": platform.platform(), "packages": versions,
+        "python": platform.python_version(), "platform": platform.platform(), "packages": package_versions(),
         "cuda_devices": devices, "torch_threads": torch.get_num_threads(), "command": sys.argv,
     }  # fmt: skip
