@@ -65,7 +65,7 @@ def save_checkpoint(
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
+        temporary.mkdir()
         for name, tensors in files.items():
             save_tensors(temporary / f"{name}.safetensors", tensors, metadata[name])
         sums = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}

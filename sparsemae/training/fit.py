@@ -175,8 +175,9 @@ class _Loop:
         if self.ending and (state.done < self.stop or self.stop_reason):
             self._end()
         self.saver.wait()
-        if self.saver.failed:
-            raise ValueError(f"{run.folder}: the last checkpoint could not be written; the same command goes on")
+        if self.saver.failed or self.stop_reason:
+            last = f"{run.folder}: the last checkpoint could not be written; the same command goes on"
+            raise ValueError(self.stop_reason or last)
         if not self.metrics:
             self._evaluate()
         if state.average is not None:
@@ -269,6 +270,8 @@ class _Loop:
         The evaluation comes first: should it fail, the step is saved, and the run that goes on logs it.
         """
         trainer, state, done, last = self.run.trainer, self.state, self.state.done, self.state.done == self.stop
+        if fate := self.run.log.lost():
+            self.stop_reason = f"{self.run.folder}: {fate} while the run was on; it ends at step {done}, unsaved"
         if last:
             state.masks.finish()
         epoch, within = divmod(done, self.plan.steps_per_epoch)
@@ -323,7 +326,7 @@ class _Loop:
     def _save(self) -> None:
         """Begin to write a checkpoint; only the first process does."""
         self.saved_at = time.monotonic()
-        if self.fabric.is_global_zero:
+        if self.fabric.is_global_zero and not self.run.log.lost():
             best = self.state.best
             files, metadata = self.state.to_save(self.subject.card)
             self.saver.save(self.state.done, files, metadata, best=int(best["step"]) if best else None)
@@ -351,8 +354,9 @@ class _Loop:
             reason, signal = reason or theirs[0], signal or theirs[1]
         if not self.fabric.is_global_zero:
             raise SystemExit(0)  # another status has launchers kill the first process
-        last = f"{unsaved}; {self._last_checkpoint()}"
-        if signal is None or unsaved or self.saver.failed:
+        lost = self.run.log.lost()
+        last = "" if lost else f"{unsaved}; {self._last_checkpoint()}"
+        if signal is None or unsaved or lost or self.saver.failed:
             raise ValueError(f"{reason or signal}{last}")
         self.run.log.info(f"ended by {signal} at step {self.state.done}{last}; the same command goes on")
         raise SystemExit(STOPPED_STATUS)

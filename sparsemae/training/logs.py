@@ -11,7 +11,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, islice
@@ -40,6 +40,8 @@ class RunLog:
         self.console = Console(stderr=True, quiet=not active, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._unwritten: dict[str, str] = {}
+        self.lost: Callable[[], str] = str
+        """Says what became of the folder, if it is gone: nothing is written then."""
 
     def info(self, text: str) -> None:
         """Print one message, above the progress bar where there is one."""
@@ -47,7 +49,7 @@ class RunLog:
 
     def write(self, file: str, record: Mapping[str, Any]) -> None:
         """Append one JSON line to a file of the run's folder; on a full disk it waits for the next one."""
-        if self.folder is None:
+        if self.folder is None or self.lost():
             return
         lines = self._unwritten.pop(file, "") + json.dumps(record) + "\n"
         path = self.folder / file

@@ -60,8 +60,8 @@ class Run:
             if self.fabric.is_global_zero:
                 try:
                     self._check_folder()
-                    self.folder.mkdir(parents=True, exist_ok=True)
-                    held.enter_context(run_lock(self.folder, self.log.info))
+                    self.checkpoints.mkdir(parents=True, exist_ok=True)
+                    self.log.lost = held.enter_context(run_lock(self.folder, self.log.info))
                     remove_leftovers(self.checkpoints)
                     # first: it is what tells a run's folder from somebody's
                     write_atomic(self.folder / "environment.json", json.dumps(environment(), indent=1))
