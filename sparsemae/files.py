@@ -1,34 +1,68 @@
 """Files that appear whole or not at all, a kill at any moment included."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+RETRY_PAUSES_SECONDS = (1.0, 2.0, 4.0)
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A name beside ``path`` to write to; what was written there takes the place of ``path`` if nothing is raised.
 
-    With the permissions of a new file, whoever made it. Raises OSError if it cannot be written; nothing is left then.
+    Of a symbolic link it takes the target's place. With the permissions of a new file, whoever made it.
+
+    Raises:
+        ValueError: ``path`` is a folder, a device or a pipe, which are no files to replace.
+        OSError: it cannot be written, in a message that names ``path``; nothing is left then.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.tmp")
     try:
-        temporary.touch()
+        if target.exists() and not target.is_file():
+            raise ValueError(f"{path}: wanted a file, got a {'folder' if target.is_dir() else 'device or pipe'}")
+        temporary.unlink(missing_ok=True)  # of a process that was killed, or somebody's link to elsewhere
+        temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode
         yield temporary
         temporary.chmod(mode)  # safetensors makes its files for their owner alone
         fsync(temporary)
-        temporary.replace(path)
+        temporary.replace(target)
+        fsync(target.parent)
+    except OSError as error:
+        if error.filename in (None, str(temporary), temporary):
+            raise OSError(f"{path}: {error.strerror or error}") from error
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
     """Write a text (as UTF-8) or bytes by `replacing`."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def retried(action: Callable[[], T], info: Callable[[str], None]) -> T:
+    """What an action gives, tried again where the system fails it (a disk, a network, memory), which may pass.
+
+    A missing file is no such failure.
+    """
+    for pause in RETRY_PAUSES_SECONDS:
+        try:
+            return action()
+        except FileNotFoundError:
+            raise
+        except (OSError, MemoryError) as error:
+            info(f"{error or 'out of memory'}; trying again in {pause:g} s")
+            time.sleep(pause)
+    return action()
 
 
 def fsync(path: Path) -> None:

@@ -12,7 +12,7 @@ Random = np.random.Generator
 HUGE = (-1, 0, 1, 2**31, 2**40, 2**62, 2**63, 2**64 - 1, 10**30)
 DTYPES = ("F32", "F64", "F16", "BF16", "I64", "I32", "U16", "I8", "U8", "BOOL", "C64", "F8_E4M3", "F8_E5M2", "F4", "X9")
 WIDTHS = {"F16": 2, "BF16": 2, "I32": 4, "F64": 8, "I64": 8, "C64": 8, "U8": 1, "BOOL": 1, "F8_E4M3": 1}
-_DOCUMENTS = {"description": "sparsemae", "config": "config"}  # of weights files, of packed files
+_DOCUMENTS = {"card": "sparsemae", "config": "config"}  # of weights files, of packed files
 
 
 def scramble(rng: Random, data: bytes, end: int) -> bytes:
@@ -33,7 +33,7 @@ def scramble(rng: Random, data: bytes, end: int) -> bytes:
 
 
 def split(data: bytes) -> tuple[dict[str, Any], bytes]:
-    """A safetensors file's header, and what it describes."""
+    """A safetensors file's header, and its body."""
     end = 8 + int.from_bytes(data[:8], "little")
     return json.loads(data[8:end]), data[end:]
 
@@ -53,7 +53,7 @@ def tensors_of(data: bytes) -> dict[str, bytes]:
 
 
 def edit(rng: Random, data: bytes, where: str = "header") -> bytes:
-    """A safetensors file with something else in its header, its description or its values."""
+    """A safetensors file with something else in its header, its card or its values."""
     header, body = split(data)
     names = [name for name in header if name != "__metadata__"]
     name = names[rng.integers(len(names))]

@@ -20,7 +20,7 @@ from sparsemae.commands.predict import predict
 from sparsemae.data.embedded import CLASS_NAMES, EmbeddedReader
 from sparsemae.demo.segmentation import demo_segment
 from sparsemae.demo.stages import DENSE, PRETRAINING, SMALL, Stage, cores, empty, left_out, run_stages
-from sparsemae.files import write_atomic
+from sparsemae.files import replacing, write_atomic
 from sparsemae.options.commands import DemoConfig, EvaluateConfig, PackConfig, PredictConfig
 from sparsemae.options.data import SourceConfig
 from sparsemae.report.plots import reconstruction_picture
@@ -95,7 +95,9 @@ def _write_test_images(folder: Path) -> Path:
     reader = EmbeddedReader("val")
     for index in range(PREDICTED_IMAGES):
         image, label = reader[index]
-        image.save(folder / f"{index}-{CLASS_NAMES[label].replace('/', '-').replace(' ', '-').lower()}.png")
+        name = f"{index}-{CLASS_NAMES[label].replace('/', '-').replace(' ', '-').lower()}.png"
+        with replacing(folder / name) as temporary:
+            image.save(temporary, "PNG")
     return folder
 
 

@@ -176,9 +176,14 @@ def read_card(source: str | Path) -> ModelCard | None:
     path = find_weights(source)
     if path.suffix != ".safetensors":
         return None
-    with _opened(path) as file:
-        metadata = _metadata(file)
+    metadata = read_metadata(path)
     return card_of(metadata, path) if metadata else None
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Our metadata of a safetensors file; empty for foreign ones. Raises ValueError as `read_weights`."""
+    with _opened(path) as file:
+        return _metadata(file)
 
 
 def card_of(metadata: Mapping[str, Any], path: Path) -> ModelCard:
@@ -203,7 +208,7 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file; what is wrong with it is a ValueError that names it."""
+    """A safetensors file; a ValueError that names it says what is wrong with it, an OSError what with the disk."""
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
@@ -213,7 +218,7 @@ def _opened(path: Path) -> Iterator[Any]:
             raise ValueError(f"its header of {header:,} bytes is too large beside its data")
         with safe_open(path, framework="pt") as file:
             yield file
-    except (SafetensorError, ValueError, RecursionError, OSError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
 
 

@@ -11,6 +11,7 @@ from sparsemae.card import InputSpec, ModelCard
 from sparsemae.data.sampling import PICTURE, stream
 from sparsemae.data.sources import Source, open_source
 from sparsemae.data.transforms import evaluation_transform, normalize
+from sparsemae.files import replacing
 from sparsemae.models import MaskedAutoencoder
 from sparsemae.options.data import SourceConfig
 from sparsemae.sparsity import dense_weights
@@ -57,7 +58,8 @@ def reconstruction_picture(
     losses = f"loss {float(sparse.loss):.3f} sparse, {float(full.loss):.3f} full"
     figure.suptitle(f"{ratio:.0%} of the patches masked; {losses}", fontsize=9)
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
 
 
 def _pixels(images: Tensor, spec: InputSpec) -> np.ndarray:

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from statistics import fmean
 from typing import Any, NamedTuple, NoReturn
 
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 
 from sparsemae.data.loader import UnreadableImages, batches
 from sparsemae.data.sampling import STEP, BatchPlan, TrainingSampler, seed_all
+from sparsemae.files import retried
 from sparsemae.models import use_plain_attention
 from sparsemae.sparsity import Topology, hold_masks, iter_sparse
 from sparsemae.training.bad_steps import bad_record
-from sparsemae.training.checkpoint import list_checkpoints, remove_checkpoint
+from sparsemae.training.checkpoint import DamagedCheckpoint, list_checkpoints, set_aside
 from sparsemae.training.feed import Feed
-from sparsemae.training.logs import StepProgress
+from sparsemae.training.logs import StepProgress, package_versions
 from sparsemae.training.optim import in_epochs, learning_rate, make_optimizer, scaled_to_batch, set_learning_rate
 from sparsemae.training.run import Run
 from sparsemae.training.saver import Saver
@@ -90,6 +92,7 @@ class _Loop:
             average=None if trainer.ema_decay is None else ModelEmaV3(model, decay=trainer.ema_decay),
             masks=subject.masks,
             topology=Topology(model) if any(iter_sparse(model)) else None,
+            origin={"config": run.config, "packages": package_versions()},
         )  # fmt: skip
         self.unreadable = UnreadableImages(images, config.data.max_unreadable, run.log.info)
         self.signals = StopSignals(announce=fabric.is_global_zero)
@@ -118,26 +121,33 @@ class _Loop:
     def resume(self) -> None:
         """Go back to the last intact checkpoint, if there are any.
 
-        Corrupt ones that are newer are removed, or they would outlive what is saved from here on.
+        Damaged ones that are newer are set aside, or they would outlive what is saved from here on. Raises ValueError,
+        and leaves all as it is, if one cannot be read for another reason.
         """
-        run, state, corrupt = self.run, self.state, []
+        run, state, damaged = self.run, self.state, []
         for path in reversed(list_checkpoints(run.checkpoints)):
             try:
-                state.restore(path)
+                counters = retried(partial(state.restore, path), run.log.info)
                 break
-            except ValueError as error:
-                corrupt.append(path)
+            except DamagedCheckpoint as error:
+                damaged.append(path)
                 run.log.info(str(error))
-        if corrupt and not state.done:
+            except (OSError, MemoryError) as error:
+                reason = f"{error or 'out of memory'}; nothing is lost, the same command goes on when it can be read"
+                raise ValueError(f"{path}: {reason}") from error
+        if damaged and not state.done:
             raise ValueError(f"{run.checkpoints}: no intact checkpoint to continue from; choose another --out")
         self.fabric.barrier()
         if self.fabric.is_global_zero:
-            for path in corrupt:
-                remove_checkpoint(path)
+            for path in damaged:
+                set_aside(path)
         run.log.truncate_after(state.done)
         self.saver.step = state.done
         if state.done:
             run.log.info(f"continuing {run.folder} at step {state.done}")
+            now, before = state.origin["packages"], counters.get("packages", {})
+            for name in (name for name in now if before.get(name, now[name]) != now[name]):
+                run.log.info(f"warning: {name} was {before[name]} and is {now[name]}: results may differ")
 
     def run_all(self) -> dict[str, float]:
         run, state = self.run, self.state
@@ -165,8 +175,9 @@ class _Loop:
         if self.ending and (state.done < self.stop or self.stop_reason):
             self._end()
         self.saver.wait()
-        if self.saver.failed:
-            raise ValueError(f"{run.folder}: the last checkpoint could not be written; the same command goes on")
+        if self.saver.failed or self.stop_reason:
+            last = f"{run.folder}: the last checkpoint could not be written; the same command goes on"
+            raise ValueError(self.stop_reason or last)
         if not self.metrics:
             self._evaluate()
         if state.average is not None:
@@ -259,6 +270,8 @@ class _Loop:
         The evaluation comes first: should it fail, the step is saved, and the run that goes on logs it.
         """
         trainer, state, done, last = self.run.trainer, self.state, self.state.done, self.state.done == self.stop
+        if fate := self.run.log.lost():
+            self.stop_reason = f"{self.run.folder}: {fate} while the run was on; it ends at step {done}, unsaved"
         if last:
             state.masks.finish()
         epoch, within = divmod(done, self.plan.steps_per_epoch)
@@ -313,7 +326,7 @@ class _Loop:
     def _save(self) -> None:
         """Begin to write a checkpoint; only the first process does."""
         self.saved_at = time.monotonic()
-        if self.fabric.is_global_zero:
+        if self.fabric.is_global_zero and not self.run.log.lost():
             best = self.state.best
             files, metadata = self.state.to_save(self.subject.card)
             self.saver.save(self.state.done, files, metadata, best=int(best["step"]) if best else None)
@@ -341,8 +354,9 @@ class _Loop:
             reason, signal = reason or theirs[0], signal or theirs[1]
         if not self.fabric.is_global_zero:
             raise SystemExit(0)  # another status has launchers kill the first process
-        last = f"{unsaved}; {self._last_checkpoint()}"
-        if signal is None or unsaved or self.saver.failed:
+        lost = self.run.log.lost()
+        last = "" if lost else f"{unsaved}; {self._last_checkpoint()}"
+        if signal is None or unsaved or lost or self.saver.failed:
             raise ValueError(f"{reason or signal}{last}")
         self.run.log.info(f"ended by {signal} at step {self.state.done}{last}; the same command goes on")
         raise SystemExit(STOPPED_STATUS)

@@ -9,19 +9,27 @@ import fcntl
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 LOCK_FILE = ".lock"
 
 
 @contextmanager
-def run_lock(folder: Path, info: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock of a run's folder.
+def run_lock(folder: Path, info: Callable[[str], None]) -> Iterator[Callable[[], str]]:
+    """Hold the lock of a run's folder; gives a function that says what became of it, nothing while it is there.
 
     Raises ValueError, naming process and host, if another run holds it.
     """
+
+    def lost() -> str:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            if os.path.samestat(os.stat(folder), os.fstat(home)):
+                return ""
+        return "renamed" if os.fstat(home).st_nlink else "deleted"
+
     descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    home = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -36,10 +44,11 @@ def run_lock(folder: Path, info: Callable[[str], None]) -> Iterator[None]:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         try:
-            yield
+            yield lost
         finally:
             os.ftruncate(descriptor, 0)
     finally:
+        os.close(home)
         os.close(descriptor)
 
 

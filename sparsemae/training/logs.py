@@ -11,8 +11,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, islice
 from pathlib import Path
@@ -40,6 +40,8 @@ class RunLog:
         self.console = Console(stderr=True, quiet=not active, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._unwritten: dict[str, str] = {}
+        self.lost: Callable[[], str] = str
+        """Says what became of the folder, if it is gone: nothing is written then."""
 
     def info(self, text: str) -> None:
         """Print one message, above the progress bar where there is one."""
@@ -47,7 +49,7 @@ class RunLog:
 
     def write(self, file: str, record: Mapping[str, Any]) -> None:
         """Append one JSON line to a file of the run's folder; on a full disk it waits for the next one."""
-        if self.folder is None:
+        if self.folder is None or self.lost():
             return
         lines = self._unwritten.pop(file, "") + json.dumps(record) + "\n"
         path = self.folder / file
@@ -139,18 +141,21 @@ def _step_of(line: str) -> int:
         return sys.maxsize
 
 
+def package_versions() -> dict[str, str]:
+    """Of the packages that the numbers depend on, where they are installed."""
+    versions = {}
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
+
+
 def environment() -> dict[str, Any]:
     """Versions and machine, for ``environment.json``."""
     import torch
 
-    versions: dict[str, str | None] = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "python": platform.python_version(), "platform": platform.platform(), "packages": versions,
+        "python": platform.python_version(), "platform": platform.platform(), "packages": package_versions(),
         "cuda_devices": devices, "torch_threads": torch.get_num_threads(), "command": sys.argv,
     }  # fmt: skip

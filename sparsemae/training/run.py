@@ -4,9 +4,10 @@ import atexit
 import gc
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ import torch.distributed as dist
 import yaml
 from lightning_fabric import Fabric
 
-from sparsemae.files import write_atomic
+from sparsemae.files import retried, write_atomic
 from sparsemae.limits import fields_that_may_change
+from sparsemae.models.weights import read_metadata
 from sparsemae.options.tasks import TrainingConfig
 from sparsemae.options.training import TrainerConfig
 from sparsemae.renamed import OPTIONS, renamed
-from sparsemae.training.checkpoint import list_checkpoints, remove_leftovers
+from sparsemae.training.checkpoint import TRAINING, list_checkpoints, migrated, remove_leftovers
 from sparsemae.training.config import PRECISIONS, differences, resolved_precision
 from sparsemae.training.lock import run_lock
 from sparsemae.training.logs import RunLog, environment
@@ -58,8 +60,8 @@ class Run:
             if self.fabric.is_global_zero:
                 try:
                     self._check_folder()
-                    self.folder.mkdir(parents=True, exist_ok=True)
-                    held.enter_context(run_lock(self.folder, self.log.info))
+                    self.checkpoints.mkdir(parents=True, exist_ok=True)
+                    self.log.lost = held.enter_context(run_lock(self.folder, self.log.info))
                     remove_leftovers(self.checkpoints)
                     # first: it is what tells a run's folder from somebody's
                     write_atomic(self.folder / "environment.json", json.dumps(environment(), indent=1))
@@ -112,12 +114,15 @@ def start(config: TrainingConfig) -> Run:
     fabric.launch()
     atexit.register(_leave_process_group)  # gloo's threads, left alive, can abort a process that ends (pytorch #190489)
     folder = Path(config.out)
-    before = _kept_config(folder)
-    trainer = _with_device_batch(trainer, fabric.world_size, before, folder)
+    log = RunLog(folder, fabric.is_global_zero)
+    before = _kept_config(folder, log.info)
+    trainer = replace(_with_device_batch(trainer, fabric.world_size, before, folder), precision=precision)
     now = {**asdict(config), "trainer": asdict(trainer)}
     may_change = set(fields_that_may_change(config))
+    if before and before["trainer"].get("precision", "auto") == "auto":  # written before it was resolved
+        before["trainer"]["precision"] = precision
     changed = differences(before, now, asdict(type(config)()), may_change) if before else []
-    return Run(fabric, RunLog(folder, fabric.is_global_zero), folder, trainer, config.seed, precision, now, changed)
+    return Run(fabric, log, folder, trainer, config.seed, precision, now, changed)
 
 
 def _leave_process_group() -> None:
@@ -126,12 +131,19 @@ def _leave_process_group() -> None:
         gc.collect()  # cycles with DDP's modules in them hold the group, and so its threads
 
 
-def _kept_config(folder: Path) -> dict[str, Any]:
-    """The configuration of the run in the folder, device_batch resolved; empty if there is none to continue."""
-    if not list_checkpoints(folder / "checkpoints"):
+def _kept_config(folder: Path, info: Callable[[str], None]) -> dict[str, Any]:
+    """The configuration that the run in the folder used, device_batch resolved; empty if there is none to continue.
+
+    The last checkpoint has it; config.yaml, where that is damaged or of an earlier version, has that of the last start.
+    """
+    kept, counters = list_checkpoints(folder / "checkpoints"), dict[str, Any]()
+    if not kept:
         return {}
+    with suppress(ValueError, FileNotFoundError):  # damaged: `fit` will say so
+        counters = retried(partial(read_metadata, kept[-1] / f"{TRAINING}.safetensors"), info)
+    config = migrated(counters, kept[-1]).get("config")
     try:
-        before = renamed(yaml.safe_load((folder / "config.yaml").read_text()), OPTIONS)
+        before = renamed(config or yaml.safe_load((folder / "config.yaml").read_text()), OPTIONS)
         trainer = before["trainer"]
         if trainer["device_batch"] is None:  # written before it was resolved
             trainer["device_batch"] = trainer["global_batch"] // (trainer["devices"] * trainer["num_nodes"])

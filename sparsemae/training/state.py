@@ -11,14 +11,19 @@ from torch import Tensor, nn
 
 from sparsemae.card import ModelCard
 from sparsemae.models.weights import load_weights, public_state
-from sparsemae.renamed import CHECKPOINT, renamed
 from sparsemae.sparsity import MaskSchedule, Topology, iter_sparse
 from sparsemae.sparsity.pattern import check_finite
 from sparsemae.training.bad_steps import BadSteps
-from sparsemae.training.checkpoint import AVERAGE, TRAINING, WEIGHTS, Tensors, flatten, load_checkpoint, unflatten
-
-VERSION = 2
-"""Of a checkpoint's counters."""
+from sparsemae.training.checkpoint import (
+    AVERAGE,
+    TRAINING,
+    VERSION,
+    WEIGHTS,
+    Tensors,
+    flatten,
+    load_checkpoint,
+    unflatten,
+)
 
 
 @dataclass
@@ -41,6 +46,8 @@ class TrainingState:
     """Of the steps since the last line of the log, over all processes."""
     best: dict[str, float] | None = None
     """Step and value of the best metric so far."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """What checkpoints say of where they are from: the run's whole ``config``, and the ``packages`` it runs with."""
 
     def is_best(self, value: float, higher_is_better: bool) -> bool:
         """Note the metric of now if it is better than all before."""
@@ -70,13 +77,13 @@ class TrainingState:
     def _counters(self) -> dict[str, Any]:
         return {
             "version": VERSION, "done": self.done, "logged_through": self.logged_through, "losses": list(self.losses),
-            "best": self.best, "bad": asdict(self.bad),
+            "best": self.best, "bad": asdict(self.bad), **self.origin,
         }  # fmt: skip
 
-    def restore(self, path: Path) -> None:
-        """Become what a checkpoint holds.
+    def restore(self, path: Path) -> dict[str, Any]:
+        """Become what a checkpoint holds; returns its counters.
 
-        Raises ValueError, naming it, if it is corrupt, or of another architecture or another kind of run.
+        Raises ValueError as `load_checkpoint`, or if it is of another architecture or another kind of run.
         """
         files, counters = load_checkpoint(path)
         try:
@@ -96,6 +103,7 @@ class TrainingState:
             self._set_counters(counters)
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
             raise ValueError(f"{path}: wanted a checkpoint of this run: {error}") from error
+        return counters
 
     def _check_moments(self, moments: Mapping[int, Mapping[str, Tensor]]) -> None:
         """torch would take anything, and fail, or make weights that are not finite, in the step."""
@@ -111,10 +119,6 @@ class TrainingState:
 
     def _set_counters(self, counters: Mapping[str, Any]) -> None:
         self.bad = BadSteps(**{name: int(value) for name, value in counters["bad"].items()})
-        version = counters.get("version", 1)
-        if not 1 <= version <= VERSION:
-            raise ValueError(f"wanted a checkpoint of version 1 to {VERSION}, got {version}: update sparsemae")
-        counters = renamed(counters, CHECKPOINT)
         self.done, self.logged_through = int(counters["done"]), int(counters["logged_through"])
         self.losses, best = [float(loss) for loss in counters["losses"]], counters["best"]
         self.best = None if best is None else {name: best[name] + 0 for name in ("step", "value")}

@@ -19,7 +19,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -30,18 +30,26 @@ import torch
 from harness import SERVER
 from mutations import edit, scramble, tensors_of
 
-from sparsemae.data.transforms import DataConfig
-from sparsemae.models import ModelConfig
+from sparsemae.card import InputSpec, ModelCard
+from sparsemae.data.sampling import INIT, seed_all
 from sparsemae.models.start import start_from
 from sparsemae.models.weights import read_weights, save_model
-from sparsemae.sparsity import MaskSchedule, Topology
-from sparsemae.tasks.build import SparseConfig, build_classifier, describe, load_classifier, make_sparse
+from sparsemae.options.data import ImageDataConfig
+from sparsemae.options.model import SparseConfig
+from sparsemae.options.training import OptimConfig
+from sparsemae.sparsity import MaskSchedule, Topology, iter_sparse
+from sparsemae.tasks.classification import Classification
+from sparsemae.tasks.loading import load_model
+from sparsemae.tasks.sparse import make_sparse
 from sparsemae.training.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
-from sparsemae.training.optim import OptimConfig, make_optimizer
+from sparsemae.training.optim import make_optimizer
 from sparsemae.training.state import TrainingState
 
-MODEL = ModelConfig(args={"patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3})
-SIDE, CLASSES = 32, [f"class {i}" for i in range(10)]
+SIDE = 32
+CARD = ModelCard(
+    "classify", "vit_base_patch16_224", {"patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3},
+    InputSpec.of(ImageDataConfig(img_size=SIDE)), tuple(f"class {i}" for i in range(10)),
+)  # fmt: skip
 ALLOWED_BYTES = 3 * 2**30
 """Address space beyond what the process has at its start."""
 LONGEST_SECONDS = 60.0
@@ -71,6 +79,17 @@ class Outcome:
     """What should not have come out."""
 
 
+def plain_model(seed: int) -> Any:
+    seed_all(seed, INIT)
+    return Classification.build(CARD)
+
+
+def sparse_model(seed: int) -> Any:
+    model = plain_model(seed)
+    make_sparse(model, SparseConfig())
+    return model
+
+
 def state_of(model: Any) -> TrainingState:
     optimizer = make_optimizer(model, OptimConfig())
     return TrainingState(model, optimizer, None, MaskSchedule(model), Topology(model))
@@ -85,15 +104,14 @@ def step(state: TrainingState) -> None:
 
 def make_originals(folder: Path) -> None:
     """A checkpoint, a weights file, and torch files of both formats, of some megabytes."""
-    model = build_classifier(MODEL, SIDE, len(CLASSES), seed=0)
-    make_sparse(model, SparseConfig())
-    description = describe("classify", model, MODEL, DataConfig(img_size=SIDE), CLASSES)
+    model = sparse_model(seed=0)
+    card = replace(CARD, patterns={name: str(layer.pattern) for name, layer in iter_sparse(model)})
     state = state_of(model)
     step(state)
-    state.done = state.booked = 12
+    state.done = state.logged_through = 12
     state.losses, state.best = [0.5, 0.25], {"step": 6, "value": 0.5}
-    save_checkpoint(checkpoint_path(folder, 12), *state.to_save(description))
-    save_model(folder / "model.safetensors", model, description)
+    save_checkpoint(checkpoint_path(folder, 12), *state.to_save(card))
+    save_model(folder / "model.safetensors", model, card)
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     torch.save({"model": weights, "epoch": 3}, folder / "zip.pth")
     torch.save({"model": weights, "epoch": 3}, folder / "legacy.pth", _use_new_zipfile_serialization=False)
@@ -115,8 +133,8 @@ class Fuzzer:
     def __init__(self, originals: Path, folder: Path, seed: int) -> None:
         self._originals, self._folder, self._seed = originals, folder, seed
         self.trace = folder / "executed"
-        self._state = state_of(self._new_model())
-        self._plain = build_classifier(MODEL, SIDE, len(CLASSES), seed=1)
+        self._state = state_of(sparse_model(seed=1))
+        self._plain = plain_model(seed=1)
         self._images = torch.zeros(1, 3, SIDE, SIDE)
         self.ways: dict[str, tuple[Callable[[Any, Path], str], Callable[[Path], Any]]] = {
             "checkpoint": (self._damaged_checkpoint, self._restore),
@@ -125,12 +143,6 @@ class Fuzzer:
             "--init, torch": (self._torch, self._start),
             "model": (self._safetensors, self._model),
         }
-
-    @staticmethod
-    def _new_model() -> Any:
-        model = build_classifier(MODEL, SIDE, len(CLASSES), seed=1)
-        make_sparse(model, SparseConfig())
-        return model
 
     def try_one(self, number: int) -> Outcome:
         """Make the file of a number, load it, and look at what came of it."""
@@ -170,7 +182,7 @@ class Fuzzer:
     def _restore(self, path: Path) -> None:
         self._state.restore(path)
         step(self._state)
-        self._state.to_save({})
+        self._state.to_save(CARD)
 
     def _start(self, path: Path) -> None:
         start_from(self._plain, str(path))
@@ -178,7 +190,7 @@ class Fuzzer:
             self._plain(self._images)
 
     def _model(self, path: Path) -> None:
-        model, _ = load_classifier(path)
+        model, _ = load_model(path, "classify")
         with torch.no_grad():
             model(self._images)
 
@@ -225,7 +237,7 @@ class Fuzzer:
     def _change(rng: Any, source: Path, target: Path) -> str:
         data = source.read_bytes()
         end = 8 + int.from_bytes(data[:8], "little")
-        kind = ("bytes", "header bytes", "header", "description", "values")[rng.integers(5)]
+        kind = ("bytes", "header bytes", "header", "card", "values")[rng.integers(5)]
         if source.suffix == ".json" or "bytes" in kind:
             kind, end = ("bytes", len(data)) if source.suffix == ".json" else (kind, end)
             target.write_bytes(scramble(rng, data, len(data) if kind == "bytes" else end))

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ import pytest
 from sparsemae.cli import main
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["sparsemae.tasks.pretrain", "sparsemae.tasks.finetune", "sparsemae.tasks.segment"])
+TASKS = [f"sparsemae.tasks.{name}" for name in ("pretraining", "classification", "segmentation")]
+SERVER.set_forkserver_preload(["sparsemae.commands.train", *TASKS])
 LONGEST_SECONDS = 120
 EVERYTHING = [
     "--mixup", "0.8", "--cutmix", "1.0", "--erasing", "0.25", "--data.crop", "resized", "--data.auto_augment",
@@ -56,7 +57,7 @@ class Job:
     def kill(self, number: signal.Signals, rank: int = 0) -> None:
         """Send a signal to one process, if it still lives."""
         process = self.processes[rank]
-        if process.is_alive():
+        if process.is_alive() and process.pid is not None:
             os.kill(process.pid, number)
 
     def wait(self, seconds: float = LONGEST_SECONDS) -> list[int | None]:
@@ -149,3 +150,10 @@ def small_disk(folder: Path, megabytes: float) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(file: Path) -> None:
+    """Write until nothing more fits on the disk."""
+    with suppress(OSError), file.open("wb", buffering=0) as stream:
+        while True:
+            stream.write(b"0" * 4096)

@@ -1,14 +1,13 @@
 """A full disk stops the write, not the run; if it stays full, the run stops and says what is safe."""
 
 import errno
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import metrics, tiny
-from harness import small_disk
+from harness import fill, small_disk
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparsemae.cli import main
@@ -20,13 +19,6 @@ from sparsemae.training.saver import Saver
 
 FILES = {"model": {"weight": torch.ones(4)}, "training": {"optimizer/0/exp_avg": torch.ones(4)}}
 METADATA: dict[str, dict[str, Any]] = {"model": {}, "training": {}}
-
-
-def fill(file: Path) -> None:
-    """Write until nothing more fits."""
-    with suppress(OSError), file.open("wb", buffering=0) as stream:
-        while True:
-            stream.write(b"0" * 4096)
 
 
 @pytest.mark.slow
@@ -87,7 +79,7 @@ def watch_steps(at: dict[int, Any]) -> Any:
 
 def test_failures_are_counted_and_the_last_good_one_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    writer = Saver(tmp_path, keep=2, max_failures=2, say=said.append)
+    writer = Saver(tmp_path, keep=2, max_failures=2, info=said.append)
     writer.save(1, FILES, METADATA)
     writer.wait()
     save = saver.save_checkpoint
@@ -115,7 +107,7 @@ def test_failures_are_counted_and_the_last_good_one_is_named(tmp_path: Path, mon
 
 
 def test_what_is_saved_is_the_state_of_the_call(tmp_path: Path) -> None:
-    writer = Saver(tmp_path, keep=3, max_failures=1, say=print)
+    writer = Saver(tmp_path, keep=3, max_failures=1, info=print)
     weight = torch.zeros(1_000_000)
     for step in (1, 2):
         writer.save(step, {**FILES, "model": {"weight": weight}}, METADATA, best=1)

@@ -1,7 +1,10 @@
 """One run in a folder at a time, a lock that does not outlive its run, and one number of processes after another."""
 
 import os
+import shutil
 import signal
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import torch
 import yaml
 from conftest import metrics, tiny
 from harness import Job, run, wait_for
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparsemae.cli import main
 from sparsemae.models.weights import read_weights
@@ -77,3 +81,62 @@ def test_processes_that_cannot_keep_the_micro_batch_are_refused(tmp_path: Path) 
     given_up = [*words, "--trainer.device_batch", "8"]
     assert "trainer.device_batch was 16, is 8" in run(given_up, 2)[1]
     assert run([*given_up, "--trainer.resume", "anyway"], 2)[0] == [0, 0]
+
+
+@pytest.mark.holds("held.1")
+@pytest.mark.parametrize("at", [3, 6])
+@pytest.mark.parametrize("fate", ["deleted", "renamed", "renamed, and a new one in its place"])
+def test_16_a_run_notices_that_its_folder_is_gone(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], came_out: Any, fate: str, at: int
+) -> None:
+    """At the next write: it says so in one line, ends, and makes no folder of that name again."""
+    out, moved, steps = tmp_path / "run", tmp_path / "moved", list[int]()
+    words = ["--trainer.save_every_steps", "2"]
+
+    def strike(*_: Any) -> None:
+        steps.append(1)
+        if len(steps) == at:
+            wait_for(lambda: not any("_write" in thread.name for thread in threading.enumerate()))
+            shutil.rmtree(out) if fate == "deleted" else out.rename(moved)
+            if "new one" in fate:
+                (out / "checkpoints").mkdir(parents=True)
+
+    hook = register_optimizer_step_post_hook(strike)
+    with pytest.raises(SystemExit) as exit_:
+        main(tiny("pretrain", out, *words))
+    hook.remove()
+    assert exit_.value.code == 2
+    said = capfd.readouterr().err.splitlines()
+    assert f"{out}: {fate.split(',', maxsplit=1)[0]} while the run was on; it ends at step {at}, unsaved" in said[-1]
+    assert not [line for line in said if "warning" in line]
+    assert not list(out.rglob("*.*"))
+    assert out.exists() == ("new one" in fate)
+    if moved.exists():
+        main(tiny("pretrain", moved, *words))
+        main(tiny("pretrain", tmp_path / "whole", *words))
+        one, other = (read_weights(folder)[0] for folder in (tmp_path / "whole", moved))
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    came_out(f"folder of the run {fate}", f"in step {at} of 6", 2, said[-1])
+
+
+def rename_in_step_3() -> None:
+    """The first process does, after its update."""
+    out, steps = Path(sys.argv[sys.argv.index("--out") + 1]), list[int]()
+
+    def strike(*_: Any) -> None:
+        steps.append(1)
+        if len(steps) == 3 and os.environ["RANK"] == "0":
+            out.rename(out.with_name("moved"))
+
+    register_optimizer_step_post_hook(strike)
+
+
+@pytest.mark.slow
+@pytest.mark.holds("held.1")
+def test_16_two_processes_end_together_when_their_folder_is_gone(tmp_path: Path) -> None:
+    statuses, output = run(tiny("pretrain", tmp_path / "run", "--trainer.device_batch", "8"), 2, rename_in_step_3)
+    assert statuses == [2, 0]
+    said = [line for line in output.splitlines() if "renamed while the run was on; it ends at step 3" in line]
+    assert len(said) == 1
+    assert "Traceback" not in output
+    assert not (tmp_path / "run").exists()

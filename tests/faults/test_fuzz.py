@@ -27,7 +27,7 @@ def test_mutated_checkpoints_are_refused_or_what_they_say(tmp_path: Path, came_o
     large = [outcome.grown / outcome.size for outcome in outcomes if outcome.size >= SMALLEST]
     code = sum(count for (_, kind), count in kinds.items() if kind == "code")
     made = (
-        "bytes flipped, cut out, doubled, cut off; headers, descriptions and values edited; checksums made to fit; "
+        "bytes flipped, cut out, doubled, cut off; headers, cards and values edited; checksums made to fit; "
         f"zips torn, packed and rewritten; {code:,} pickles that run code or take memory"
     )
     refused, most = FILES - accepted.total(), max(outcome.seconds for outcome in outcomes)

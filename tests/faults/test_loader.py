@@ -134,7 +134,7 @@ def test_a_source_that_stays_away(
     pauses: list[float] = []
     monkeypatch.setattr(feed.time, "sleep", pauses.append)
     away = image_folder.with_name("away")
-    hook = after_step(4, lambda: image_folder.rename(away) and None)
+    hook = after_step(4, lambda: os.rename(image_folder, away))
     with pytest.raises(SystemExit) as exit_:
         main(words(tmp_path / "run"))
     hook.remove()
@@ -167,7 +167,7 @@ def test_a_mistake_is_not_tried_again() -> None:
         raise RuntimeError("Caught RuntimeError in DataLoader worker process 0")
         yield
 
-    with Feed(broken, retries=3, say=print) as micro_batches, pytest.raises(RuntimeError, match="Caught"):
+    with Feed(broken, retries=3, info=print) as micro_batches, pytest.raises(RuntimeError, match="Caught"):
         micro_batches.micro_batch(0, 0)
 
 
@@ -184,7 +184,7 @@ def test_a_loader_begins_again_at_the_same_micro_batch(monkeypatch: pytest.Monke
                 yield now, number
 
     said: list[str] = []
-    with Feed(loader, retries=2, say=said.append) as micro_batches:
+    with Feed(loader, retries=2, info=said.append) as micro_batches:
         given = [micro_batches.micro_batch(step, number) for step in range(3) for number in range(3)]
     assert given == [(step, number) for step in range(3) for number in range(3)]
     assert said == [
@@ -193,6 +193,6 @@ def test_a_loader_begins_again_at_the_same_micro_batch(monkeypatch: pytest.Monke
         "DataLoader worker ended half-way (gone at (2, 0)); trying again in 1 s (1 of 2)",
     ]
     failures[:] = [(0, 0)] * 3
-    hurried = Feed(loader, retries=2, say=said.append, in_a_hurry=lambda: True)
+    hurried = Feed(loader, retries=2, info=said.append, in_a_hurry=lambda: True)
     with hurried, pytest.raises(ValueError, match=r"no data at step 0: gone at \(0, 0\) \(tried 1 times\)"):
         hurried.micro_batch(0, 0)

@@ -8,10 +8,13 @@ import pytest
 import torch
 from conftest import metrics, tiny
 from harness import run
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-import sparsemae.tasks.pretrain
 from sparsemae.models.weights import read_weights
+from sparsemae.tasks import pretraining
+from sparsemae.tasks.pretraining import Pretraining
+from sparsemae.training.bad_steps import bad_record
 from sparsemae.training.checkpoint import list_checkpoints, load_checkpoint
 
 POISONED = 5
@@ -20,17 +23,14 @@ POISONED = 5
 
 def poison() -> None:
     """Image 5 is NaN for the model."""
-    normalize, loss_of = sparsemae.tasks.pretrain.normalize, sparsemae.tasks.pretrain.Task
+    normalize, loss = pretraining.normalize, Pretraining.loss
 
-    def poisoned_task(model: Any, dataset: Any, loss: Any, *args: Any, **options: Any) -> Any:
-        def poisoned(forward: Any, batch: dict[str, Any]) -> Any:
-            bad = (batch["index"] == POISONED).any()
-            sparsemae.tasks.pretrain.normalize = lambda *words: normalize(*words) * (float("nan") if bad else 1.0)
-            return loss(forward, batch)
+    def poisoned(task: Pretraining, forward: nn.Module, batch: dict[str, Any]) -> Tensor:
+        bad = (batch["index"] == POISONED).any()
+        pretraining.normalize = lambda *words: normalize(*words) * (float("nan") if bad else 1.0)
+        return loss(task, forward, batch)
 
-        return loss_of(model, dataset, poisoned, *args, **options)
-
-    sparsemae.tasks.pretrain.Task = poisoned_task  # type: ignore[assignment, misc]
+    Pretraining.loss = poisoned  # type: ignore[method-assign, assignment]
 
 
 def poison_all() -> None:
@@ -41,7 +41,7 @@ def poison_all() -> None:
         nonlocal steps
         steps += 1
         if steps == 2:
-            sparsemae.tasks.pretrain.normalize = lambda images, *_: images * float("nan")  # type: ignore[assignment]
+            pretraining.normalize = lambda images, *_: images * float("nan")
 
     register_optimizer_step_post_hook(count)
 
@@ -96,8 +96,6 @@ def test_too_many_in_a_row_end_the_run_with_the_last_good_state_saved(tmp_path: 
 
 
 def test_the_images_of_a_bad_gradient_are_all_of_the_step() -> None:
-    from sparsemae.training.bad_steps import bad_record
-
     indices = torch.arange(8).view(2, 2, 2)
     everything = bad_record(torch.ones(2, 2), indices, str)
     assert [(row["number"], list(row["images"])) for row in everything] == [

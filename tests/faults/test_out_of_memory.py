@@ -7,15 +7,15 @@ import pytest
 import torch
 from conftest import metrics, tiny
 
-import sparsemae.tasks.pretrain
 from sparsemae.cli import main
+from sparsemae.tasks import pretraining
 from sparsemae.training.checkpoint import list_checkpoints, load_checkpoint
 
 
 def test_out_of_memory_names_the_setting_that_halves_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], came_out: Any
 ) -> None:
-    normalize, forwards = sparsemae.tasks.pretrain.normalize, 0
+    normalize, forwards = pretraining.normalize, 0
 
     def too_much(images: torch.Tensor, *others: Any) -> torch.Tensor:
         nonlocal forwards
@@ -24,7 +24,7 @@ def test_out_of_memory_names_the_setting_that_halves_it(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return normalize(images, *others)
 
-    monkeypatch.setattr(sparsemae.tasks.pretrain, "normalize", too_much)
+    monkeypatch.setattr(pretraining, "normalize", too_much)
     with pytest.raises(SystemExit) as exit_:
         main(tiny("pretrain", tmp_path / "run"))
     error = capfd.readouterr().err.splitlines()[-1]

@@ -33,7 +33,7 @@ def words(tmp_path: Path, image_folder: Path) -> Callable[..., list[str]]:
             return [
                 *tiny("segment", out, "--data.source", source, "--data.root", str(root)), *long, "--data.train_images",
                 "null", "--data.img_size", "32", "--data.short_side", "32", "--data.long_side", "128",
-                "--data.photometric", "true", "--data.scale", "[0.5, 2.0]", "--data.crop_max_share", "0.75",
+                "--data.photometric", "true", "--data.scale", "[0.5, 2.0]", "--data.cat_max_ratio", "0.75",
                 "--model.args", "{patch_size: 16, embed_dim: 32, depth: 4, num_heads: 2}", "--model.drop_path", "0.3",
                 "--head.width", "8", "--head.auxiliary_width", "8", *options,
             ]  # fmt: skip
@@ -74,8 +74,8 @@ def test_stopped_three_times_with_other_workers_each_time(
     assert not differing(tmp_path / "whole", tmp_path / "parts")
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
     assert list(losses(tmp_path / "whole")) == list(range(1, 9))
-    stops, workers = zip(*CHAIN, strict=True)
-    resumed(job, source, stops[:-1], 8, workers=workers, processes=(1,) * 4)
+    stops, numbers = zip(*CHAIN, strict=True)
+    resumed(job, source, stops[:-1], 8, workers=numbers, processes=(1,) * 4)
 
 
 @pytest.mark.slow
@@ -90,9 +90,9 @@ def test_continued_on_another_number_of_processes(
     for stop, processes in chain:
         statuses, output = run(words(job, source, "parts", *options, "--trainer.max_steps", str(stop)), processes)
         assert statuses == [0] * processes, output
-    # a process sees its own micro-batches only in batch normalisation's running statistics
+    # a process sees its own micro-batches only in batch normalization's running statistics
     statistics = [key for key in differing(tmp_path / "whole", tmp_path / "parts") if "running" not in key]
     assert not [key for key in statistics if "num_batches_tracked" not in key]
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
-    stops, processes = zip(*chain, strict=True)
-    resumed(job, source, stops[:-1], 8, workers=(0,) * 4, processes=processes)
+    stops, numbers = zip(*chain, strict=True)
+    resumed(job, source, stops[:-1], 8, workers=(0,) * 4, processes=numbers)

@@ -13,7 +13,7 @@ from harness import Job, run, wait_for
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from sparsemae.models.weights import read_weights
-from sparsemae.training import saver
+from sparsemae.training import checkpoint, saver
 from sparsemae.training.checkpoint import list_checkpoints, load_checkpoint, step_of
 from sparsemae.training.signals import STOPPED_STATUS
 
@@ -94,17 +94,18 @@ def test_sigterm_in_the_middle_of_saving(tmp_path: Path, came_out: Any) -> None:
 
 def slow_writes() -> None:
     """Half a second between the files of a checkpoint and its rename."""
-    save = saver.save_checkpoint
+    save, sha256 = saver.save_checkpoint, checkpoint._sha256
+
+    def slow_sha256(file: Path) -> str:
+        time.sleep(0.25)
+        return sha256(file)
 
     def slowly(*args: Any) -> None:
         assert threading.current_thread() is not threading.main_thread()
-        from sparsemae.training import checkpoint
-
-        whole = checkpoint._sha256
-        checkpoint._sha256 = lambda file: (time.sleep(0.25), whole(file))[1]
+        checkpoint._sha256 = slow_sha256
         try:
             save(*args)
         finally:
-            checkpoint._sha256 = whole
+            checkpoint._sha256 = sha256
 
-    saver.save_checkpoint = slowly
+    saver.save_checkpoint = slowly  # type: ignore[assignment]

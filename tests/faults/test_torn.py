@@ -1,4 +1,4 @@
-"""A checkpoint that is torn or altered is named and removed, and the one before it is used."""
+"""A checkpoint that is torn or altered is named and set aside, and the one before it is used."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +45,9 @@ def test_the_checkpoint_before_is_used(
     named = next(line for line in errors if f"step-00000004: {said}" in line)
     assert any(line.endswith("at step 3") and "continuing" in line for line in errors)
     assert not last.exists()
+    assert (last.parent / "damaged-step-00000004").is_dir()
     whole, other = read_weights(tmp_path / "whole")[0], read_weights(tmp_path / "run")[0]
     assert all(torch.equal(whole[key], other[key]) for key in whole)
-    made = {truncate: "its last 9 bytes cut off", flip_a_bit: "one bit flipped"}.get(damage, "removed")
-    came_out("harmed checkpoint", f"{file} of the last one: {made}", 0, named, equal=True)
+    ways: dict[Any, str] = {truncate: "its last 9 bytes cut off", flip_a_bit: "one bit flipped"}
+    made = ways.get(damage, "removed")
+    came_out("corrupt checkpoint", f"{file} of the last one: {made}", 0, named, equal=True)

@@ -43,7 +43,7 @@ def test_wheel_in_an_empty_environment(tmp_path: Path) -> None:
         [python, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
     assert re.fullmatch(r"\d False\n", done.stdout)
-    command = [tmp_path / "env" / "bin" / "sparsemae", "predict", "model.safetensors", "photo.jpg"]
+    command = [str(tmp_path / "env" / "bin" / "sparsemae"), "predict", "model.safetensors", "photo.jpg"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert re.fullmatch(r"photo\.jpg: \d \d+\.\d%(, \d \d+\.\d%){2}\n", done.stdout), done.stdout
 

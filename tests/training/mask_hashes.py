@@ -8,11 +8,11 @@ from pathlib import Path
 from torch import nn
 
 from sparsemae.cli import main
+from sparsemae.commands import train
 from sparsemae.sparsity import iter_sparse
-from sparsemae.tasks import finetune
 
 if __name__ == "__main__":
-    freeze = finetune.freeze
+    freeze = train.freeze
 
     def noted(model: nn.Module) -> list[str]:
         names = freeze(model)
@@ -20,5 +20,5 @@ if __name__ == "__main__":
         Path(f"{sys.argv[1]}.{os.environ.get('RANK', '0')}").write_text(hashlib.sha256(bits).hexdigest())
         return names
 
-    finetune.freeze = noted
+    train.freeze = noted
     main(sys.argv[2:])

@@ -15,10 +15,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparsemae.cli import main
 from sparsemae.models.weights import read_weights
+from sparsemae.options.training import OptimConfig
 from sparsemae.sparsity import NMPattern, nm_mask
-from sparsemae.commands.evaluate import EVALUATION_BATCH
+from sparsemae.tasks.classification import EVALUATION_BATCH
 from sparsemae.training import fit
-from sparsemae.training.optim import OptimConfig, learning_rate
+from sparsemae.training.optim import learning_rate
 
 HERE = Path(__file__).parent
 
@@ -76,7 +77,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, job: str, sto
     assert topologies[0] == topologies[1]
 
 
-def test_a_run_without_an_unharmed_checkpoint_does_not_start_over(
+def test_a_run_without_an_intact_checkpoint_does_not_start_over(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = tiny("pretrain", tmp_path / "run", "--trainer.max_steps", "1")
@@ -84,7 +85,7 @@ def test_a_run_without_an_unharmed_checkpoint_does_not_start_over(
     (tmp_path / "run" / "checkpoints" / "step-00000001" / "sha256.json").write_text("{}")
     with pytest.raises(SystemExit):
         main(words)
-    assert "no unharmed checkpoint to continue from" in capsys.readouterr().err
+    assert "no intact checkpoint to continue from" in capsys.readouterr().err
 
 
 def test_a_run_that_failed_before_its_first_checkpoint_leaves_no_lines(tmp_path: Path) -> None:
@@ -211,14 +212,14 @@ def gradients(tmp_path: Path, name: str, processes: int, *options: str) -> dict[
     words = tiny("pretrain", out, "--trainer.precision", "fp64", "--trainer.max_steps", "1",
                  "--trainer.global_batch", "8", "--model.drop_path", "0.0", *options)  # fmt: skip
     launch(processes, "gradients.py", f"{out}.pt", words)
-    result = torch.load(str(out) + ".pt", weights_only=True)
+    result: dict[str, torch.Tensor] = torch.load(str(out) + ".pt", weights_only=True)
     result["loss"] = torch.tensor(metrics(out)[0]["loss"], dtype=torch.float64)
     return result
 
 
 @pytest.mark.slow
 @pytest.mark.holds("foundation.3")
-def test_processes_accumulation_and_batch_agree(tmp_path: Path, figure) -> None:
+def test_processes_accumulation_and_batch_agree(tmp_path: Path, figure: Any) -> None:
     """Loss, gradient and SR-STE's term: 1 x 8, 1 x 2 steps x 4, 2 processes x 4 (gloo)."""
     worst = 0.0
     terms = []
@@ -228,19 +229,19 @@ def test_processes_accumulation_and_batch_agree(tmp_path: Path, figure) -> None:
         pulled = gradients(tmp_path, f"{name}-1", processes, *options, "--sparse.strength", "1e-3")
         term = {f"srste {key}": pulled[key] - plain[key] for key in plain}
         terms.append({**plain, **pulled, **term} | {f"plain {key}": plain[key] for key in plain})
-    whole, accumulated, processes = terms
+    whole, accumulated, two = terms
     assert any(value.abs().max() > 1e-6 for key, value in whole.items() if key.startswith("srste"))
     for key, value in whole.items():
         error = float((accumulated[key] - value).norm() / value.norm().clamp_min(1e-12))
         worst = max(worst, error)
-        assert torch.equal(accumulated[key], processes[key]), key
+        assert torch.equal(accumulated[key], two[key]), key
     assert worst <= 1e-10
     figure(f"largest relative difference {worst:.1e}; processes and accumulation bit for bit")
 
 
 @pytest.mark.slow
 @pytest.mark.holds("imagenet.3")
-def test_two_processes_equal_accumulation_through_a_finetuning(tmp_path: Path, figure) -> None:
+def test_two_processes_equal_accumulation_through_a_finetuning(tmp_path: Path, figure: Any) -> None:
     """Ten steps with mixup, cutmix, erasing, RandAugment and drop path on real images: the same bits."""
     for name, processes in (("accumulated", 1), ("processes", 2)):
         out = tmp_path / name
@@ -258,7 +259,7 @@ def test_two_processes_equal_accumulation_through_a_finetuning(tmp_path: Path, f
 
 @pytest.mark.slow
 @pytest.mark.holds("imagenet.5")
-def test_evaluation_on_two_processes_is_that_of_one(tmp_path: Path, figure) -> None:
+def test_evaluation_on_two_processes_is_that_of_one(tmp_path: Path, figure: Any) -> None:
     """On 10,000 images, which batch x processes does not divide: top-1, top-5 and standard error to the last bit."""
     found = []
     for processes in (1, 2):
@@ -277,7 +278,7 @@ def test_evaluation_on_two_processes_is_that_of_one(tmp_path: Path, figure) -> N
 @pytest.mark.holds("imagenet.3")
 @pytest.mark.parametrize(("job", "precision"), [("pretrain", "fp64"), ("finetune", "fp32")])
 def test_compiled_equals_eager(
-    tmp_path: Path, job: str, precision: str, monkeypatch: pytest.MonkeyPatch, figure
+    tmp_path: Path, job: str, precision: str, monkeypatch: pytest.MonkeyPatch, figure: Any
 ) -> None:
     """Ten steps. AdamW makes whole steps of the rounding noise in tiny gradients: pretraining is compared in fp64,
     and the key's bias, which softmax cancels, not at all."""

@@ -5,14 +5,8 @@ import timm
 import torch
 
 from sparsemae.models import MaskedAutoencoder
-from sparsemae.training.optim import (
-    OptimConfig,
-    in_epochs,
-    learning_rate,
-    make_optimizer,
-    parameter_groups,
-    set_learning_rate,
-)
+from sparsemae.options.training import OptimConfig
+from sparsemae.training.optim import in_epochs, learning_rate, make_optimizer, parameter_groups, set_learning_rate
 
 
 @pytest.mark.holds("foundation.4")

@@ -58,11 +58,11 @@ def test_two_processes_agree_on_what_is_unreadable(broken: Path, tmp_path: Path)
     two, one = ([row["loss"] for row in metrics(tmp_path / name)] for name in ("two", "one"))
     assert two == pytest.approx(one, rel=1e-6)
 
-    for job, share in (("pretrain", "0.1"), ("finetune", "0.2")):
+    for job, fraction in (("pretrain", "0.1"), ("finetune", "0.2")):
         if job == "finetune":  # the training images pass, and one for validation does not
             image = broken / "val" / "dog" / "1.png"
             image.write_bytes(image.read_bytes()[:200])
-        done = on_two_processes(*words(job, broken, tmp_path / job, *options, share))
+        done = on_two_processes(*words(job, broken, tmp_path / job, *options, fraction))
         errors = [line for line in done.stderr.splitlines() if "error:" in line]
         assert len(set(errors)) == 1  # both say so, or the launcher ends the second one first
         assert ("more than data.max_unreadable=0.1" if job == "pretrain" else "dog/1.png: unreadable") in errors[0]
