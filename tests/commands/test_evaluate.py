@@ -1,5 +1,6 @@
 """Evaluation of whole and of packed models, of classifiers and of segmenters, on the command line."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,14 @@ def test_a_dataset_of_other_classes_is_refused(scene_run: SceneRun, capsys: pyte
     with pytest.raises(SystemExit):
         main(["evaluate", str(scene_run.folder), "--data.source", "folder", "--data.root", str(scene_run.root)])
     assert "data.classes: wanted a file with one class a line for data.source=folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "check"])
+def test_the_old_names_of_a_segmenters_data_are_answered_with_the_new_ones(
+    command: str, refused: Callable[..., str]
+) -> None:
+    line = refused(command, *["model"] * (command == "evaluate"), "--masks.root", "x")
+    assert "--masks.root: wanted --data.root, as it is called now" in line
 
 
 def test_an_evaluation_shows_how_far_it_is(

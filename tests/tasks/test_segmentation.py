@@ -1,6 +1,10 @@
 """What a segmentation is told and refused, its scores, and that neither workers nor a resume change it."""
 
 import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SceneRun, metrics, on_scene, scene_folder, tiny_segment
+from conftest import Figure, SceneRun, metrics, on_scene, scene_folder, tiny_segment
 from PIL import Image
 from torch import nn
 from torchmetrics.classification import MulticlassConfusionMatrix
@@ -60,19 +64,16 @@ def test_what_cannot_be_trained(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ("--trainer.device_batch", "1"): "trainer.device_batch: wanted at least 2 images per device and forward, got 1",
         ("--inference", "{mode: slide, stride: 29}"): "inference.stride: wanted 1 to the window's 28 px, got 29",
         ("--inference.scales", "[]"): "inference.scales: wanted scales above 0, got []",
-        ("--data.scale", "[2.0, 1.0]"): "data.scale: wanted two scales above 0 in ascending order, got [2.0, 1.0]",
-        (
-            "--out_indices",
-            "[0, 1, 2, 4]",
-        ): "out_indices: wanted 4 ascending blocks that end with the last, 3, got [0, 1",
-        ("--data.root", "x"): "root: wanted none for source embedded, got x",
-        ("--data.source", "sceneparse"): "root: wanted a folder for source sceneparse, got none",
-        (
-            "--data.source",
-            "folder",
-            "--data.root",
-            "x",
-        ): "classes: wanted a file with one class a line for source folder",
+        ("--data.scale", "[2.0, 1.0]"): "data.scale: wanted two scales in ascending order, got [2.0, 1.0]",
+        ("--out_indices", "[0, 1, 2, 4]"): "wanted 4 ascending blocks that end with the last, 3, got [0, 1, 2, 4]",
+        ("--data.root", "x"): "data.root: wanted none for images with masks with data.source=embedded, got x",
+        ("--data.source", "sceneparse"): "data.root: wanted a folder for data.source=sceneparse, got none",
+        ("--data.source", "folder", "--data.root", str(tmp_path)): (
+            "data.classes: wanted a file with one class a line for data.source=folder, got none"
+        ),
+        ("--data.classes", "x"): "data.classes: x: no such file or folder",
+        ("--taps", "[0, 1, 2, 3]"): "--taps: wanted --out_indices, as it is called now",
+        ("--data.crop_max_share=0.5",): "--data.crop_max_share: wanted --data.cat_max_ratio, as it is called now",
         ("--data.train_images", "0"): "data.train_images: wanted at least 1, got 0",
     }
     for options, message in cases.items():
@@ -120,7 +121,7 @@ def ten_lines(predicted: np.ndarray, truth: np.ndarray, classes: int) -> tuple[f
         if t.any():
             recalls.append((p & t).sum() / t.sum())
     labeled = truth != IGNORED
-    return np.mean(ious), np.mean(recalls), (predicted == truth)[labeled].mean()
+    return float(np.mean(ious)), float(np.mean(recalls)), float((predicted == truth)[labeled].mean())
 
 
 @pytest.mark.holds("ade20k.3")
@@ -195,3 +196,96 @@ def test_a_binary_mask_of_0_and_255_is_spoken_of(tmp_path: Path, capsys: pytest.
     options = ["--data.source", "folder", "--data.root", str(tmp_path), "--data.classes", str(tmp_path / "classes.txt")]
     main(tiny_segment(tmp_path / "run", *options, "--data.train_images", "null", "--trainer.global_batch", "2"))
     assert "masks with one class only: ground (a binary mask has 0 and 1, not 0 and 255" in capsys.readouterr().err
+
+
+@pytest.fixture
+def corrupt(tmp_path: Path) -> Path:
+    """Eight photographs with masks for training, of which one image is cut short and the mask of another is no mask."""
+    root = scene_folder(tmp_path / "ade", train=8, val=2, longest=100)
+    for file in (root / "images" / "validation").iterdir():  # else photographs of both splits are the same
+        with Image.open(file) as opened:
+            image = opened.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        image.save(file)
+    image_file = root / "images" / "training" / "ADE_training_00000001.jpg"
+    image_file.write_bytes(image_file.read_bytes()[:300])
+    (root / "annotations" / "training" / "ADE_training_00000006.png").write_text("no mask")
+    return root
+
+
+SAID = ("images/training/ADE_training_00000001.jpg: unreadable image", "ADE_training_00000006.png: unreadable mask")
+
+
+def on_two_processes(*words: str) -> subprocess.CompletedProcess[str]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [*launch, "-m", "sparsemae.cli", *words, "--trainer.devices", "2"]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.holds("house.6")
+def test_what_cannot_be_read_is_replaced_and_counted_on_one_and_two_processes(
+    corrupt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], figure: Figure
+) -> None:
+    options = ["--trainer.device_batch", "2", "--data.max_unreadable", "0.25"]
+    main(on_scene(tmp_path / "one", corrupt, *options))
+    printed = capsys.readouterr().err
+    assert [printed.count(text) for text in SAID] == [1, 1]
+    assert "the next readable image takes its place (2 of 8 images so far)" in printed
+    done = on_two_processes(*on_scene(tmp_path / "two", corrupt, *options))
+    assert done.returncode == 0, done.stderr
+    assert [done.stderr.count(text) for text in SAID] == [1, 1]
+    one, two = ([row["loss"] for row in metrics(tmp_path / name) if "loss" in row] for name in ("one", "two"))
+    assert len(one) == 4
+    assert two == pytest.approx(one, rel=1e-6)
+    figure(
+        f"an image and a mask, each replaced and named once, on 1 and 2 processes: losses {one[0]:.4f} to {one[-1]:.4f}"
+    )
+
+    refused = on_two_processes(*on_scene(tmp_path / "no", corrupt, *options, "--data.max_unreadable", "0.2"))
+    errors = {line for line in refused.stderr.splitlines() if "error:" in line}
+    assert len(errors) == 1  # both say so, or the launcher ends the second one first
+    assert "(2 of 8 images cannot be read, more than data.max_unreadable=0.2: sparsemae check" in errors.pop()
+    assert not (tmp_path / "no" / "model.safetensors").exists()
+
+
+@pytest.mark.holds("house.6")
+def test_a_run_stops_at_the_first_unreadable_image_where_none_is_tolerated(
+    corrupt: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    line = refused(*on_scene(tmp_path / "run", corrupt, "--data.max_unreadable", "0"))
+    assert any(text in line for text in SAID)
+
+
+@pytest.mark.holds("house.6")
+def test_training_and_evaluation_leave_out_what_check_has_written(
+    corrupt: Path, tmp_path: Path, refused: Callable[..., str], capsys: pytest.CaptureFixture[str], figure: Figure
+) -> None:
+    damaged = corrupt / "images" / "validation" / "ADE_validation_00000000.jpg"
+    damaged.write_bytes(b"")
+    out = str(tmp_path / "exclude.txt")
+    where = ["--data.root", str(corrupt), "--data.source", "sceneparse", "--data.workers", "0"]
+    line = refused("check", *where, "--write-exclude", out)  # the layout says that it is for segmentation
+    assert line.endswith(f"leave files out with --data.exclude {out}")
+    listed = Path(out).read_text().splitlines()
+    assert listed[-1] == "images/validation/ADE_validation_00000000.jpg"
+    assert {"images/training/ADE_training_00000001.jpg", "images/training/ADE_training_00000006.jpg"} < {*listed}
+    assert len(listed) == 3 + 1  # photographs 0 and 5 are the same
+    words = on_scene(tmp_path / "run", corrupt, "--data.max_unreadable", "0")
+    main([*words, "--data.exclude", out, "--trainer.global_batch", "2"])
+    assert "5 images: 2 steps of 2 in an epoch" in capsys.readouterr().err
+    main(["evaluate", str(tmp_path / "run"), *where, "--data.exclude", out])
+    assert "on 1 images" in capsys.readouterr().out
+    assert "ADE_validation_00000000.jpg: unreadable image" in refused("evaluate", str(tmp_path / "run"), *where)
+    figure(f"check --write-exclude lists {len(listed)}, segment and evaluate take the list")
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_is_kept(scene_run: SceneRun, tmp_path: Path) -> None:
+    every = ["--trainer.evaluate_every_epochs", "1", "--trainer.save_every_steps", "1", "--trainer.epochs", "5"]
+    main(on_scene(tmp_path / "run", scene_run.root, *every, "--trainer.keep_checkpoints", "1", "--optim.lr", "0.1"))
+    scores = {row["step"]: row["miou"] for row in metrics(tmp_path / "run") if "miou" in row}
+    assert len(scores) == 5
+    best = max(scores, key=lambda step: scores[step])
+    kept = {int(folder.name[5:]) for folder in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert kept == {best, max(scores)}
