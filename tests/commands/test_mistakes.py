@@ -159,7 +159,9 @@ def test_pack(refused: Callable[..., str], tmp_path: Path) -> None:
     assert model.read_bytes() == before
     assert "nowhere" in refused("pack", str(tmp_path / "run"), str(tmp_path / "nowhere" / "x.safetensors"))
     main(tiny("finetune", tmp_path / "dense", "--trainer.max_steps", "1", "--sparse.pattern", "dense"))
-    assert "no layer of the model is N:M sparse" in refused("pack", str(tmp_path / "dense"), str(tmp_path / "x"))
+    assert "wanted a model with N:M sparse layers, got none" in refused(
+        "pack", str(tmp_path / "dense"), str(tmp_path / "x")
+    )
 
 
 def test_commands(refused: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

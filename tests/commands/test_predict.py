@@ -93,7 +93,7 @@ def test_an_overlays_legend_is_as_large_as_its_picture_asks(size: tuple[int, int
     classes[:, size[0] // 2 :] = 1
     colors = [(150, 0, 0), (0, 0, 150)]
     areas = [Prediction("left", 0, 0.5), Prediction("right", 1, 0.5)]
-    picture = np.asarray(overlay_image(image, classes, areas, colors))
+    picture = np.asarray(overlay_image(image, classes, colors, areas))
     magnified = max(1, -(-320 // min(size)))
     legend = picture[:, size[0] * magnified :]
     swatch = (legend == (150, 0, 0)).all(-1).any(1).sum()
