@@ -51,7 +51,9 @@ def read_config(kind: type[Config], argv: Sequence[str], program: str = "sparsem
 
 
 def check_paths(config: Any) -> None:
-    """Raises ValueError, naming the option, if a file or folder that a job is to read is not there."""
+    """Raises ValueError, naming the option, if a file or folder, or the recipe, that a job is to read is not there."""
+    if hasattr(config, "recipe"):
+        _recipe(config.recipe)
     for option, path in getattr(config, "paths", dict)().items():
         if path is not None and not Path(path).exists():
             raise ValueError(f"{option}: {path}: no such file or folder")

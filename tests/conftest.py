@@ -1,10 +1,16 @@
-"""`--holds WORD` runs the numbered requirements of one issue and prints item, figure, pass or fail."""
+"""`--holds WORD` runs the numbered requirements of one issue and prints item, figure, pass or fail.
+
+A bar in time or rate is a benchmark line: its figure, its bar, and 'met' or 'MISSED'. It fails no test, since it says
+as much of the machine as of the code.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +18,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sparsemae.cli import main
+
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
 ROOT = Path(__file__).parent.parent
+MISSED = "MISSED"
+RecordProperty = Callable[[str, object], None]
+Figure = Callable[[str], None]
 sys.path.insert(0, str(Path(__file__).parent))  # tests/reference.py
 
 
@@ -38,11 +49,11 @@ def _held(item: pytest.Item) -> list[str]:
 
 
 @pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Any:
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
     outcome = yield
     report = outcome.get_result()
     if report.when == "call" or report.outcome != "passed":
-        figures = "; ".join(str(value) for name, value in item.user_properties if name == "figure")
+        figures = "; ".join(str(value) for name, value in item.user_properties if name in ("figure", "benchmark"))
         report.held = [(name, report.outcome, figures, item.nodeid.split("::")[-1]) for name in _held(item)]
 
 
@@ -59,16 +70,33 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for name, outcome, figures, test in sorted(rows, key=lambda row: (float(row[0].split(".")[1]), row[3])):
         verdict = {"passed": "pass", "failed": "FAIL"}.get(outcome, outcome)
         terminalreporter.write_line(f"{name:<16} {verdict:<8} {test}" + (f": {figures}" if figures else ""))
+    reports = [report for reports in terminalreporter.stats.values() for report in reports if hasattr(report, "held")]
+    lines = [str(value) for report in reports for name, value in report.user_properties if name == "benchmark"]
+    if lines:
+        missed = sum(line.endswith(MISSED) for line in lines)
+        terminalreporter.write_line(f"benchmark lines: {len(lines) - missed} met, {missed} {MISSED}")
 
 
 @pytest.fixture
-def figure(record_property: Any) -> Any:
+def figure(record_property: RecordProperty) -> Figure:
     """Call with a measured figure: `make holds` prints it."""
     return lambda text: record_property("figure", text)
 
 
 @pytest.fixture
-def came_out(record_property: Any, figure: Any, tmp_path: Path) -> Any:
+def benchmark_line(record_property: RecordProperty) -> Callable[..., None]:
+    """Call with a name, a measured time or rate and its bar: `make holds` prints whether it was met, and counts it."""
+
+    def note(name: str, figure: float, bar: float, higher_is_better: bool = False) -> None:
+        met = figure >= bar if higher_is_better else figure <= bar
+        bound = "at least" if higher_is_better else "at most"
+        record_property("benchmark", f"{name}: {figure:.3g}, wanted {bound} {bar:g}: {'met' if met else MISSED}")
+
+    return note
+
+
+@pytest.fixture
+def came_out(record_property: RecordProperty, figure: Figure, tmp_path: Path) -> Callable[..., None]:
     """Call with a fault and what came of it: a row of docs/reliability.md, and a figure.
 
     ``status`` is that of the run that met the fault; ``said`` what it said, in which our own folder is left out;
@@ -86,7 +114,7 @@ def came_out(record_property: Any, figure: Any, tmp_path: Path) -> Any:
 
 
 @pytest.fixture
-def resumed(record_property: Any) -> Any:
+def resumed(record_property: RecordProperty) -> Callable[..., None]:
     """Call with a run that was continued and proved equal: another row of docs/reliability.md."""
 
     def note(job: str, source: str, stops: Any, steps: int, workers: Any, processes: Any) -> None:
@@ -146,6 +174,73 @@ def tiny(job: str, out: Path, *options: str) -> list[str]:
     else:
         words += ["--init", "null", "--trainer.evaluate_every_epochs", "100"]
     return words + list(options)
+
+
+def tiny_segment(out: Path, *options: str) -> list[str]:
+    """Words of a segmentation of a few embedded images: 2 epochs of 2 steps, of a ViT of four blocks."""
+    args = "{patch_size: 7, embed_dim: 32, depth: 4, num_heads: 2}"
+    return tiny("segment", out, "--trainer.epochs", "2", "--model.args", args, *options)
+
+
+def on_scene(out: Path, root: Path, *options: str) -> list[str]:
+    """Words of a segmentation of photographs in a `scene_folder`, by windows."""
+    return tiny_segment(
+        out, "--data.source", "sceneparse", "--data.root", str(root), "--data.img_size", "64", "--data.short_side",
+        "64", "--data.long_side", "256", "--data.train_images", "null", "--data.workers", "1", "--data.photometric",
+        "true", "--data.scale", "[0.5, 2.0]", "--data.cat_max_ratio", "0.75", "--trainer.global_batch", "4",
+        "--model.args", "{patch_size: 16, embed_dim: 32, depth: 4, num_heads: 2}", "--inference",
+        "{mode: slide, stride: 43}", *options,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a pretraining and the finetuning that starts from it, six steps each: to be read only."""
+    folder = tmp_path_factory.mktemp("runs")
+    main(tiny("pretrain", folder / "pretrain"))
+    main(tiny("finetune", folder / "finetune", "--init", str(folder / "pretrain")))
+    return folder
+
+
+@dataclass(frozen=True)
+class SceneRun:
+    """A tiny segmentation of photographs, and its data: to be read only."""
+
+    folder: Path
+    root: Path
+
+    @property
+    def where(self) -> list[str]:
+        """Options that name the data."""
+        return ["--data.source", "sceneparse", "--data.root", str(self.root), "--data.workers", "0"]
+
+
+@pytest.fixture(scope="session")
+def scene_run(tmp_path_factory: pytest.TempPathFactory) -> SceneRun:
+    """`SceneRun`, of 8 photographs for training and 3 for validation."""
+    folder = tmp_path_factory.mktemp("segment")
+    root = scene_folder(folder / "ade", train=8, val=3, longest=160)
+    main(on_scene(folder / "run", root))
+    return SceneRun(folder / "run", root)
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run the command line, which is to refuse: exit status 2 and one line of error, which is returned."""
+
+    def run(*words: str) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main(list(words))
+        errors = [line for line in capsys.readouterr().err.splitlines() if "using the recipe" not in line]
+        assert exit_.value.code == 2
+        shown = [line for line in errors if "error:" in line]
+        assert len(shown) == 1, errors
+        assert errors[-1] == shown[0]
+        assert "Traceback" not in "".join(errors)
+        return shown[0]
+
+    return run
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:

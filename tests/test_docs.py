@@ -2,16 +2,16 @@
 
 import re
 import shlex
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 import timm
-from conftest import ROOT
+from conftest import ROOT, Figure
 from safetensors.torch import save_file
 
-from sparsemae.cli import JOBS, main
+from sparsemae.cli import main
 from sparsemae.config import read_config
+from sparsemae.jobs import training_jobs
 
 
 def commands(document: str) -> list[list[str]]:
@@ -24,7 +24,11 @@ def commands(document: str) -> list[list[str]]:
 @pytest.mark.slow
 @pytest.mark.holds("imagenet.7")
 def test_from_a_timm_vit_and_a_folder_to_predictions_in_four_commands(
-    tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], figure
+    tmp_path: Path,
+    image_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    figure: Figure,
 ) -> None:
     """As written, but for the size of the model, weights that need no download, and three steps of four images."""
     monkeypatch.chdir(tmp_path)
@@ -48,8 +52,7 @@ def test_the_commands_for_several_machines_are_understood() -> None:
     chain = [words for words in commands("scale-out.md") if "sparsemae" in " ".join(words)]
     for words in chain:
         at = next(i for i, word in enumerate(words) if word in ("sparsemae", "sparsemae.cli"))
-        job = JOBS[words[at + 1]]
-        config = read_config(getattr(import_module(job.module), job.config), words[at + 2 :])
+        config = read_config(training_jobs()[words[at + 1]], words[at + 2 :])
         nodes = words[words.index("--nnodes") + 1] if "--nnodes" in words else str(config.trainer.num_nodes)
         assert int(nodes) == config.trainer.num_nodes
     assert len(chain) == 3

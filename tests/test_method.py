@@ -14,8 +14,6 @@ from sparsemae.cli import main
 
 # All that this file knows of the package: the names of jobs and recipes, and what `--print_config` and `plan` print.
 STAGES = ("pretrain", "finetune", "segment")
-# The page has the new names; an entry goes once the tree has its new name.
-RENAMED = {"taps": "out_indices", "data.crop_max_share": "data.cat_max_ratio"}
 PAGE = (ROOT / "docs/method.md").read_text()
 
 
@@ -42,7 +40,7 @@ def resolved(recipe: str) -> dict[str, Any]:
     for name, value in yaml.safe_load(printed(job, "--config", recipe, "--print_config")).items():
         grouped = isinstance(value, dict)
         options |= {f"{name}.{key}": entry for key, entry in value.items()} if grouped else {name: value}
-    return {RENAMED.get(name, name): value for name, value in options.items()}
+    return options
 
 
 @cache

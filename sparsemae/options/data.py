@@ -5,8 +5,8 @@ from typing import Literal
 
 from sparsemae.limits import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, UNIT_INTERVAL, UP_TO_1, check_limits, may_change
 
-FETCHED = ("torchvision", "fashion-mnist")
-"""Sources that may make their root."""
+WITHOUT_ROOT = ("embedded", "torchvision", "fashion-mnist")
+"""Sources that have no root, or may make it."""
 
 
 @dataclass
@@ -49,8 +49,8 @@ class SourceConfig:
 
     def paths(self) -> dict[str, str | None]:
         """What must be there, by option."""
-        fetched = self.source in FETCHED or "://" in (self.root or "")
-        return {"data.root": None if fetched else self.root, "data.exclude": self.exclude, "data.classes": self.classes}
+        free = self.source in WITHOUT_ROOT or "://" in (self.root or "")
+        return {"data.root": None if free else self.root, "data.exclude": self.exclude, "data.classes": self.classes}
 
 
 @dataclass

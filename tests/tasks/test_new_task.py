@@ -96,7 +96,9 @@ class Brightness(Task[BrightnessConfig]):
     @classmethod
     def summary(cls, metrics: dict[str, float]) -> str:
         return f"mean error {metrics['error']:.3f}"
-# to here  # fmt: skip
+
+
+# to here
 
 
 @pytest.fixture(autouse=True)

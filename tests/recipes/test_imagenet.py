@@ -5,15 +5,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import photographs
 import pytest
 import yaml
-from conftest import metrics
+from conftest import Figure, metrics
 
 from sparsemae.config import RECIPES
-from sparsemae.models.weights import read_weights
+from sparsemae.models.weights import read_card
 
 CHANGED = ["--trainer.max_steps", "3", "--trainer.global_batch", "16", "--trainer.accelerator", "cpu"]
 
@@ -41,15 +40,16 @@ def run(where: Path, recipe: str, kind: str) -> str:
 @pytest.mark.holds("imagenet.1")
 @pytest.mark.parametrize("kind", ["folder", "tar", "wds"])
 @pytest.mark.parametrize("size", ["t", "s"])
-def test_the_recipes_run_as_they_stand(where: Path, size: str, kind: str, figure: Any) -> None:
+def test_the_recipes_run_as_they_stand(where: Path, size: str, kind: str, figure: Figure) -> None:
     for job in ("pretrain", "finetune"):  # the second starts from the first's run, as its recipe says
         out = where / "runs" / f"{job}_{size}"
         said = run(where, f"{job}_{size}", kind)
         rows = [row for row in metrics(out) if "loss" in row]
         assert [row["step"] for row in rows][-1] == 3
-        description = read_weights(out)[1]
-        assert set(description["sparse"].values()) == {{"t": "2:32", "s": "4:32"}[size]}
-        assert len(description["sparse"]) == 48
+        card = read_card(out)
+        assert card is not None
+        assert set(card.patterns.values()) == {{"t": "2:32", "s": "4:32"}[size]}
+        assert len(card.patterns) == 48
         assert "left over" in said
         recipe = yaml.safe_load((RECIPES / f"{job}_{size}.yaml").read_text())
         resolved = yaml.safe_load((out / "config.yaml").read_text())

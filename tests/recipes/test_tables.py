@@ -2,29 +2,31 @@
 
 import math
 import re
-from importlib import import_module
 from typing import Any
 
 import pytest
 import timm
 import torch
+from conftest import Figure
 from timm.models.vision_transformer import VisionTransformer
 
-from sparsemae.cli import JOBS
 from sparsemae.config import RECIPES, read_config
-from sparsemae.data.segmentation import MaskDataConfig
+from sparsemae.jobs import training_jobs
 from sparsemae.models.mae import random_masking
-from sparsemae.sparsity import summarize
-from sparsemae.tasks.build import build_autoencoder, build_classifier, make_sparse
-from sparsemae.tasks.segment import SegmentConfig
+from sparsemae.options.data import MaskDataConfig
+from sparsemae.options.tasks import SegmentConfig, TrainingConfig
+from sparsemae.options.training import OptimConfig
+from sparsemae.sparsity import iter_sparse, summarize
+from sparsemae.tasks import task_class
+from sparsemae.tasks.sparse import meta_model
+from sparsemae.tasks.task import encoder_of
 from sparsemae.training.optim import in_epochs, learning_rate
 
 IMAGENET = 1_281_167
 
 
-def recipe(name: str):
-    job = JOBS[name.split("_", maxsplit=1)[0]]
-    return read_config(getattr(import_module(job.module), job.config), ["--config", name])
+def recipe(name: str) -> Any:
+    return read_config(training_jobs()[name.split("_", maxsplit=1)[0]], ["--config", name])
 
 
 @pytest.mark.parametrize(("size", "pattern", "warmup"), [("t", "2:32", 5), ("s", "4:32", 15)])
@@ -83,19 +85,23 @@ def test_table_2(size: str, pattern: str) -> None:
 
 @pytest.mark.holds("imagenet.1")
 @pytest.mark.parametrize(("size", "kept"), [("t", 5_308_416), ("s", 10_616_832)])
-def test_the_papers_arithmetic(size: str, kept: int, figure: Any) -> None:
+def test_the_papers_arithmetic(size: str, kept: int, figure: Figure) -> None:
     pretrain, finetune = recipe(f"pretrain_{size}"), recipe(f"finetune_{size}")
-    with torch.device("meta"):
-        model = build_autoencoder(pretrain.model, pretrain.decoder, 224, 0)
-        classifier = build_classifier(finetune.model, 224, 1000, 0)
-    for task, part, config in ((model, model.encoder, pretrain), (classifier, classifier, finetune)):
-        assert isinstance(part, VisionTransformer)
-        assert len(make_sparse(task, config.sparse)) == 48
-        assert (summarize(part).kept, summarize(part).sparse_total) == (kept, 84_934_656)
+    models = []
+    for config in (pretrain, finetune):
+        task = task_class(config.task)(config)
+        task.class_names = [str(number) for number in range(1000)]
+        models.append(meta_model(task))
+        encoder = encoder_of(models[-1])
+        assert isinstance(encoder, VisionTransformer)
+        assert len(list(iter_sparse(models[-1]))) == 48
+        assert (summarize(encoder).kept, summarize(encoder).sparse_total) == (kept, 84_934_656)
+    model, classifier = models
+    assert classifier.num_classes == 1000
     kept_patches, *_ = random_masking(torch.zeros(1, 196, 1), pretrain.mask_ratio, torch.rand(1, 196))
     assert kept_patches.shape[1] == 147
     tokens: list[int] = []
-    for block in model.encoder.blocks:
+    for block in encoder_of(model).blocks:
         block.register_forward_hook(lambda _block, inputs, _output: tokens.append(inputs[0].shape[1]))
     model(torch.zeros(1, 3, 224, 224, device="meta"), pretrain.mask_ratio, torch.rand(1, 196, device="meta"))
     assert tokens == [147 + 1] * 12
@@ -111,7 +117,7 @@ SCHEDULES = {
 
 @pytest.mark.holds("imagenet.1")
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_the_schedule_over_imagenet(name: str, figure: Any) -> None:
+def test_the_schedule_over_imagenet(name: str, figure: Figure) -> None:
     """Linear warm-up from 0, then half a cosine; a step's rate is that of the epochs done before it."""
     config, (peak, least, warmup, epochs, steps) = recipe(name), SCHEDULES[name]
     assert IMAGENET // config.trainer.global_batch == steps
@@ -136,7 +142,7 @@ def test_what_the_small_recipes_change() -> None:
         assert s == t
 
 
-def optim_in_steps(config) -> tuple[object, int]:
+def optim_in_steps(config: TrainingConfig) -> tuple[OptimConfig, int]:
     """The optimizer's settings and the optimizer steps of an epoch of SceneParse150."""
     steps = 20_210 // config.trainer.global_batch
     return in_epochs(config.optim, steps, config.trainer.schedule_steps(steps)), steps
@@ -169,8 +175,8 @@ def test_table_3(size: str, pattern: str) -> None:
     assert overrides == [("0.65", "0.65"), ("0.8", "0.8")]
     # the method's page
     data, inference = config.data, config.inference
-    assert (config.taps, config.head.width, config.head.auxiliary_weight) == ([3, 5, 7, 11], 512, 0.4)
-    assert (data.short_side, data.long_side, data.scale, data.crop_max_share) == (512, 2048, (0.5, 2.0), 0.75)
+    assert (config.out_indices, config.head.width, config.head.auxiliary_weight) == ([3, 5, 7, 11], 512, 0.4)
+    assert (data.short_side, data.long_side, data.scale, data.cat_max_ratio) == (512, 2048, (0.5, 2.0), 0.75)
     assert (data.photometric, data.hflip, data.reduce_zero_label) == (True, 0.5, None)
     assert (inference.mode, inference.stride, inference.scales, inference.flip) == ("slide", 341, [1.0], False)
     assert config.init == f"runs/pretrain_{size}"

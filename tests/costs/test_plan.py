@@ -4,19 +4,21 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import metrics, tiny
+from conftest import Figure, metrics, tiny
 
 from sparsemae.cli import main
-from sparsemae.costs.plan import Plan, PlanConfig, plan
+from sparsemae.costs.plan import Plan, plan
+from sparsemae.options.commands import PlanConfig
 from sparsemae.training.checkpoint import TRAINING, load_checkpoint
 
-PEAK = Path(__file__).parent / "training" / "peak.py"
+PEAK = Path(__file__).parent / "peak.py"
 MEDIUM = "model: {args: {embed_dim: 384, depth: 6, num_heads: 6}}\ndecoder: {embed_dim: 256, depth: 2, num_heads: 16}\n"
 
 
-def planned(folder: Path, kind: str, text: str, **options: object) -> Plan:
+def planned(folder: Path, kind: str, text: str, **options: Any) -> Plan:
     recipe = folder / f"{kind}_it.yaml"
     recipe.write_text(text + "\ndata: {source: folder}" * ("data:" not in text))
     return plan(PlanConfig(str(recipe), **options))
@@ -84,7 +86,7 @@ def test_the_loop_takes_the_steps_and_writes_the_checkpoint_that_were_planned(tm
 
 @pytest.mark.slow
 def test_memory_grows_with_the_batch_accumulation_and_processes(tmp_path: Path) -> None:
-    def memory(batch: int, **options: object) -> dict[str, int]:
+    def memory(batch: int, **options: Any) -> dict[str, int]:
         return vars(
             planned(
                 tmp_path, "pretrain", MEDIUM + f"trainer: {{global_batch: {batch}, precision: bf16}}", **options
@@ -128,7 +130,7 @@ def compare(folder: Path, job: str, text: str, precision: str) -> tuple[float, s
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="VmHWM is Linux's")
-def test_memory_is_within_15_percent_of_a_real_process(tmp_path: Path, figure: object) -> None:
+def test_memory_is_within_15_percent_of_a_real_process(tmp_path: Path, figure: Figure) -> None:
     """384 wide, 6 blocks, 224 px, 8 images. Measured as VmHWM less VmRSS before the run (see peak.py)."""
     ratio, text = compare(tmp_path, "pretrain", MEDIUM, "fp32")
     figure(text)
@@ -138,7 +140,7 @@ def test_memory_is_within_15_percent_of_a_real_process(tmp_path: Path, figure: o
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="VmHWM is Linux's")
 @pytest.mark.parametrize(("job", "precision"), [("pretrain", "bf16"), ("finetune", "fp32")])
-def test_memory_of_vit_base_is_within_15_percent(tmp_path: Path, job: str, precision: str, figure: object) -> None:
+def test_memory_of_vit_base_is_within_15_percent(tmp_path: Path, job: str, precision: str, figure: Figure) -> None:
     """ViT-B/16 at 224 px, 8 images: 3 GB of memory and a minute. Measured as above."""
     ratio, text = compare(tmp_path, job, "seed: 0", precision)
     figure(text)
@@ -150,13 +152,14 @@ def test_memory_of_vit_base_is_within_15_percent(tmp_path: Path, job: str, preci
     [
         ({"devices": 3}, "wanted a multiple of the 3 processes, got 4096"),
         ({"device_batch": 3}, "1 x 3 does not divide it"),
+        ({"device_batch": 0}, "device_batch: wanted at least 1, got 0"),
         ({"images": 9}, "wanted at most the 9 training images, got 4096"),
         ({"devices": 0}, "devices: wanted at least 1, got 0"),
-        ({"images_per_second": 0.0}, "images_per_second: wanted a rate above 0, got 0"),
+        ({"images_per_second": 0.0}, "images_per_second: wanted more than 0, got 0"),
         ({"job": "sing"}, "job: wanted pretrain or finetune or segment, got sing"),
     ],
 )
-def test_mistakes(tmp_path: Path, options: dict[str, object], message: str) -> None:
+def test_mistakes(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         planned(tmp_path, "pretrain", MEDIUM, **options)
 

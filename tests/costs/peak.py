@@ -9,13 +9,13 @@ job, its options.
 import ctypes
 import gc
 import sys
-from importlib import import_module
 from pathlib import Path
 
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from sparsemae.cli import JOBS
+from sparsemae.commands.train import train
 from sparsemae.config import read_config
+from sparsemae.jobs import training_jobs
 
 TINY = ("--data.img_size", "32", "--model.args", "{embed_dim: 64, depth: 1, num_heads: 2}")
 
@@ -30,8 +30,8 @@ class Enough(Exception):
     """Ends the job after its third step: evaluations and checkpoints are no part of the figure."""
 
 
-def run(words: list[str]) -> int:
-    """Three optimizer steps of the job; VmHWM after the last, KiB."""
+def run(job: str, words: list[str]) -> int:
+    """Three optimizer steps of a job; VmHWM after the last, KiB."""
     peaks: list[int] = []
 
     def note(*_: object) -> None:
@@ -41,7 +41,7 @@ def run(words: list[str]) -> int:
 
     hook = register_optimizer_step_post_hook(note)
     try:
-        job(read_config(kind, words))
+        train(read_config(training_jobs()[job], words))
     except Enough:
         return peaks[-1]
     finally:
@@ -51,10 +51,8 @@ def run(words: list[str]) -> int:
 
 if __name__ == "__main__":
     folder, name, *words = sys.argv[1:]
-    module = import_module(JOBS[name].module)
-    job, kind = getattr(module, JOBS[name].function), getattr(module, JOBS[name].config)
-    run([*words, *TINY, "--out", f"{folder}/tiny"])
+    run(name, [*words, *TINY, "--out", f"{folder}/tiny"])
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before = kibibytes("VmRSS")
-    print((run([*words, "--out", f"{folder}/run"]) - before) * 1024)
+    print((run(name, [*words, "--out", f"{folder}/run"]) - before) * 1024)

@@ -6,7 +6,7 @@ import torch
 
 from sparsemae.models import MaskedAutoencoder
 from sparsemae.sparsity import NMPattern, iter_sparse, nm_mask, sparsify
-from sparsemae.tasks.pretrain import ConcurrentLoss
+from sparsemae.tasks.pretraining import ConcurrentLoss
 
 
 def autoencoder() -> MaskedAutoencoder:

@@ -8,12 +8,13 @@ import torch
 from conftest import tiny
 
 from sparsemae.cli import main
-from sparsemae.commands.evaluate import EvaluateConfig, evaluate
+from sparsemae.commands.evaluate import evaluate
 from sparsemae.commands.probe import knn, linear
+from sparsemae.options.commands import EvaluateConfig
 
 
 def clusters(count: int, spread: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features ``[N, 8]`` around three centres, and which."""
+    """Features ``[N, 8]`` around three centers, and which."""
     generator = torch.Generator().manual_seed(count)
     targets = torch.arange(count) % 3
     return torch.eye(8)[targets] + spread * torch.randn(count, 8, generator=generator), targets
@@ -34,7 +35,7 @@ def test_the_linear_probe_is_the_minimum_for_one_of_its_penalties() -> None:
     (train, targets), (val, val_targets) = clusters(300, 0.25), clusters(99, 0.25)
     logits = linear(train, targets, val, 3)
     assert (logits.argmax(dim=1) == val_targets).float().mean() > 0.9
-    # the stationary point, from the logits alone: a linear map of the standardised features
+    # the stationary point, from the logits alone: a linear map of the standardized features
     std, mean = torch.std_mean(train, dim=0)
     standard = (torch.cat((train, val)) - mean) / (std + 1e-6)
     all_logits = linear(train, targets, torch.cat((train, val)), 3)

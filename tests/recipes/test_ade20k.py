@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import scene_folder
+from conftest import Figure, scene_folder
 
 SCRIPT = """
 import sys
@@ -24,7 +24,7 @@ print("peak", int(line.split()[1]) * 1024)
 @pytest.mark.holds("ade20k.1")
 @pytest.mark.holds_only
 @pytest.mark.parametrize(("recipe", "kept"), [("segment_t", 5_308_416), ("segment_s", 10_616_832)])
-def test_a_recipe_runs_on_a_cpu(tmp_path: Path, recipe: str, kept: int, figure: object) -> None:
+def test_a_recipe_runs_on_a_cpu(tmp_path: Path, recipe: str, kept: int, figure: Figure) -> None:
     root = scene_folder(tmp_path / "ADEChallengeData2016", train=4, val=1)
     start = tmp_path / "vit.pth"  # stands for runs/pretrain_t
     torch.save(timm.create_model("vit_base_patch16_224").state_dict(), start)
