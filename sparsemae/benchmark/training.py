@@ -31,8 +31,7 @@ from sparsemae.data.sources import Source, open_source
 from sparsemae.data.transforms import normalize, training_transform
 from sparsemae.jobs import training_jobs
 from sparsemae.models import use_plain_attention
-from sparsemae.options.data import ImageDataConfig
-from sparsemae.options.training import TrainerConfig
+from sparsemae.options import ImageDataConfig, TrainerConfig
 from sparsemae.sparsity import MaskSchedule
 from sparsemae.tasks import task_class
 from sparsemae.tasks.sparse import make_sparse

@@ -6,7 +6,7 @@ from pathlib import Path
 from sparsemae.data.sampling import INIT, BatchPlan, seed_all
 from sparsemae.models.start import start_from
 from sparsemae.models.weights import save_model
-from sparsemae.options.tasks import TrainingConfig
+from sparsemae.options import TrainingConfig
 from sparsemae.sparsity import freeze, iter_sparse, summarize
 from sparsemae.tasks import task_class
 from sparsemae.tasks.sparse import make_sparse, mask_schedule

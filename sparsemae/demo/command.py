@@ -21,8 +21,7 @@ from sparsemae.data.embedded import CLASS_NAMES, EmbeddedReader
 from sparsemae.demo.segmentation import demo_segment
 from sparsemae.demo.stages import DENSE, PRETRAINING, SMALL, Stage, cores, empty, left_out, run_stages
 from sparsemae.files import write_atomic
-from sparsemae.options.commands import DemoConfig, EvaluateConfig, PackConfig, PredictConfig
-from sparsemae.options.data import SourceConfig
+from sparsemae.options import DemoConfig, EvaluateConfig, PackConfig, PredictConfig, SourceConfig
 from sparsemae.report.plots import reconstruction_picture
 from sparsemae.runtime import load
 from sparsemae.sparsity import summarize

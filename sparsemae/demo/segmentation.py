@@ -20,7 +20,7 @@ from rich.table import Table
 from sparsemae.commands.predict import predict
 from sparsemae.demo.stages import DENSE, PRETRAINING, SMALL, Stage, cores, left_out, run_stages
 from sparsemae.files import write_atomic
-from sparsemae.options.commands import PredictConfig
+from sparsemae.options import PredictConfig
 from sparsemae.sparsity import summarize
 from sparsemae.tasks.loading import load_model
 

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sparsemae.files import write_atomic
-from sparsemae.options.commands import ReportConfig
+from sparsemae.options import ReportConfig
 from sparsemae.training.config import flatten_config
 
 WHERE = {"step", "epoch"}

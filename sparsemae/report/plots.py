@@ -12,7 +12,7 @@ from sparsemae.data.sampling import PICTURE, stream
 from sparsemae.data.sources import Source, open_source
 from sparsemae.data.transforms import evaluation_transform, normalize
 from sparsemae.models import MaskedAutoencoder
-from sparsemae.options.data import SourceConfig
+from sparsemae.options import SourceConfig
 from sparsemae.sparsity import dense_weights
 
 

@@ -18,8 +18,7 @@ from sparsemae.costs.multiply_adds import Forward
 from sparsemae.data.dataset import ImageDataset
 from sparsemae.data.sampling import BatchPlan
 from sparsemae.models import patch_side
-from sparsemae.options.data import SourceConfig
-from sparsemae.options.tasks import TrainingConfig
+from sparsemae.options import SourceConfig, TrainingConfig
 
 Config = TypeVar("Config", bound=TrainingConfig)
 Network = Callable[[Tensor], Any]

@@ -15,9 +15,8 @@ import yaml
 from lightning_fabric import Fabric
 
 from sparsemae.files import write_atomic
-from sparsemae.limits import fields_that_may_change
-from sparsemae.options.tasks import TrainingConfig
-from sparsemae.options.training import TrainerConfig
+from sparsemae.limits import marked
+from sparsemae.options import TrainerConfig, TrainingConfig
 from sparsemae.renamed import OPTIONS, renamed
 from sparsemae.training.checkpoint import list_checkpoints, remove_leftovers
 from sparsemae.training.config import PRECISIONS, differences, resolved_precision
@@ -115,7 +114,7 @@ def start(config: TrainingConfig) -> Run:
     before = _kept_config(folder)
     trainer = _with_device_batch(trainer, fabric.world_size, before, folder)
     now = {**asdict(config), "trainer": asdict(trainer)}
-    may_change = set(fields_that_may_change(config))
+    may_change = dict(marked(config, "may_change"))
     changed = differences(before, now, asdict(type(config)()), may_change) if before else []
     return Run(fabric, RunLog(folder, fabric.is_global_zero), folder, trainer, config.seed, precision, now, changed)
 
