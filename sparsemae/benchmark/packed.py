@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -96,7 +96,7 @@ class _Worker:
         # exported and quantised beforehand, by a process of its own: that is no part of a cold start
         for job in ("run",) if exported else ("export", "run"):
             if not self.row.error:
-                command = [
+                argv = [
                     sys.executable,
                     "-m",
                     "sparsemae.benchmark.packed",
@@ -107,7 +107,7 @@ class _Worker:
                     str(threads),
                 ]
                 self.process = stack.enter_context(
-                    Popen(command, stdin=PIPE, stdout=PIPE, stderr=STDOUT, text=True, errors="replace", env=environment)
+                    Popen(argv, stdin=PIPE, stdout=PIPE, stderr=STDOUT, text=True, errors="replace", env=environment)
                 )
                 stack.callback(self.process.kill)
                 answer = self.ask()
@@ -118,8 +118,7 @@ class _Worker:
         """The numbers of its next answer, to a line if one is sent; none if it ended."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        with suppress(BrokenPipeError):
-            print(question, file=self.process.stdin, end="", flush=True)
+        print(question, file=self.process.stdin, end="", flush=True)
         said = ["ended without a word"]
         for line in self.process.stdout:
             if line.startswith("= "):
