@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from lightning_fabric import Fabric
 from timm import create_model
+from timm.data import ImageDataset as TimmDataset
 from timm.data import create_loader
-from timm.data import dataset as timm_dataset
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, default_collate
 
@@ -134,7 +134,7 @@ def _pipelines(data: ImageDataConfig, source: Source, runs: int) -> list[Rate]:
 
 def _timm_loader(data: ImageDataConfig, source: Source, count: int) -> Iterator[Any]:
     """timm's loader with its best settings: no pause between epochs, the transform that ours has."""
-    images: Any = timm_dataset.ImageDataset("", reader=source.reader)
+    images: Any = TimmDataset("", reader=source.reader)
     images.transform = training_transform(data).steps
     repeated: ConcatDataset[Any] = ConcatDataset([images] * (count * LOADER_BATCH // len(source) + 1))
     loader = create_loader(

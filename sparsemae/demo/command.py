@@ -9,9 +9,10 @@ from rich.console import Console
 from sparsemae.data.embedded import CLASS_NAMES, EmbeddedReader
 from sparsemae.demo import classification, segmentation
 from sparsemae.demo.results import markdown, read_arms, table
-from sparsemae.demo.stages import cores, empty, run_stages
+from sparsemae.demo.stages import empty, run_stages
 from sparsemae.files import write_atomic
 from sparsemae.options import DemoConfig
+from sparsemae.runtime.model import processors
 
 PREDICTED_IMAGES = 5
 
@@ -33,7 +34,7 @@ def demo(config: DemoConfig) -> None:
         console.print(f"Left out, for lack of time (--minutes {minutes:g}): {left_out}")
     besides = study.finish(arms, out, images, config.seed, console)
     seconds = time.monotonic() - begin
-    console.print(f"{seconds:.0f} s on {cores()} cores")
+    console.print(f"{seconds:.0f} s on {processors()} cores")
     write_atomic(out / "results.json", json.dumps({"seconds": seconds, "arms": arms}, indent=1))
     write_atomic(out / "results.md", markdown(study.HEADINGS, rows) + besides)
 

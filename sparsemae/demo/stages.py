@@ -7,7 +7,6 @@ one. A stage that would not end within the time limit is left out.
 import contextlib
 import json
 import multiprocessing
-import os
 import shlex
 import shutil
 import signal
@@ -23,6 +22,7 @@ from rich.console import Console
 
 from sparsemae.config import read_config
 from sparsemae.jobs import JOBS, resolve
+from sparsemae.runtime.model import processors
 
 MARKER = ".sparsemae-demo"
 DENSE = ("--sparse.pattern", "dense")
@@ -69,15 +69,10 @@ def empty(out: Path) -> None:
     (out / MARKER).touch()
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def run_stages(stages: Sequence[Stage], out: Path, seed: int, until: float, console: Console) -> dict[str, float]:
     """Run, in order of starting, what ends by ``until`` (`time.monotonic`); returns seconds by stage name."""
     begin = time.monotonic()
-    slots, waiting = min(cores(), 4), list(stages)
+    slots, waiting = min(processors(), 4), list(stages)
     running: dict[Future[float], Stage] = {}
     done: dict[str, float] = {}
     # Ctrl-C is this process's, which ends the workers

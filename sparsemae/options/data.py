@@ -5,9 +5,6 @@ from typing import Literal
 
 from sparsemae.limits import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, UNIT_INTERVAL, UP_TO_1, Options, option
 
-FETCHED = ("torchvision", "fashion-mnist")
-"""Sources that may make their root."""
-
 
 @dataclass
 class SourceConfig(Options):
@@ -26,7 +23,9 @@ class SourceConfig(Options):
     ROOT/masks/{train,val}, same stems; sceneparse: SceneParse150 (ADE20K) as downloaded. Where there is but one split
     (class folders in ROOT itself, ROOT a tar file, no val folder), a tenth of it is held out."""
     root: str | None = option(
-        None, may_change=True, must_exist=lambda data: data.source not in FETCHED and "://" not in (data.root or "")
+        None,
+        may_change=True,
+        must_exist=lambda data: data.source not in ("torchvision", "fashion-mnist") and "://" not in (data.root or ""),
     )
     """Folder of the images (or the tar file); the embedded source has none."""
     name: str | None = None

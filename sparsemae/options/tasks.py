@@ -8,9 +8,6 @@ from sparsemae.options.data import DataConfig, ImageDataConfig, MaskDataConfig
 from sparsemae.options.model import DecoderConfig, HeadConfig, InferenceConfig, ModelConfig, SparseConfig
 from sparsemae.options.training import OptimConfig, TrainerConfig
 
-NAMED = ("timm:", "hf-hub:")
-"""What a start begins with that is no file."""
-
 
 @dataclass
 class TrainingConfig(Options):
@@ -23,7 +20,7 @@ class TrainingConfig(Options):
     """The run's folder."""
     seed: int = option(0, AT_LEAST_0)
     """Seed of everything random."""
-    init: str | None = option(None, must_exist=lambda config: not (config.init or "").startswith(NAMED))
+    init: str | None = option(None, must_exist=lambda config: not (config.init or "").startswith(("timm:", "hf-hub:")))
     """Weights to start from: a run folder, a file (MAE, timm, HF ViTMAE, our own), or timm:NAME; None: from scratch."""
     model: ModelConfig = field(default_factory=ModelConfig)
     sparse: SparseConfig = field(default_factory=SparseConfig)
