@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = [word for word in words if word != "--debug"]
     program, job = f"sparsemae {name}", JOBS[name]
     try:
-        config: Any = read_config(resolve(job.options), _with_default_recipe(words, job, program), program)
+        config: Any = read_config(job.options, _with_default_recipe(words, job, program), program)
         check_paths(config)
         resolve(job.function)(config)
     except KeyboardInterrupt:

@@ -8,6 +8,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from sparsemae.limits import marked
 from sparsemae.renamed import OPTIONS, new_option, renamed
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -54,9 +55,10 @@ def check_paths(config: Any) -> None:
     """Raises ValueError, naming the option, if a file or folder, or the recipe, that a job is to read is not there."""
     if hasattr(config, "recipe"):
         _recipe(config.recipe)
-    for option, path in getattr(config, "paths", dict)().items():
-        if path is not None and not Path(path).exists():
-            raise ValueError(f"{option}: {path}: no such file or folder")
+    for option, value in marked(config, "must_exist"):
+        for path in value if isinstance(value, list) else [value]:
+            if path is not None and not Path(path).exists():
+                raise ValueError(f"{option}: {path}: no such file or folder")
 
 
 def _resolved(argv: Sequence[str]) -> list[str]:

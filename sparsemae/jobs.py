@@ -1,11 +1,13 @@
 """The commands: for each its function, its options, and the recipe taken when none is named.
 
-Both are looked up when the command is chosen, so that ``--help`` loads no more than it shows.
+The function is looked up when the command runs, so that ``--help`` does not load torch.
 """
 
 from collections.abc import Callable
 from pkgutil import resolve_name
 from typing import Any, NamedTuple, TypeVar
+
+from sparsemae import options
 
 T = TypeVar("T")
 
@@ -15,48 +17,38 @@ class Job(NamedTuple):
 
     function: str | Callable[[Any], object]
     """Takes the options; or where it lies, as ``module:name``."""
-    options: str | type
-    """A dataclass; or where it lies. A `TrainingConfig` makes it a job that trains."""
+    options: type[Any]
+    """A dataclass. A `TrainingConfig` makes it a job that trains."""
     help: str
     recipe: str | None = None
 
 
 TRAIN = "sparsemae.commands.train:train"
-TASK_OPTIONS, COMMAND_OPTIONS = "sparsemae.options.tasks:", "sparsemae.options.commands:"
 JOBS = {
     "demo": Job(
-        "sparsemae.demo.command:demo", COMMAND_OPTIONS + "DemoConfig",
+        "sparsemae.demo.command:demo", options.DemoConfig,
         "the whole chain on embedded real images, in minutes",
     ),
-    "pretrain": Job(
-        TRAIN, TASK_OPTIONS + "PretrainConfig", "sparse pretraining of a masked autoencoder", "demo_pretrain"
-    ),
-    "finetune": Job(TRAIN, TASK_OPTIONS + "FinetuneConfig", "sparse finetuning for classification", "demo_finetune"),
-    "segment": Job(
-        TRAIN, TASK_OPTIONS + "SegmentConfig", "sparse finetuning for semantic segmentation", "demo_segment"
-    ),
+    "pretrain": Job(TRAIN, options.PretrainConfig, "sparse pretraining of a masked autoencoder", "demo_pretrain"),
+    "finetune": Job(TRAIN, options.FinetuneConfig, "sparse finetuning for classification", "demo_finetune"),
+    "segment": Job(TRAIN, options.SegmentConfig, "sparse finetuning for semantic segmentation", "demo_segment"),
     "evaluate": Job(
-        "sparsemae.commands.evaluate:evaluate", COMMAND_OPTIONS + "EvaluateConfig",
+        "sparsemae.commands.evaluate:evaluate", options.EvaluateConfig,
         "accuracy or mIoU of a finetuned model",
     ),
-    "pack": Job(
-        "sparsemae.commands.pack:pack", COMMAND_OPTIONS + "PackConfig",
-        "a finetuned model to one small file for any CPU",
-    ),
+    "pack": Job("sparsemae.commands.pack:pack", options.PackConfig, "a finetuned model to one small file for any CPU"),
     "check": Job(
-        "sparsemae.commands.check:check", COMMAND_OPTIONS + "CheckConfig",
+        "sparsemae.commands.check:check", options.CheckConfig,
         "what in a data set would break or spoil a run",
     ),
-    "plan": Job("sparsemae.costs.plan:plan", COMMAND_OPTIONS + "PlanConfig", "what a recipe costs, before it runs"),
+    "plan": Job("sparsemae.costs.plan:plan", options.PlanConfig, "what a recipe costs, before it runs"),
     "predict": Job(
-        "sparsemae.commands.predict:predict", COMMAND_OPTIONS + "PredictConfig",
+        "sparsemae.commands.predict:predict", options.PredictConfig,
         "classes of image files, or of their pixels",
     ),
-    "report": Job(
-        "sparsemae.report.page:report", COMMAND_OPTIONS + "ReportConfig", "one page of curves and masks of runs"
-    ),
+    "report": Job("sparsemae.report.page:report", options.ReportConfig, "one page of curves and masks of runs"),
     "benchmark": Job(
-        "sparsemae.benchmark.command:benchmark", COMMAND_OPTIONS + "BenchmarkConfig",
+        "sparsemae.benchmark.command:benchmark", options.BenchmarkConfig,
         "packed models or training, beside their rivals",
     ),
 }  # fmt: skip
@@ -67,9 +59,6 @@ def resolve(reference: str | T) -> T:
     return resolve_name(reference) if isinstance(reference, str) else reference
 
 
-def training_jobs() -> dict[str, Any]:
+def training_jobs() -> dict[str, type[options.TrainingConfig]]:
     """The options of the jobs that train, by the job's name."""
-    from sparsemae.options.tasks import TrainingConfig
-
-    found = {name: resolve(job.options) for name, job in JOBS.items()}
-    return {name: kind for name, kind in found.items() if issubclass(kind, TrainingConfig)}
+    return {name: job.options for name, job in JOBS.items() if issubclass(job.options, options.TrainingConfig)}

@@ -1,7 +1,7 @@
 """Limits of settings, checked when a configuration is made: one line that says what was wanted and what was got."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import field, fields, is_dataclass
 from typing import Any, TypeVar
 
@@ -34,16 +34,43 @@ def _range(least: float, most: float) -> str:
     return low if most == math.inf else f"{low} and {high}"
 
 
-def may_change(default: T) -> T:
-    """A field whose value may differ when a run is continued: it does not change what is computed."""
-    return field(default=default, metadata={"may_change": True})  # type: ignore[no-any-return, call-overload]
+class Options:
+    """Base of the dataclasses of settings: limits are checked when one is made."""
+
+    prefix = ""
+    """Of the fields' names in messages."""
+
+    def __post_init__(self) -> None:
+        limits = {member.name: member.metadata.get("limits") for member in fields(self)}  # type: ignore[arg-type]
+        check_limits(self, self.prefix, **{name: wanted for name, wanted in limits.items() if wanted})
 
 
-def fields_that_may_change(settings: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted names of the fields made by `may_change`, those of nested settings included."""
+def option(
+    default: T,
+    limits: tuple[float, float] | None = None,
+    *,
+    may_change: bool = False,
+    must_exist: bool | Callable[[Any], bool] = False,
+) -> T:
+    """A field of `Options`.
+
+    Args:
+        may_change: its value may differ when a run is continued: it does not change what is computed.
+        must_exist: it is a file or a folder that is read; or whether it is, by the settings.
+    """
+    metadata = {"limits": limits, "may_change": may_change, "must_exist": must_exist}
+    return field(default=default, metadata=metadata)  # type: ignore[no-any-return, call-overload]
+
+
+READ = {"must_exist": True}
+"""Metadata of a field without a default, as `option`."""
+
+
+def marked(settings: Any, mark: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of the fields that have a mark of `option`, those of nested settings included."""
     for member in fields(settings):
-        value = getattr(settings, member.name)
+        name, value, found = prefix + member.name, getattr(settings, member.name), member.metadata.get(mark)
         if is_dataclass(value):
-            yield from fields_that_may_change(value, f"{prefix}{member.name}.")
-        elif member.metadata.get("may_change"):
-            yield prefix + member.name
+            yield from marked(value, mark, f"{name}.")
+        elif found(settings) if callable(found) else found:
+            yield name, value

@@ -7,7 +7,7 @@ from typing import Any
 
 from sparsemae.benchmark import packed
 from sparsemae.files import write_atomic
-from sparsemae.options.commands import BenchmarkConfig
+from sparsemae.options import BenchmarkConfig
 
 
 def benchmark(config: BenchmarkConfig) -> Sequence[Any]:

@@ -6,21 +6,25 @@ sleep. Medians are reported. Models have random weights: speed does not depend o
 or fails, is named with the reason and left out.
 """
 
-from __future__ import annotations
-
 import os
-import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import IO, Any
+from subprocess import PIPE, STDOUT, Popen
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from sparsemae.benchmark.timing import aligned, seconds
 
 DENSE = {"B": "vit_base_patch16_224", "S": "vit_small_patch16_224", "T": "vit_tiny_patch16_224"}
 _WARM_SECONDS = 0.2
@@ -49,128 +53,80 @@ def measure(
     files: list[str], engines: list[str], dense: list[str], batches: list[int], threads: int, runs: int, artifacts: str
 ) -> list[Measurement]:
     """Run everything that `BenchmarkConfig` names; a row without figures says why."""
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = artifacts or temporary
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        jobs = [("packed", file) for file in files or _random_files(Path(folder))]
-        jobs += [(engine, DENSE[size]) for size in dense for engine in engines]
-        measurements = []
-        workers: list[tuple[Measurement, _Worker]] = []
-        for engine, model in jobs:
-            label = Path(model).stem if engine == "packed" else model
-            print(f"starting {engine}, {label}", file=sys.stderr, flush=True)
-            measurement = Measurement(engine, label)
-            measurements.append(measurement)
-            try:
-                _prepare(engine, model, folder)
-                workers.append((measurement, _Worker(engine, model, folder, threads)))
-                measurement.cold_start_seconds, measurement.resident_mb = workers[-1][1].start()
-            except RuntimeError as error:
-                measurement.error = str(error)
-        try:
-            for batch in batches:
-                _measure(batch, runs, [(m, worker) for m, worker in workers if not m.error])
-        finally:
-            for _, worker in workers:
-                worker.stop()
-    return measurements
-
-
-def _measure(batch: int, runs: int, workers: list[tuple[Measurement, _Worker]]) -> None:
-    """Let all take turns, `runs` times, and note the medians."""
-    times: dict[int, list[float]] = {i: [] for i in range(len(workers))}
-    for _ in range(runs):
-        for i, (measurement, worker) in enumerate(workers):
-            if measurement.error:
-                continue
-            try:
-                times[i].append(worker.time(batch))
-            except RuntimeError as error:
-                measurement.error = str(error)
-            time.sleep(_PAUSE_SECONDS)
-    for i, (measurement, _) in enumerate(workers):
-        if not measurement.error:
-            measurement.milliseconds[batch] = 1e3 * median(times[i])
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
+        folder = Path(artifacts or temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        subjects = [("packed", file) for file in files or _random_files(folder)]
+        subjects += [(engine, DENSE[size]) for size in dense for engine in engines]
+        workers = [_Worker(stack, engine, model, folder, threads) for engine, model in subjects]
+        for batch in batches:
+            times = defaultdict[_Worker, list[float]](list)
+            for _, worker in product(range(runs), workers):
+                if not worker.row.error:
+                    times[worker] += worker.ask(f"{batch}\n")
+                    time.sleep(_PAUSE_SECONDS)
+            for worker, taken in times.items():
+                if not worker.row.error:
+                    worker.row.milliseconds[batch] = 1e3 * median(taken)
+        return [worker.row for worker in workers]
 
 
 def table(measurements: list[Measurement], batches: list[int]) -> str:
-    """The figures as text."""
-    head = f"{'engine':<22}{'model':<24}" + "".join(f"{f'b{batch} ms':>10}" for batch in batches)
-    lines = [head + f"{'images/s':>10}{'cold s':>8}{'RSS MB':>8}"]
+    """The figures as text, and below them what has none."""
+    rows = [["engine", "model", *(f"b{batch} ms" for batch in batches), "images/s", "cold s", "RSS MB"]]
     for m in measurements:
-        line = f"{m.engine:<22}{m.model:<24}"
-        if m.error:
-            lines.append(f"{line}  -- {m.error}")
-            continue
-        best = max(1e3 * batch / ms for batch, ms in m.milliseconds.items())
-        times = "".join(f"{m.milliseconds[batch]:10.2f}" for batch in batches)
-        lines.append(f"{line}{times}{best:10.1f}{m.cold_start_seconds:8.2f}{m.resident_mb:8.0f}")
-    return "\n".join(lines)
+        if not m.error:
+            best = max(1e3 * batch / ms for batch, ms in m.milliseconds.items())
+            times = (f"{m.milliseconds[batch]:.2f}" for batch in batches)
+            rows.append(
+                [m.engine, m.model, *times, f"{best:.1f}", f"{m.cold_start_seconds:.2f}", f"{m.resident_mb:.0f}"]
+            )
+    return "\n".join([aligned(rows, 2), *(f"{m.engine}, {m.model} -- {m.error}" for m in measurements if m.error)])
 
 
 class _Worker:
-    """A process that has one engine ready and runs it when it is told a batch size."""
+    """A process that has one engine ready and runs it when it is told a batch size; ``row`` says if it ended."""
 
-    def __init__(self, engine: str, model: str, folder: str, threads: int) -> None:
-        command = [sys.executable, "-m", "sparsemae.benchmark.packed", "run", engine, model, folder, str(threads)]
+    def __init__(self, stack: ExitStack, engine: str, model: str, folder: Path, threads: int) -> None:
+        self.row = Measurement(engine, Path(model).stem if engine == "packed" else model)
+        print(f"starting {engine}, {self.row.model}", file=sys.stderr, flush=True)
+        exported = engine.startswith(("packed", "torch")) or any(folder.glob(f"{model} {engine}.*"))
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 lives as long as the process
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment
-        )
+        answer: list[float] = []
+        # exported and quantised beforehand, by a process of its own: that is no part of a cold start
+        for job in ("run",) if exported else ("export", "run"):
+            if not self.row.error:
+                argv = [
+                    sys.executable,
+                    "-m",
+                    "sparsemae.benchmark.packed",
+                    job,
+                    engine,
+                    model,
+                    str(folder),
+                    str(threads),
+                ]
+                self.process = stack.enter_context(
+                    Popen(argv, stdin=PIPE, stdout=PIPE, stderr=STDOUT, text=True, errors="replace", env=environment)
+                )
+                stack.callback(self.process.kill)
+                answer = self.ask()
+        if answer:
+            self.row.cold_start_seconds, self.row.resident_mb = answer
 
-    def start(self) -> tuple[float, float]:
-        """Wait until it is ready: (seconds to the first result, MB resident)."""
-        seconds, resident = self._answer().split()
-        return float(seconds), float(resident)
-
-    def time(self, batch: int) -> float:
-        """Seconds of one run."""
-        _write(self._process.stdin, str(batch))
-        return float(self._answer())
-
-    def stop(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._errors):
-            if stream is not None:
-                stream.close()
-
-    def _answer(self) -> str:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
+    def ask(self, question: str = "") -> list[float]:
+        """The numbers of its next answer, to a line if one is sent; none if it ended."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(question, file=self.process.stdin, end="", flush=True)
+        said = ["ended without a word"]
+        for line in self.process.stdout:
             if line.startswith("= "):
-                return line[2:]
-        raise RuntimeError(_last_line(self._process, self._errors))
-
-
-def _write(stream: IO[str] | None, text: str) -> None:
-    assert stream is not None
-    stream.write(text + "\n")
-    stream.flush()
-
-
-def _last_line(process: subprocess.Popen[str], errors: IO[bytes]) -> str:
-    process.wait()
-    errors.seek(0)
-    lines = errors.read().decode(errors="replace").strip().splitlines()
-    missing = [line for line in lines if "ModuleNotFoundError" in line]
-    return (missing or lines or ["ended without a word"])[-1].split(": ", 1)[-1][:100]
-
-
-def _prepare(engine: str, model: str, folder: str) -> None:
-    """Export and quantise beforehand, in a process of its own: it is no part of a cold start."""
-    if not engine.startswith(("onnxruntime", "openvino")):
-        return
-    if any(Path(folder).glob(f"{model} {engine}.*")):
-        return
-    with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "sparsemae.benchmark.packed", "export", engine, model, folder],
-            stdout=subprocess.DEVNULL, stderr=errors, text=True,
-        )  # fmt: skip
-        if process.wait():
-            raise RuntimeError(_last_line(process, errors))
+                return [float(number) for number in line.split()[1:]]
+            said += [line.strip()] if line.strip() else []
+        missing = [line for line in said if "ModuleNotFoundError" in line]
+        self.row.error = (missing or said)[-1].split(": ", 1)[-1][:100]
+        return []
 
 
 def _random_files(folder: Path) -> list[str]:
@@ -182,9 +138,9 @@ def _random_files(folder: Path) -> list[str]:
     from sparsemae.packing.pack import pack
 
     files = []
-    for name, pattern, kept in (("SparseMAE-T", "2:32", 2), ("SparseMAE-S", "4:32", 4)):
+    for name, kept in (("SparseMAE-T", 2), ("SparseMAE-S", 4)):
         model: Any = create_model(DENSE["B"], global_pool="avg").eval()
-        patterns = {f"blocks.{i}.{layer}": pattern for i in range(len(model.blocks)) for layer in LINEARS}
+        patterns = {f"blocks.{i}.{layer}": f"{kept}:32" for i in range(len(model.blocks)) for layer in LINEARS}
         with torch.no_grad():
             for layer in patterns:
                 weight = model.get_submodule(layer).weight
@@ -196,37 +152,36 @@ def _random_files(folder: Path) -> list[str]:
     return files
 
 
-def _export(engine: str, model: str, folder: str) -> None:
+def _export(engine: str, model: str, folder: str, threads: int) -> None:
+    """The other worker: the file that an engine runs, int8 where it says so."""
     import torch
     from timm import create_model
 
-    path = Path(folder) / f"{model} {engine}"
-    example = torch.zeros(2, 3, 224, 224)
-    dense = create_model(model).eval()
+    torch.set_num_threads(threads)
+    target, quantized = f"{folder}/{model} {engine}", engine.endswith("int8")
+    example, dense = torch.zeros(2, 3, 224, 224), create_model(model).eval()
     if engine.startswith("onnxruntime"):
-        batch = torch.export.Dim("batch", min=1, max=1024)
-        target = f"{path}.onnx"
-        torch.onnx.export(dense, (example,), target, dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
-        if engine.endswith("int8"):
+        shapes = ({0: torch.export.Dim("batch", min=1, max=1024)},)
+        torch.onnx.export(dense, (example,), f"{target}.onnx", dynamo=True, dynamic_shapes=shapes, verbose=False)
+        if quantized:
             from onnxruntime.quantization import QuantType, quantize_dynamic
 
-            quantize_dynamic(target, target, weight_type=QuantType.QInt8)
-        return
-    import openvino
+            quantize_dynamic(f"{target}.onnx", f"{target}.onnx", weight_type=QuantType.QInt8)
+    else:
+        import openvino
 
-    converted = openvino.convert_model(dense, example_input=example, input=[-1, 3, 224, 224])
-    if engine.endswith("int8"):
-        import nncf
+        converted = openvino.convert_model(dense, example_input=example, input=[-1, 3, 224, 224])
+        if quantized:
+            import nncf
 
-        samples = np.random.default_rng(0).standard_normal((8, 1, 3, 224, 224), np.float32)
-        converted = nncf.quantize(
-            converted, nncf.Dataset(list(samples)), model_type=nncf.ModelType.TRANSFORMER, subset_size=8
-        )
-    openvino.save_model(converted, f"{path}.xml")
+            samples = nncf.Dataset(list(np.random.default_rng(0).standard_normal((8, 1, 3, 224, 224), np.float32)))
+            converted = nncf.quantize(converted, samples, model_type=nncf.ModelType.TRANSFORMER, subset_size=8)
+        openvino.save_model(converted, f"{target}.xml")
+    print("= 0", flush=True)
 
 
 def _load(engine: str, model: str, folder: str, threads: int) -> Runner:
-    path = Path(folder) / f"{model} {engine}"
+    file = f"{folder}/{model} {engine}"
     if engine == "packed":
         from sparsemae.runtime import load
 
@@ -238,13 +193,13 @@ def _load(engine: str, model: str, folder: str, threads: int) -> Runner:
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        session = onnxruntime.InferenceSession(f"{path}.onnx", options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(f"{file}.onnx", options, providers=["CPUExecutionProvider"])
         return lambda images: session.run(None, {session.get_inputs()[0].name: images})
     import openvino
 
-    hints = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-    hints["INFERENCE_PRECISION_HINT"] = "f32" if engine.endswith("fp32") else "bf16"
-    request = openvino.Core().compile_model(f"{path}.xml", "CPU", hints).create_infer_request()
+    precision = "f32" if engine.endswith("fp32") else "bf16"
+    hints = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
+    request = openvino.Core().compile_model(f"{file}.xml", "CPU", hints).create_infer_request()
     return lambda images: request.infer([images])
 
 
@@ -255,17 +210,13 @@ def _load_torch(engine: str, model: str, threads: int) -> Runner:
     torch.set_num_threads(threads)
     dtype = torch.float32 if engine.endswith("fp32") else torch.bfloat16
     dense: Any = create_model(model).eval().to(dtype)
-    if "compiled" in engine:
-        import torch._inductor.config
+    if "compiled" not in engine:
+        return torch.inference_mode()(lambda images: dense(torch.from_numpy(images).to(dtype)))
+    import torch._inductor.config
 
-        torch._inductor.config.freezing = True
-        dense = torch.compile(dense)
-
-    def run(images: NDArray[np.float32]) -> Any:
-        with torch.inference_mode("compiled" not in engine), torch.no_grad():
-            return dense(torch.from_numpy(images).to(dtype))
-
-    return run
+    torch._inductor.config.freezing = True
+    dense = torch.compile(dense)
+    return torch.no_grad()(lambda images: dense(torch.from_numpy(images).to(dtype)))
 
 
 def _serve(engine: str, model: str, folder: str, threads: int) -> None:
@@ -275,28 +226,18 @@ def _serve(engine: str, model: str, folder: str, threads: int) -> None:
     run(images)
     with open("/proc/self/stat") as stat:
         started = int(stat.read().rsplit(")", 1)[1].split()[19]) / os.sysconf("SC_CLK_TCK")
-    seconds = time.clock_gettime(time.CLOCK_BOOTTIME) - started
+    cold_start = time.clock_gettime(time.CLOCK_BOOTTIME) - started
     # not ru_maxrss: after a fork that starts with the size of the parent
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    print("=", seconds, int(peak.split()[1]) * 1024 / 1e6, flush=True)
+    print("=", cold_start, int(peak.split()[1]) * 1024 / 1e6, flush=True)
     for line in sys.stdin:
-        batch = int(line)
-        if len(images) != batch:
-            images = np.random.default_rng(0).standard_normal((batch, 3, 224, 224), np.float32)
-            run(images)
+        images = np.random.default_rng(0).standard_normal((int(line), 3, 224, 224), np.float32)
         warm = time.perf_counter() + _WARM_SECONDS  # wakes the threads and refills the caches after the others' turns
-        while True:
+        while time.perf_counter() < warm:
             run(images)
-            if time.perf_counter() > warm:
-                break
-        start = time.perf_counter()
-        run(images)
-        print("=", time.perf_counter() - start, flush=True)
+        print("=", seconds(partial(run, images)), flush=True)
 
 
 if __name__ == "__main__":
-    _, job, engine, model, folder, *rest = sys.argv
-    if job == "run":
-        _serve(engine, model, folder, int(rest[0]))
-    else:
-        _export(engine, model, folder)
+    _, job, engine, model, folder, threads = sys.argv
+    {"run": _serve, "export": _export}[job](engine, model, folder, int(threads))

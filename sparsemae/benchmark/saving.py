@@ -7,14 +7,12 @@ is measured as well: how long the steps took that ran until the file was whole, 
 
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-import torch
-
-from sparsemae.benchmark.training import Subject, subject
+from sparsemae.benchmark.timing import aligned, seconds
+from sparsemae.benchmark.training import Subject, subject, using
 from sparsemae.card import InputSpec, ModelCard
 from sparsemae.sparsity import MaskSchedule, Topology
 from sparsemae.training.checkpoint import checkpoint_path, save_checkpoint
@@ -51,27 +49,22 @@ class Saving:
 
 def measure(step_batch: int, threads: int, runs: int, folder: str) -> list[Saving]:
     """Measure each recipe, in a temporary folder on the disk of ``folder``; none: where such folders are made."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with tempfile.TemporaryDirectory(dir=folder or None) as temporary:
-            return [_measure(name, subject(name, step_batch, "2:32"), Path(temporary) / name, runs) for name in RECIPES]
-    finally:
-        torch.set_num_threads(before)
+    with using(threads), tempfile.TemporaryDirectory(dir=folder or None) as temporary:
+        return [_measure(name, subject(name, step_batch, "2:32"), Path(temporary) / name, runs) for name in RECIPES]
 
 
 def table(rows: list[Saving]) -> str:
     """The figures as text."""
-    lines = [
-        f"{'recipe':<14}{'GB':>6}{'blocking s':>12}{'held up s':>11}{'share':>8}{'first s':>9}{'steps lose s':>14}"
-        f"{'a step s':>10}"
-    ]
-    for row in rows:
-        lines.append(
-            f"{row.subject:<14}{row.gigabytes:6.2f}{row.blocking_seconds:12.2f}{row.held_seconds:11.2f}"
-            f"{row.held_fraction:8.1%}{row.first_seconds:9.2f}{row.slowed_seconds:14.2f}{row.step_seconds:10.2f}"
-        )
-    return "\n".join(lines)
+    head = ["recipe", "GB", "blocking s", "held up s", "share", "first s", "steps lose s", "a step s"]
+    cells = [
+        [
+            row.subject, f"{row.gigabytes:.2f}", f"{row.blocking_seconds:.2f}", f"{row.held_seconds:.2f}",
+            f"{row.held_fraction:.1%}", f"{row.first_seconds:.2f}", f"{row.slowed_seconds:.2f}",
+            f"{row.step_seconds:.2f}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return aligned([head, *cells], 1)
 
 
 def _measure(name: str, subject: Subject, folder: Path, runs: int) -> Saving:
@@ -80,10 +73,10 @@ def _measure(name: str, subject: Subject, folder: Path, runs: int) -> Saving:
     saver = Saver(folder, keep=1, max_failures=1, info=print)
     blocking, held, slowed, steps = [], [], [], []
     for turn in range(runs + 1):
-        steps += [_seconds(step) for _ in range(3)][1:]
-        blocking.append(_seconds(lambda: save_checkpoint(checkpoint_path(folder, 1), *state.to_save(CARD))))
+        steps += [seconds(step) for _ in range(3)][1:]
+        blocking.append(seconds(lambda: save_checkpoint(checkpoint_path(folder, 1), *state.to_save(CARD))))
         step()
-        held.append(_seconds(lambda number=turn: saver.save(2 + number, *state.to_save(CARD))))  # type: ignore[misc]
+        held.append(seconds(lambda number=turn: saver.save(2 + number, *state.to_save(CARD))))  # type: ignore[misc]
         begin, taken = time.perf_counter(), 0
         while saver.writing:
             step()
@@ -96,11 +89,5 @@ def _measure(name: str, subject: Subject, folder: Path, runs: int) -> Saving:
     alone = median(steps)
     return Saving(
         name, sum(file.stat().st_size for file in files) / 1e9, median(blocking[1:]), held[0], median(held[1:]), alone,
-        median(seconds - taken * alone for seconds, taken in slowed[1:]),
+        median(time - taken * alone for time, taken in slowed[1:]),
     )  # fmt: skip
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin

@@ -7,22 +7,23 @@ sparse training multiplies dense matrices (the mask moves), so a step costs what
 """
 
 import os
-import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial, reduce
 from itertools import chain, islice, repeat
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 from lightning_fabric import Fabric
 from timm import create_model
+from timm.data import ImageDataset as TimmDataset
 from timm.data import create_loader
-from timm.data import dataset as timm_dataset
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, default_collate
 
+from sparsemae.benchmark.timing import aligned, seconds, take_turns
 from sparsemae.config import read_config
 from sparsemae.data.dataset import ImageDataset
 from sparsemae.data.loader import batches
@@ -31,8 +32,7 @@ from sparsemae.data.sources import Source, open_source
 from sparsemae.data.transforms import normalize, training_transform
 from sparsemae.jobs import training_jobs
 from sparsemae.models import use_plain_attention
-from sparsemae.options.data import ImageDataConfig
-from sparsemae.options.training import TrainerConfig
+from sparsemae.options import ImageDataConfig, TrainerConfig
 from sparsemae.sparsity import MaskSchedule
 from sparsemae.tasks import task_class
 from sparsemae.tasks.sparse import make_sparse
@@ -78,74 +78,63 @@ def measure(images: str | None, step_batch: int, threads: int, runs: int) -> lis
         source = open_source(data, "train")
         if len(source) < LOADER_BATCH:
             raise ValueError(f"images: {images}: wanted {LOADER_BATCH} training images or more, got {len(source)}")
-        with _one_core():
+        with using(1, one_core=True):
             rates += _pipelines(data, source, runs) + _stages(data, source, runs)
     if step_batch:
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        rates += _steps(step_batch, runs)
-        torch.set_num_threads(before)
+        with using(threads):
+            rates += _steps(step_batch, runs)
     return rates
 
 
 def table(rates: list[Rate]) -> str:
     """The figures as text."""
-    lines = [f"{'part':<16}{'subject':<48}{'images/s':>10}{'ratio':>8}"]
-    for rate in rates:
-        ratio = f"{rate.ratio:8.2f}" if rate.ratio is not None else ""
-        lines.append(f"{rate.part:<16}{rate.subject:<48}{rate.images_per_second:10.1f}{ratio}")
-    return "\n".join(lines)
+    cells = [
+        [rate.part, rate.subject, f"{rate.images_per_second:.1f}", "" if rate.ratio is None else f"{rate.ratio:.2f}"]
+        for rate in rates
+    ]
+    return aligned([["part", "subject", "images/s", "ratio"], *cells], 2)
 
 
 @contextmanager
-def _one_core() -> Iterator[None]:
-    """One thread on one core, loader processes included, where the system can."""
-    threads, cores = torch.get_num_threads(), getattr(os, "sched_getaffinity", lambda _: None)(0)
-    torch.set_num_threads(1)
-    if cores:
-        os.sched_setaffinity(0, {max(cores)})
+def using(threads: int, one_core: bool = False) -> Iterator[None]:
+    """That many threads, on one core if told, loader processes included, where the system can."""
+    before, cores = torch.get_num_threads(), getattr(os, "sched_getaffinity", lambda _: {0})(0)
+    pin = getattr(os, "sched_setaffinity", lambda *_: None)
+    torch.set_num_threads(threads)
+    pin(0, {max(cores)} if one_core else cores)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
-        if cores:
-            os.sched_setaffinity(0, cores)
+        torch.set_num_threads(before)
+        pin(0, cores)
 
 
 def _pipelines(data: ImageDataConfig, source: Source, runs: int) -> list[Rate]:
     count = max(1, _PASSES * len(source) // LOADER_BATCH)
-    plan = BatchPlan.make(len(source), LOADER_BATCH, None, 1)
-    sampler = TrainingSampler(plan, 0, 0, 0, 1_000_000)
+    sampler = TrainingSampler(BatchPlan.make(len(source), LOADER_BATCH, None, 1), 0, 0, 0, 1_000_000)
 
     def ours() -> Iterator[Tensor]:
         for batch in batches(ImageDataset(source, training_transform(data)), sampler, workers=1):
             yield normalize(batch["image"], data.mean, data.std)
 
-    feeds: dict[str, Callable[[], Iterator[Tensor]]] = {
-        "ours": ours,
-        "timm's create_loader": lambda: _timm_loader(data, source, count),
-    }
-    times: dict[str, list[float]] = {name: [] for name in feeds}
-    for turn in range(runs + 1):
-        for name, start in list(feeds.items())[:: 1 if turn % 2 else -1]:
-            feed = start()  # a new process each time: how its memory lies is luck, worth 5 %
-            _consume(feed, 2 * _PREFETCHED)
-            begin = time.perf_counter()
-            _consume(feed, count)
-            if turn:
-                times[name].append((time.perf_counter() - begin) / (count * LOADER_BATCH))
-            del feed  # ends the process
-    names = list(feeds)
-    own, rival = (1 / median(seconds) for seconds in times.values())
+    def fed(start: Callable[[], Iterator[Any]]) -> float:
+        feed = start()  # a new process each time, which ends with the feed: how its memory lies is luck, worth 5 %
+        deque(islice(feed, 2 * _PREFETCHED), 0)
+        return seconds(lambda: deque(islice(feed, count), 0)) / (count * LOADER_BATCH)
+
+    starts = {"ours": ours, "timm's create_loader": lambda: _timm_loader(data, source, count)}
+    times = take_turns({name: partial(fed, start) for name, start in starts.items()}, runs)
+    own, rival = times.values()
+    ratios = (rival / own, None)
     return [
-        Rate("input pipeline", f"{names[0]}, one core", own, own / rival),
-        Rate("input pipeline", f"{names[1]}, one core", rival),
+        Rate("input pipeline", f"{name}, one core", 1 / time, ratio)
+        for (name, time), ratio in zip(times.items(), ratios, strict=True)
     ]
 
 
 def _timm_loader(data: ImageDataConfig, source: Source, count: int) -> Iterator[Any]:
     """timm's loader with its best settings: no pause between epochs, the transform that ours has."""
-    images: Any = timm_dataset.ImageDataset("", reader=source.reader)
+    images: Any = TimmDataset("", reader=source.reader)
     images.transform = training_transform(data).steps
     repeated: ConcatDataset[Any] = ConcatDataset([images] * (count * LOADER_BATCH // len(source) + 1))
     loader = create_loader(
@@ -155,65 +144,39 @@ def _timm_loader(data: ImageDataConfig, source: Source, count: int) -> Iterator[
     return (batch for batch, _ in chain.from_iterable(repeat(loader)))
 
 
-def _consume(feed: Iterator[Any], count: int) -> None:
-    for _ in islice(feed, count):
-        pass
-
-
 def _stages(data: ImageDataConfig, source: Source, runs: int) -> list[Rate]:
-    """The pipeline's parts, one after the other on the same images."""
+    """The pipeline's parts, each on what the part before it made of the same images."""
     steps: Any = training_transform(data).steps
     *augment, to_tensor = steps.transforms
-    numbers = range(min(len(source), 4 * LOADER_BATCH))
-
-    def augmented(image: Any) -> Any:
-        for transform in augment:
-            image = transform(image)
-        return image
-
-    names = ("decode", "crop, resize and flip", "to bytes [3, H, W]", "collate (copy)", "normalize")
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(runs + 1):
-        made: Any = list(numbers)
-        works: list[Callable[[Any], Any]] = [
-            lambda numbers: [source.read(i)[0] for i in numbers],
-            lambda images: [augmented(image) for image in images],
-            lambda images: [to_tensor(image) for image in images],
-            default_collate,
-            lambda batch: normalize(batch, data.mean, data.std),
-        ]
-        for name, work in zip(names, works, strict=True):
-            begin = time.perf_counter()
-            made = work(made)
-            if turn:
-                times[name].append((time.perf_counter() - begin) / len(numbers))
-    total = sum(median(seconds) for seconds in times.values())
-    return [
-        Rate("stage", f"{name}, {median(seconds) / total:.0%} of the time", 1 / median(seconds))
-        for name, seconds in times.items()
-    ]
+    works: dict[str, Callable[[Any], Any]] = {
+        "decode": lambda numbers: [source.read(i)[0] for i in numbers],
+        "crop, resize and flip": lambda images: [reduce(lambda x, step: step(x), augment, image) for image in images],
+        "to bytes [3, H, W]": lambda images: [to_tensor(image) for image in images],
+        "collate (copy)": default_collate,
+        "normalize": lambda batch: normalize(batch, data.mean, data.std),
+    }
+    count = min(len(source), 4 * LOADER_BATCH)
+    given: Any = range(count)
+    timed = {}
+    for name, work in works.items():
+        timed[name] = partial(seconds, partial(work, given))
+        given = work(given)
+    times = take_turns(timed, runs)
+    total = sum(times.values())
+    return [Rate("stage", f"{name}, {time / total:.0%} of the time", count / time) for name, time in times.items()]
 
 
 def _steps(batch: int, runs: int) -> list[Rate]:
-    subjects = {
+    steps = {
         "pretrain_t, 147 + 1 tokens and the decoder": subject("pretrain_t", batch, "2:32").step,
-        "the same, dense": subject("pretrain_t", batch, "dense").step,
+        "pretrain_t, dense": subject("pretrain_t", batch, "dense").step,
         "finetune_t, 196 + 1 tokens": subject("finetune_t", batch, "2:32").step,
-        "the same, dense ": subject("finetune_t", batch, "dense").step,
-        _RIVAL_STEP: _timm(batch).step,
+        "finetune_t, dense": subject("finetune_t", batch, "dense").step,
+        _RIVAL_STEP: _timm_step(batch),
     }
-    times: dict[str, list[float]] = {name: [] for name in subjects}
-    for turn in range(runs + 1):
-        for name, step in subjects.items():
-            begin = time.perf_counter()
-            step()
-            if turn:
-                times[name].append((time.perf_counter() - begin) / batch)
-    rival = 1 / median(times[_RIVAL_STEP])
-    rates = {name: 1 / median(seconds) for name, seconds in times.items()}
-    return [
-        Rate("step", name.strip(), rate, rate / rival if name != _RIVAL_STEP else None) for name, rate in rates.items()
-    ]
+    times = take_turns({name: partial(seconds, step) for name, step in steps.items()}, runs)
+    ratios = {name: times[_RIVAL_STEP] / time for name, time in times.items() if name != _RIVAL_STEP}
+    return [Rate("step", name, batch / time, ratios.get(name)) for name, time in times.items()]
 
 
 def subject(recipe: str, batch: int, pattern: str) -> Subject:
@@ -239,7 +202,7 @@ def subject(recipe: str, batch: int, pattern: str) -> Subject:
     return Subject(model.train(), optimizer, step)
 
 
-def _timm(batch: int) -> Subject:
+def _timm_step(batch: int) -> Callable[[], None]:
     model = create_model("vit_base_patch16_224").train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
     images, target, autocast = torch.zeros(batch, 3, 224, 224), torch.zeros(batch, dtype=torch.long), _autocast(model)
@@ -251,7 +214,7 @@ def _timm(batch: int) -> Subject:
         optimizer.step()
         optimizer.zero_grad()
 
-    return Subject(model, optimizer, step)
+    return step
 
 
 def _autocast(model: nn.Module) -> AbstractContextManager[Any]:

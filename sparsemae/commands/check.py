@@ -16,8 +16,7 @@ from sparsemae.data.exclude import read_exclude, write_exclude
 from sparsemae.data.images import SUFFIXES
 from sparsemae.data.pairs import has_masks
 from sparsemae.data.sources import Source, Split, open_source, split_folders
-from sparsemae.options.commands import CheckConfig
-from sparsemae.options.data import SourceConfig
+from sparsemae.options import CheckConfig, SourceConfig
 
 NO_FOLDER = "(in no class folder)"
 

@@ -10,7 +10,7 @@ from sparsemae.commands.check_records import USABLE, Report, read_records
 from sparsemae.data.masks import IGNORED
 from sparsemae.data.pairs import find_masks, unmatched
 from sparsemae.data.sources import Source, Split
-from sparsemae.options.data import SourceConfig
+from sparsemae.options import SourceConfig
 
 
 @dataclass

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sparsemae.data.masks import IGNORED, read_mask
 from sparsemae.data.sources import Source, Split
-from sparsemae.options.data import SourceConfig
+from sparsemae.options import SourceConfig
 from sparsemae.training.logs import RunLog
 
 FILES_PER_TURN = 64

@@ -8,8 +8,7 @@ from torch import Tensor
 
 import sparsemae
 from sparsemae.commands.probe import probe
-from sparsemae.options.commands import EvaluateConfig
-from sparsemae.options.model import InferenceConfig
+from sparsemae.options import EvaluateConfig, InferenceConfig
 from sparsemae.predictor import Predictor
 from sparsemae.tasks import task_class
 from sparsemae.tasks.loading import TorchPredictor

@@ -13,8 +13,7 @@ from sparsemae.data.loader import batches
 from sparsemae.data.sampling import EvaluationSampler
 from sparsemae.data.transforms import normalize
 from sparsemae.models.weights import find_weights
-from sparsemae.options.commands import PackConfig
-from sparsemae.options.data import SourceConfig
+from sparsemae.options import PackConfig, SourceConfig
 from sparsemae.packing.pack import PackReport
 from sparsemae.packing.pack import pack as pack_model
 from sparsemae.runtime import load

@@ -12,7 +12,7 @@ from PIL import Image
 import sparsemae
 from sparsemae.commands.overlays import Pictures
 from sparsemae.data.images import as_rgb, image_files
-from sparsemae.options.commands import PredictConfig
+from sparsemae.options import PredictConfig
 from sparsemae.predictor import Prediction
 
 BATCH = 8

@@ -19,7 +19,7 @@ from sparsemae.data.sampling import HOLDOUT, EvaluationSampler, stream
 from sparsemae.data.sources import open_source
 from sparsemae.data.transforms import evaluation_transform, normalize
 from sparsemae.models import patch_side
-from sparsemae.options.data import SourceConfig
+from sparsemae.options import SourceConfig
 from sparsemae.sparsity import hold_masks
 from sparsemae.tasks.loading import load_encoder
 from sparsemae.training.logs import with_progress

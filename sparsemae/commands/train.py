@@ -7,7 +7,7 @@ from sparsemae.data.sampling import INIT, BatchPlan, seed_all
 from sparsemae.models.architecture import architecture_of
 from sparsemae.models.start import start_from
 from sparsemae.models.weights import save_model
-from sparsemae.options.tasks import TrainingConfig
+from sparsemae.options import TrainingConfig
 from sparsemae.packing.pack import check_blocks
 from sparsemae.sparsity import freeze, iter_sparse, summarize
 from sparsemae.tasks import task_class

@@ -16,8 +16,7 @@ from sparsemae.data.embedded import TRAIN_IMAGES
 from sparsemae.data.sampling import BatchPlan
 from sparsemae.jobs import training_jobs
 from sparsemae.models import use_plain_attention
-from sparsemae.options.commands import PlanConfig
-from sparsemae.options.tasks import TrainingConfig
+from sparsemae.options import PlanConfig, TrainingConfig
 from sparsemae.sparsity import SparsitySummary, summarize
 from sparsemae.tasks import task_class
 from sparsemae.tasks.sparse import meta_model

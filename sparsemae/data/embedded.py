@@ -1,15 +1,12 @@
 """Fashion-MNIST inside the package: real images for every command, with nothing to download.
 
 One xz file holds the labels, then the pixels, as bytes: the first 10,000 training images, then all 10,000 test
-images, in the original order. It is made from the original IDX files by
-
-    python -m sparsemae.data.embedded FOLDER_WITH_THE_IDX_FILES
+images, in the original order. `tools/embed_fashion_mnist.py` makes it from the original IDX files.
 """
 
-import gzip
 import lzma
-import sys
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -82,32 +79,9 @@ def fill_holes(shapes: np.ndarray) -> np.ndarray:
     """Of each of ``[B, H, W]`` bool, all that is not joined (up, down, left, right) to the outside."""
     free = np.pad(~shapes, ((0, 0), (1, 1), (1, 1)), constant_values=True)
     outside = np.zeros_like(free)
-    outside[:, 0], outside[:, -1], outside[:, :, 0], outside[:, :, -1] = True, True, True, True
-    reached = 0
+    outside[:, 0], reached = True, 0  # the margin, which is free all around, is joined to itself over the edges
     while (now := int(outside.sum())) > reached:
         reached = now
-        outside[:, 1:] |= outside[:, :-1] & free[:, 1:]
-        outside[:, :-1] |= outside[:, 1:] & free[:, :-1]
-        outside[:, :, 1:] |= outside[:, :, :-1] & free[:, :, 1:]
-        outside[:, :, :-1] |= outside[:, :, 1:] & free[:, :, :-1]
+        for axis, step in product((1, 2), (1, -1)):
+            outside |= np.roll(outside, step, axis) & free
     return ~outside[:, 1:-1, 1:-1]
-
-
-def build(idx_folder: Path, path: Path = FILE) -> None:
-    """Pack the original IDX files (``train-images-idx3-ubyte.gz`` ...) into ``path``."""
-
-    def read(name: str, header: int) -> np.ndarray:
-        return np.frombuffer(gzip.decompress((idx_folder / name).read_bytes()), np.uint8, offset=header)
-
-    size = SIDE * SIDE
-    labels = np.concatenate(
-        [read("train-labels-idx1-ubyte.gz", 8)[:TRAIN_IMAGES], read("t10k-labels-idx1-ubyte.gz", 8)]
-    )
-    pixels = np.concatenate(
-        [read("train-images-idx3-ubyte.gz", 16)[: TRAIN_IMAGES * size], read("t10k-images-idx3-ubyte.gz", 16)]
-    )
-    path.write_bytes(lzma.compress(labels.tobytes() + pixels.tobytes(), preset=9 | lzma.PRESET_EXTREME))
-
-
-if __name__ == "__main__":
-    build(Path(sys.argv[1]))

@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from sparsemae.data.masks import IGNORED
-from sparsemae.options.data import MaskDataConfig
+from sparsemae.options import MaskDataConfig
 
 CROP_TRIES = 10
 

@@ -13,7 +13,7 @@ from sparsemae.data.exclude import read_exclude
 from sparsemae.data.images import SUFFIXES
 from sparsemae.data.masks import IGNORED, SCENEPARSE150, Legend, read_classes
 from sparsemae.data.sources import SPLIT_FOLDERS, Readers, Source, Split, check_options, open_split
-from sparsemae.options.data import SourceConfig
+from sparsemae.options import SourceConfig
 
 MASK_FOLDERS = ("annotations", "masks", "labels")
 # The options that each source of images with masks can use, beside those of all.

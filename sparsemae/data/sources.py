@@ -25,7 +25,7 @@ from sparsemae.data.libraries import open_hfds, open_torchvision
 from sparsemae.data.masks import Legend, read_mask
 from sparsemae.data.sampling import HOLDOUT, stream
 from sparsemae.data.tars import read_shards, read_tars
-from sparsemae.options.data import SourceConfig
+from sparsemae.options import SourceConfig
 
 Split = Literal["train", "val"]
 # The field's names for the two splits, best first.

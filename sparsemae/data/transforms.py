@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision import transforms
 
 from sparsemae.card import InputSpec
-from sparsemae.options.data import ImageDataConfig
+from sparsemae.options import ImageDataConfig
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ one. A stage that would not end within the time limit is left out.
 import contextlib
 import json
 import multiprocessing
-import os
 import shlex
 import shutil
 import signal
@@ -23,6 +22,7 @@ from rich.console import Console
 
 from sparsemae.config import read_config
 from sparsemae.jobs import JOBS, resolve
+from sparsemae.runtime.model import processors
 
 MARKER = ".sparsemae-demo"
 DENSE = ("--sparse.pattern", "dense")
@@ -69,32 +69,24 @@ def empty(out: Path) -> None:
     (out / MARKER).touch()
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def run_stages(stages: Sequence[Stage], out: Path, seed: int, until: float, console: Console) -> dict[str, float]:
     """Run, in order of starting, what ends by ``until`` (`time.monotonic`); returns seconds by stage name."""
     begin = time.monotonic()
-    slots, waiting = min(cores(), 4), list(stages)
+    slots, waiting = min(processors(), 4), list(stages)
     running: dict[Future[float], Stage] = {}
     done: dict[str, float] = {}
-    seconds: dict[str, float] = {}
-    """Of the longest stage of each job so far."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(slots, context, _leave_interrupts) as pool, console.status("") as status:
-        while waiting or running:
-            for stage in [stage for stage in waiting if stage.init is None or stage.init in done]:
-                if len(running) == slots:
-                    break
+    # Ctrl-C is this process's, which ends the workers
+    context, ignored = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(slots, context, signal.signal, ignored) as pool, console.status("") as status:
+        # what starts from a stage that was left out is never ready
+        while (ready := [stage for stage in waiting if stage.init is None or stage.init in done]) or running:
+            for stage in ready[: slots - len(running)]:
                 waiting.remove(stage)
-                if stage.required or time.monotonic() + stage.cost * seconds.get(stage.job, 0.0) < until:
+                longest = max((done[s.name] for s in stages if s.job == stage.job and s.name in done), default=0.0)
+                if stage.required or time.monotonic() + stage.cost * longest < until:
                     argv = stage.argv(out, seed)
                     console.print(f"$ sparsemae {stage.job} {shlex.join(argv)}", style="dim")
                     running[pool.submit(_run_job, stage.job, argv, f"{out}/{stage.name}.log")] = stage
-            if not running:
-                break  # what waits starts from a stage that was left out
             titles = "; ".join(f"{stage.title} {_progress(out / stage.name)}" for stage in running.values())
             status.update(f"{time.monotonic() - begin:.0f} s: {titles}")
             try:
@@ -106,20 +98,8 @@ def run_stages(stages: Sequence[Stage], out: Path, seed: int, until: float, cons
             for future in finished:
                 stage = running.pop(future)
                 done[stage.name] = future.result()
-                seconds[stage.job] = max(seconds.get(stage.job, 0.0), done[stage.name])
                 console.print(f"[{time.monotonic() - begin:3.0f} s] {stage.title}: done in {done[stage.name]:.0f} s")
     return done
-
-
-def left_out(stages: Sequence[Stage], done: dict[str, float], minutes: float) -> str:
-    """A line that names the stages that did not run; empty if all did."""
-    titles = [stage.title for stage in stages if stage.name not in done]
-    return f"Left out, for lack of time (--minutes {minutes:g}): {'; '.join(titles)}" if titles else ""
-
-
-def _leave_interrupts() -> None:
-    """In a worker: Ctrl-C is the parent's, which ends the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _progress(folder: Path) -> str:
@@ -135,8 +115,7 @@ def _run_job(name: str, argv: list[str], log: str) -> float:
     """Run one job in this process, single-threaded, its output in a file; returns its seconds."""
     begin = time.monotonic()
     torch.set_num_threads(1)
-    job = JOBS[name]
-    config: Any = read_config(resolve(job.options), argv)
+    config: Any = read_config(JOBS[name].options, argv)
     with open(log, "w") as file, contextlib.redirect_stderr(file), contextlib.redirect_stdout(file):
-        resolve(job.function)(config)
+        resolve(JOBS[name].function)(config)
     return time.monotonic() - begin

@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsemae.options.model import HeadConfig
+from sparsemae.options import HeadConfig
 
 POOL_SCALES = (1, 2, 3, 6)
 AUXILIARY_MAP = 2

@@ -3,3 +3,32 @@
 Nothing here imports torch, timm or numpy, so that ``--help``, a misspelled option or a missing folder are answered at
 once.
 """
+
+from sparsemae.options.commands import (
+    BenchmarkConfig,
+    CheckConfig,
+    DemoConfig,
+    EvaluateConfig,
+    PackConfig,
+    PlanConfig,
+    PredictConfig,
+    ReportConfig,
+)
+from sparsemae.options.data import DataConfig, ImageDataConfig, MaskDataConfig, SourceConfig
+from sparsemae.options.model import (
+    DecoderConfig,
+    HeadConfig,
+    InferenceChange,
+    InferenceConfig,
+    ModelConfig,
+    SparseConfig,
+)
+from sparsemae.options.tasks import FinetuneConfig, PretrainConfig, SegmentConfig, TrainingConfig
+from sparsemae.options.training import OptimConfig, TrainerConfig
+
+__all__ = [
+    "BenchmarkConfig", "CheckConfig", "DataConfig", "DecoderConfig", "DemoConfig", "EvaluateConfig", "FinetuneConfig",
+    "HeadConfig", "ImageDataConfig", "InferenceChange", "InferenceConfig", "MaskDataConfig", "ModelConfig",
+    "OptimConfig", "PackConfig", "PlanConfig", "PredictConfig", "PretrainConfig", "ReportConfig", "SegmentConfig",
+    "SourceConfig", "SparseConfig", "TrainerConfig", "TrainingConfig",
+]  # fmt: skip

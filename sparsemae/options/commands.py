@@ -4,21 +4,9 @@ import os
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sparsemae.limits import ABOVE_0, AT_LEAST_1, check_limits
+from sparsemae.limits import ABOVE_0, AT_LEAST_1, READ, Options, option
 from sparsemae.options.data import SourceConfig
 from sparsemae.options.model import InferenceChange
-
-ENGINES = (
-    "torch fp32",
-    "torch bf16",
-    "torch compiled bf16",
-    "onnxruntime fp32",
-    "onnxruntime int8",
-    "openvino fp32",
-    "openvino bf16",
-    "openvino int8",
-)
-"""What packed files are measured against."""
 
 
 @dataclass
@@ -39,7 +27,7 @@ class DemoConfig:
 class EvaluateConfig:
     """Accuracy of a finetuned classifier or of a probe on a pretrained model, or mIoU of a segmenter."""
 
-    model: str
+    model: str = field(metadata=READ)
     """The model: a packed file, a run folder, or its model.safetensors."""
     data: SourceConfig = field(default_factory=SourceConfig)
     """Where the validation split lies; preparation of the images comes from the model's file."""
@@ -50,16 +38,12 @@ class EvaluateConfig:
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to run; packed files run on the CPU."""
 
-    def paths(self) -> dict[str, str | None]:
-        """What must be there, by option."""
-        return {"model": self.model, **self.data.paths()}
-
 
 @dataclass
 class PackConfig:
     """Pack a finetuned model into one small file that runs without torch."""
 
-    checkpoint: str
+    checkpoint: str = field(metadata=READ)
     """The model: a run folder, or its model.safetensors, with its mask frozen."""
     out: str
     """The packed file to write."""
@@ -70,34 +54,23 @@ class PackConfig:
     data: SourceConfig | None = None
     """Images to check the file on, all of its validation part; None: eight random ones."""
 
-    def paths(self) -> dict[str, str | None]:
-        """What must be there, by option."""
-        return {"checkpoint": self.checkpoint, **(self.data.paths() if self.data else {})}
-
 
 @dataclass
-class PredictConfig:
+class PredictConfig(Options):
     """Classify images, or with a segmenter their pixels."""
 
-    model: str
+    model: str = field(metadata=READ)
     """The model: a packed file, a run folder, or its model.safetensors."""
-    images: list[str]
+    images: list[str] = field(metadata=READ)
     """Image files, or folders of them."""
-    top_k: int = 3
+    top_k: int = option(3, AT_LEAST_1)
     """Classes to name for each image."""
     out: str = "predictions"
     """Of a segmenter: folder for NAME.png, the mask as a palette PNG, and NAME-overlay.png with its legend."""
 
-    def __post_init__(self) -> None:
-        check_limits(self, "", top_k=AT_LEAST_1)
-
-    def paths(self) -> dict[str, str | None]:
-        """What must be there, by option."""
-        return {"model": self.model, **{f"images[{i}]": path for i, path in enumerate(self.images)}}
-
 
 @dataclass
-class CheckConfig:
+class CheckConfig(Options):
     """Read every image of a data set; exit status 2 if something would break a run."""
 
     data: SourceConfig = field(default_factory=lambda: SourceConfig(source="folder", workers=os.cpu_count() or 1))
@@ -105,57 +78,42 @@ class CheckConfig:
     task: Literal["pretrain", "classify", "segment"] | None = None
     """What the images are for; pretrain: one class is enough; None: segment where `images` lies beside `masks`,
     `annotations` or `labels`, else classify."""
-    smallest: int | None = None
+    smallest: int | None = option(None, AT_LEAST_1)
     """Shortest side that an image may have: the model's patch, px; None: 16, or 1 for segment, which enlarges."""
     write_exclude: str | None = None
     """File to write the paths to leave out to, for data.exclude: what cannot be used, and all but one of each group of
     duplicates (a validation image stays rather than a training image)."""
 
-    def __post_init__(self) -> None:
-        check_limits(self, "", smallest=AT_LEAST_1)
-
-    def paths(self) -> dict[str, str | None]:
-        """What must be there, by option."""
-        return self.data.paths()
-
 
 @dataclass
-class PlanConfig:
+class PlanConfig(Options):
     """What a recipe of pretraining, finetuning or segmentation costs, before it runs."""
 
     recipe: str
     """A recipe's name, a YAML file, or the config.yaml of a run."""
     job: str | None = None
     """pretrain, finetune or segment; None: the one whose options the recipe has, or that its name says."""
-    devices: int | None = None
+    devices: int | None = option(None, AT_LEAST_1)
     """Devices per machine; None: the recipe's."""
-    device_batch: int | None = None
+    device_batch: int | None = option(None, AT_LEAST_1)
     """Images per device and forward; None: the recipe's."""
-    images: int | None = None
+    images: int | None = option(None, AT_LEAST_1)
     """Training images, of which a recipe's data.train_images may use fewer; None: ImageNet-1K's, SceneParse150's, or
     the embedded ones if they are the recipe's data.source."""
-    classes: int | None = None
+    classes: int | None = option(None, AT_LEAST_1)
     """Classes of a finetuned model, which a recipe does not say; None: those of the same."""
-    images_per_second: float | None = None
+    images_per_second: float | None = option(None, ABOVE_0)
     """Rate of training, over all devices together; without it no hours are given."""
-
-    def __post_init__(self) -> None:
-        counts = dict.fromkeys(("devices", "images", "classes", "device_batch"), AT_LEAST_1)
-        check_limits(self, "", images_per_second=ABOVE_0, **counts)
 
 
 @dataclass
 class ReportConfig:
     """One page of curves, moving masks and settings of one or more runs."""
 
-    runs: list[str]
+    runs: list[str] = field(metadata=READ)
     """Run folders; several are laid over one another."""
     out: str | None = None
     """The page; None: report.html in the first run's folder."""
-
-    def paths(self) -> dict[str, str | None]:
-        """What must be there, by option."""
-        return {f"runs[{i}]": path for i, path in enumerate(self.runs)}
 
 
 @dataclass
@@ -166,15 +124,20 @@ class BenchmarkConfig:
     """packed: latency, throughput, memory and cold start of packed files and their rivals; training: images per second
     of the input pipeline and of optimizer steps, beside timm's loader and its dense ViT-B; saving: what a checkpoint of
     ViT-B with AdamW's state costs the loop, beside a save that blocks it."""
-    files: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list, metadata=READ)
     """Packed files; none: SparseMAE-T and -S at ViT-B/16 size with random weights, bf16 and int8."""
-    engines: list[str] = field(default_factory=lambda: list(ENGINES))
+    engines: list[str] = field(
+        default_factory=lambda: [
+            "torch fp32", "torch bf16", "torch compiled bf16", "onnxruntime fp32", "onnxruntime int8",
+            "openvino fp32", "openvino bf16", "openvino int8",
+        ]
+    )  # fmt: skip
     """Rivals of packed files to run."""
     dense: list[str] = field(default_factory=lambda: ["B", "S", "T"])
     """Dense models for them: B, S, T."""
     batches: list[int] = field(default_factory=lambda: [1, 8, 32])
     """Images per call of a packed model."""
-    images: str | None = None
+    images: str | None = option(None, must_exist=True)
     """Folder of JPEGs for the training section, as for data.source=folder; none: its steps alone are measured."""
     step_batch: int = 8
     """Images per optimizer step of the training and saving sections; 0: the input pipeline alone is measured."""
@@ -187,7 +150,3 @@ class BenchmarkConfig:
     one."""
     json: str = ""
     """File to write all figures to."""
-
-    def paths(self) -> dict[str, str | None]:
-        """What must be there, by option."""
-        return {"images": self.images, **{f"files[{i}]": path for i, path in enumerate(self.files)}}

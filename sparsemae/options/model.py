@@ -3,24 +3,23 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from sparsemae.limits import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, check_limits
+from sparsemae.limits import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, Options, option
 
 DEFAULT_MODEL = "vit_base_patch16_224"
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Options):
     """The vision transformer."""
+
+    prefix = "model."
 
     name: str | None = None
     """Any timm VisionTransformer; None: that of the weights to start from, or vit_base_patch16_224 from scratch."""
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments of timm's constructor that differ, for example {depth: 4, embed_dim: 128}."""
-    drop_path: float = 0.1
+    drop_path: float = option(0.1, BELOW_1)
     """Stochastic depth of the last block, 0 to below 1; linear from 0 at the first."""
-
-    def __post_init__(self) -> None:
-        check_limits(self, "model.", drop_path=BELOW_1)
 
 
 @dataclass
@@ -36,35 +35,47 @@ class DecoderConfig:
 
 
 @dataclass
-class HeadConfig:
+class HeadConfig(Options):
     """UperNet's head and the auxiliary one."""
 
-    width: int = 512
-    """Channels of UperNet's maps."""
-    auxiliary_width: int = 256
-    """Channels of the auxiliary head's map."""
-    auxiliary_weight: float = 0.4
-    """Weight of the auxiliary head's loss; the main one's is 1."""
-    dropout: float = 0.0
-    """Probability of dropping a channel before the last layer of each head; mmsegmentation's is 0.1."""
+    prefix = "head."
 
-    def __post_init__(self) -> None:
-        positive = {"width": AT_LEAST_1, "auxiliary_width": AT_LEAST_1}
-        check_limits(self, "head.", auxiliary_weight=AT_LEAST_0, dropout=BELOW_1, **positive)
+    width: int = option(512, AT_LEAST_1)
+    """Channels of UperNet's maps."""
+    auxiliary_width: int = option(256, AT_LEAST_1)
+    """Channels of the auxiliary head's map."""
+    auxiliary_weight: float = option(0.4, AT_LEAST_0)
+    """Weight of the auxiliary head's loss; the main one's is 1."""
+    dropout: float = option(0.0, BELOW_1)
+    """Probability of dropping a channel before the last layer of each head; mmsegmentation's is 0.1."""
 
 
 @dataclass
-class InferenceConfig:
+class InferenceChange:
+    """How a segmenter is to look at an image, where it is said."""
+
+    mode: Literal["slide", "whole"] | None = None
+    """slide: windows of the training's size, averaged where they overlap; whole: the image at once."""
+    stride: int | None = None
+    """Distance of the windows, px."""
+    scales: list[float] | None = None
+    """Scales of the image, whose predictions are averaged; the field's are [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]."""
+    flip: bool | None = None
+    """Average with the prediction of the mirrored image."""
+
+    def applied_to(self, inference: "InferenceConfig") -> "InferenceConfig":
+        """The same with what is given here in place of its own."""
+        return replace(inference, **{name: value for name, value in vars(self).items() if value is not None})
+
+
+@dataclass
+class InferenceConfig(InferenceChange):
     """How a segmenter looks at an image."""
 
     mode: Literal["slide", "whole"] = "slide"
-    """slide: windows of the training's size, averaged where they overlap; whole: the image at once."""
     stride: int = 341
-    """Distance of the windows, px."""
     scales: list[float] = field(default_factory=lambda: [1.0])
-    """Scales of the image, whose predictions are averaged; the field's are [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]."""
     flip: bool = False
-    """Average with the prediction of the mirrored image."""
 
     def check(self, window: int) -> None:
         """Raises ValueError on settings that cannot work with a window of that side, px."""
@@ -75,30 +86,14 @@ class InferenceConfig:
 
 
 @dataclass
-class InferenceChange:
-    """How a segmenter is to look at an image, where not as it was trained for."""
-
-    mode: Literal["slide", "whole"] | None = None
-    """slide: windows of the training's size; whole: the image at once; None: as the recipe says."""
-    stride: int | None = None
-    """Distance of the windows, px; None: the recipe's."""
-    scales: list[float] | None = None
-    """Scales of the image, whose predictions are averaged; None: the recipe's."""
-    flip: bool | None = None
-    """Average with the prediction of the mirrored image; None: as the recipe says."""
-
-    def applied_to(self, inference: InferenceConfig) -> InferenceConfig:
-        """The same with what is given here in place of its own."""
-        return replace(inference, **{name: value for name, value in vars(self).items() if value is not None})
-
-
-@dataclass
-class SparseConfig:
+class SparseConfig(Options):
     """N:M sparse training of the encoder."""
+
+    prefix = "sparse."
 
     pattern: str = "2:32"
     """n kept of every m input features; "dense" trains without sparsity."""
-    strength: float = 2e-4
+    strength: float = option(2e-4, AT_LEAST_0)
     """SR-STE's lambda: pull of the pruned weights to 0; 0 is plain straight-through."""
     term: Literal["gradient", "decoupled"] = "gradient"
     """Where SR-STE's term acts: inside the gradient (as published), or as a shrink after the step (try 0.5)."""
@@ -106,11 +101,11 @@ class SparseConfig:
     """full: start from all latent weights; sparse: from the sparse network alone, the pruned weights set to 0."""
     schedule: Literal["constant", "gradual"] = "constant"
     """gradual: keep m of m at first and halve n in stages, for a start from a dense model."""
-    gradual_epochs: float | None = None
+    gradual_epochs: float | None = option(None, ABOVE_0)
     """Epochs until a gradual schedule reaches the pattern; None: half of the training."""
-    dense_epochs: float = 0.0
+    dense_epochs: float = option(0.0, AT_LEAST_0)
     """Epochs of dense warm-up before sparsity starts."""
-    freeze_epoch: float | None = None
+    freeze_epoch: float | None = option(None, AT_LEAST_0)
     """Epoch from which the mask stays as it is; None: it moves to the end."""
     mask: Literal["dynamic", "fixed"] = "dynamic"
     """dynamic: the mask follows the latent weights; fixed: the mask of the starting weights, frozen (a baseline)."""
@@ -118,8 +113,7 @@ class SparseConfig:
     """Glob patterns on encoder layers that stay dense, for example blocks.0.*"""
 
     def __post_init__(self) -> None:
-        epochs = {"gradual_epochs": ABOVE_0, "dense_epochs": AT_LEAST_0, "freeze_epoch": AT_LEAST_0}
-        check_limits(self, "sparse.", strength=AT_LEAST_0, **epochs)
+        super().__post_init__()
         if self.gradual_epochs is not None and self.schedule != "gradual":
             raise ValueError("sparse.gradual_epochs: wanted sparse.schedule=gradual with it, got constant")
         if self.mask == "fixed" and (self.schedule == "gradual" or self.dense_epochs or self.freeze_epoch is not None):

@@ -3,24 +3,24 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from sparsemae.limits import AT_LEAST_0, BELOW_1, UNIT_INTERVAL, check_limits, may_change
+from sparsemae.limits import AT_LEAST_0, BELOW_1, UNIT_INTERVAL, Options, option
 from sparsemae.options.data import DataConfig, ImageDataConfig, MaskDataConfig
 from sparsemae.options.model import DEFAULT_MODEL, DecoderConfig, HeadConfig, InferenceConfig, ModelConfig, SparseConfig
 from sparsemae.options.training import OptimConfig, TrainerConfig
 
 
 @dataclass
-class TrainingConfig:
+class TrainingConfig(Options):
     """What every training takes."""
 
     task: ClassVar[str]
     """Which entry of `sparsemae.tasks.TASKS` these are the options of."""
 
-    out: str = may_change("runs/train")
+    out: str = option("runs/train", may_change=True)
     """The run's folder."""
-    seed: int = 0
+    seed: int = option(0, AT_LEAST_0)
     """Seed of everything random."""
-    init: str | None = None
+    init: str | None = option(None, must_exist=lambda config: not (config.init or "").startswith(("timm:", "hf-hub:")))
     """Weights to start from: a run folder, a file (MAE, timm, HF ViTMAE, our own), or timm:NAME; None: from scratch."""
     model: ModelConfig = field(default_factory=ModelConfig)
     sparse: SparseConfig = field(default_factory=SparseConfig)
@@ -29,14 +29,9 @@ class TrainingConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
     def __post_init__(self) -> None:
-        check_limits(self, "", seed=AT_LEAST_0)
+        super().__post_init__()
         if self.init is None and self.model.name is None:
             self.model.name = DEFAULT_MODEL
-
-    def paths(self) -> dict[str, str | None]:
-        """What must be there, by option."""
-        named = (self.init or "").partition(":")[0] in ("timm", "hf-hub")
-        return {"init": None if named else self.init, **self.data.paths()}
 
 
 @dataclass
@@ -45,13 +40,13 @@ class PretrainConfig(TrainingConfig):
 
     task: ClassVar[str] = "pretrain"
 
-    out: str = may_change("runs/pretrain")
+    out: str = option("runs/pretrain", may_change=True)
     """The run's folder."""
     mask_ratio: float = 0.25
     """Fraction of the patches that is masked."""
     norm_pix_loss: bool = True
     """Normalize each target patch by its own mean and variance."""
-    dense_loss_weight: float = 0.0
+    dense_loss_weight: float = option(0.0, AT_LEAST_0)
     """Weight w of the full transformer's own loss, trained concurrently: loss(sparse) + w * loss(full), twice the cost;
     0: the sparse network alone."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -59,7 +54,6 @@ class PretrainConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_limits(self, "", dense_loss_weight=AT_LEAST_0)
         if self.dense_loss_weight and self.sparse.pattern == "dense":
             raise ValueError(f"dense_loss_weight: wanted 0 with sparse.pattern=dense, got {self.dense_loss_weight:g}")
 
@@ -70,26 +64,21 @@ class FinetuneConfig(TrainingConfig):
 
     task: ClassVar[str] = "classify"
 
-    out: str = may_change("runs/finetune")
+    out: str = option("runs/finetune", may_change=True)
     """The run's folder."""
-    label_smoothing: float = 0.1
+    label_smoothing: float = option(0.1, BELOW_1)
     """Label smoothing epsilon."""
-    mixup: float = 0.8
+    mixup: float = option(0.8, AT_LEAST_0)
     """Alpha of mixup; 0 switches it off."""
-    cutmix: float = 1.0
+    cutmix: float = option(1.0, AT_LEAST_0)
     """Alpha of cutmix; 0 switches it off. With both, each batch takes one of them, with probability 0.5."""
-    erasing: float = 0.25
+    erasing: float = option(0.25, UNIT_INTERVAL)
     """Probability of erasing a random rectangle of an image with noise."""
     data: ImageDataConfig = field(
         default_factory=lambda: ImageDataConfig(crop_scale=(0.08, 1.0), auto_augment="rand-m9-mstd0.5-inc1")
     )
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-3, min_lr=1e-6, layer_decay=0.65))
     trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(epochs=200, global_batch=2048))
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        alphas = {"mixup": AT_LEAST_0, "cutmix": AT_LEAST_0}
-        check_limits(self, "", label_smoothing=BELOW_1, erasing=UNIT_INTERVAL, **alphas)
 
 
 @dataclass
@@ -98,7 +87,7 @@ class SegmentConfig(TrainingConfig):
 
     task: ClassVar[str] = "segment"
 
-    out: str = may_change("runs/segment")
+    out: str = option("runs/segment", may_change=True)
     """The run's folder."""
     out_indices: list[int] = field(default_factory=lambda: [3, 5, 7, 11])
     """Four blocks after which the ViT is read, counted from 0; the last must be its last."""

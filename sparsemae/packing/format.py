@@ -57,37 +57,29 @@ def from_bf16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
 
 def dense_shapes(vit: VitShape) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter of the dense model, by timm's name."""
-    d, hidden = vit.embed_dim, vit.mlp_hidden
-    shapes: dict[str, tuple[int, ...]] = {"patch_embed.proj.weight": (d, vit.in_chans, vit.patch_size, vit.patch_size)}
-    shapes["pos_embed"] = (1, vit.patches if vit.no_embed_class else vit.tokens, d)
-    if vit.patch_bias:
-        shapes["patch_embed.proj.bias"] = (d,)
-    if vit.class_token:
-        shapes["cls_token"] = (1, 1, d)
-    if vit.reg_tokens:
-        shapes["reg_token"] = (1, vit.reg_tokens, d)
-    norms = [
-        name for name, used in (("norm_pre", vit.pre_norm), ("norm", vit.final_norm), ("fc_norm", vit.fc_norm)) if used
+    d, hidden, patch = vit.embed_dim, vit.mlp_hidden, vit.patch_size
+    parts: list[tuple[str, tuple[int, ...], bool]] = [  # whether the model has it at the end
+        ("patch_embed.proj.weight", (d, vit.in_chans, patch, patch), True),
+        ("pos_embed", (1, vit.patches if vit.no_embed_class else vit.tokens, d), True),
+        ("patch_embed.proj.bias", (d,), vit.patch_bias),
+        ("cls_token", (1, 1, d), vit.class_token),
+        ("reg_token", (1, vit.reg_tokens, d), vit.reg_tokens > 0),
     ]
-    for i in range(vit.depth):
-        block = f"blocks.{i}"
-        norms += [f"{block}.norm1", f"{block}.norm2"]
+    norms = {"norm_pre": vit.pre_norm, "norm": vit.final_norm, "fc_norm": vit.fc_norm}
+    for block in (f"blocks.{i}" for i in range(vit.depth)):
+        norms |= {f"{block}.norm1": True, f"{block}.norm2": True}
         for layer, rows, columns, bias in (
             ("attn.qkv", 3 * d, d, vit.qkv_bias),
             ("attn.proj", d, d, vit.proj_bias),
             ("mlp.fc1", hidden, d, vit.proj_bias),
             ("mlp.fc2", d, hidden, vit.proj_bias),
         ):
-            shapes[f"{block}.{layer}.weight"] = (rows, columns)
-            if bias:
-                shapes[f"{block}.{layer}.bias"] = (rows,)
-        if vit.layer_scale:
-            shapes[f"{block}.ls1.gamma"] = shapes[f"{block}.ls2.gamma"] = (d,)
-    for norm in norms:
-        shapes[f"{norm}.weight"] = shapes[f"{norm}.bias"] = (d,)
-    if vit.num_classes:
-        shapes["head.weight"], shapes["head.bias"] = (vit.num_classes, d), (vit.num_classes,)
-    return shapes
+            parts += [(f"{block}.{layer}.weight", (rows, columns), True), (f"{block}.{layer}.bias", (rows,), bias)]
+        parts += [(f"{block}.{scale}.gamma", (d,), vit.layer_scale) for scale in ("ls1", "ls2")]
+    parts += [(f"{norm}.{part}", (d,), used) for norm, used in norms.items() for part in ("weight", "bias")]
+    classes = vit.num_classes
+    parts += [("head.weight", (classes, d), classes > 0), ("head.bias", (classes,), classes > 0)]
+    return {name: shape for name, shape, there in parts if there}
 
 
 def stored_shapes(config: PackedConfig) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
@@ -99,23 +91,20 @@ def stored_shapes(config: PackedConfig) -> dict[str, tuple[tuple[int, ...], np.d
         raise ValueError(f"patterns: wanted only {', '.join(LINEARS)} of the blocks, got {extra[0]!r}")
     for name, shape in shapes.items():
         pattern = config.card.patterns.get(name.removesuffix(".weight"))
+        key, kinds = (name, ("fp32", "bf16")) if pattern is None else (f"{name}.values", tuple(DTYPES))
+        dtype = config.dtypes.get(key, "")
+        if dtype not in kinds:
+            raise ValueError(f"dtypes: {key}: wanted {' or '.join(kinds)}, got {dtype or None!r}")
         if pattern is None:
-            dtype = config.dtypes.get(name)
-            if dtype not in ("fp32", "bf16"):
-                raise ValueError(f"dtypes: {name}: wanted fp32 or bf16, got {dtype!r}")
-            stored[name] = shape, DTYPES[dtype]
-            continue
-        n, m = parse_pattern(pattern)
-        rows, columns = shape[0], shape[1]
-        if columns % m:
-            raise ValueError(f"{name}: wanted rows of a multiple of the m of {pattern}, got {columns}")
-        dtype = config.dtypes.get(f"{name}.values")
-        if dtype not in DTYPES:
-            raise ValueError(f"dtypes: {name}.values: wanted {' or '.join(DTYPES)}, got {dtype!r}")
-        stored[f"{name}.codes"] = (code_bytes(rows * columns // m, n, m),), np.dtype(np.uint8)
-        stored[f"{name}.values"] = (rows, columns // m * n), DTYPES[dtype]
+            stored[key] = shape, DTYPES[dtype]
+        else:
+            (n, m), (rows, columns) = parse_pattern(pattern), shape
+            if columns % m:
+                raise ValueError(f"{name}: wanted rows of a multiple of the m of {pattern}, got {columns}")
+            stored[f"{name}.codes"] = (code_bytes(rows * columns // m, n, m),), np.dtype(np.uint8)
+            stored[key] = (rows, columns // m * n), DTYPES[dtype]
         if dtype == "int8":
-            stored[f"{name}.scale"] = (rows,), np.dtype(np.float32)
+            stored[f"{name}.scale"] = shape[:1], np.dtype(np.float32)
     if extra := sorted(set(config.dtypes) - set(stored)):
         raise ValueError(f"dtypes: wanted the stored tensors only, got {extra[0]!r}")
     return stored
@@ -143,8 +132,7 @@ def read(path: str | Path) -> PackedModel:
         OSError: the file cannot be opened.
     """
     path = Path(path)
-    with path.open("rb"):  # a missing or unreadable file is an OSError of its own
-        pass
+    path.open("rb").close()  # a missing or unreadable file is an OSError of its own
     try:
         with safe_open(path, framework="numpy") as file:
             config = read_metadata(file.metadata())
@@ -181,21 +169,18 @@ def unpack(model: PackedModel) -> dict[str, NDArray[np.float32]]:
     weights = {}
     for name, shape in dense_shapes(model.config.vit).items():
         pattern = model.config.card.patterns.get(name.removesuffix(".weight"))
+        stored = model.tensors[name if pattern is None else f"{name}.values"]
+        values = from_bf16(stored) if stored.dtype == np.uint16 else stored
         if pattern is None:
-            stored = model.tensors[name]
-            weights[name] = stored if stored.dtype == np.float32 else from_bf16(stored)
+            weights[name] = values
             continue
         try:
             mask = decode_mask(model.tensors[f"{name}.codes"], shape[0], shape[1], *parse_pattern(pattern))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        values = model.tensors[f"{name}.values"]
-        if values.dtype == np.uint16:
-            values = from_bf16(values)
-        elif values.dtype == np.int8:
-            values = values * model.tensors[f"{name}.scale"][:, None]
         weights[name] = np.zeros(shape, np.float32)
-        weights[name][mask] = values.ravel()
+        scale = model.tensors.get(f"{name}.scale")
+        weights[name][mask] = (values if scale is None else values * scale[:, None]).ravel()
     return weights
 
 
@@ -213,12 +198,8 @@ def _check(model: PackedModel) -> None:
         tensor = model.tensors[name]
         if tensor.shape != shape or tensor.dtype != dtype:
             raise ValueError(f"{name}: wanted {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
-        if dtype == np.float32:
-            finite = bool(np.isfinite(tensor).all())
-        elif dtype == np.uint16:
-            finite = int((tensor & 0x7FFF).max(initial=0)) < 0x7F80
-        else:
-            finite = True
+        bf16 = dtype == np.uint16
+        finite = (tensor & 0x7FFF).max(initial=0) < 0x7F80 if bf16 else np.isfinite(tensor).all()
         if not finite:
             raise ValueError(f"{name}: wanted finite values, got NaN or infinity")
         if name.endswith(".scale") and not (tensor > 0).all():

@@ -7,8 +7,7 @@ while a run goes on, and runs are laid over one another whatever made them.
 import html
 import io
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sparsemae.files import write_atomic
-from sparsemae.options.commands import ReportConfig
+from sparsemae.options import ReportConfig
 from sparsemae.training.config import flatten_config
 
 WHERE = {"step", "epoch"}
@@ -28,87 +27,64 @@ table { border-collapse: collapse; font-size: 13px } td, th { text-align: left; 
 border-bottom: 1px solid #ddd; vertical-align: top } caption { text-align: left; font-weight: bold; padding: .5em 0 }"""
 
 
-@dataclass(frozen=True)
-class _Run:
-    name: str
-    metrics: list[dict[str, Any]]
-    topology: list[dict[str, Any]]
-    settings: dict[str, Any]
-    environment: dict[str, Any]
-
-
 def report(config: ReportConfig) -> Path:
     """Write the page and return its path. Raises ValueError naming a folder that holds no run."""
-    runs = [_read(Path(folder)) for folder in config.runs]
-    out = Path(config.out) if config.out else Path(config.runs[0]) / "report.html"
-    named = ", ".join(run.name for run in runs)
-    found = sorted({key for run in runs for row in run.metrics for key in row} - WHERE - LINE)
-    curves = [_curve(runs, name, lambda run: run.metrics) for name in ("loss", "lr", *found, "images_per_second")]
-    curves += [_curve(runs, name, _totals) for name in ("flip_rate", "sad")]
-    layers = [_layers(run) for run in runs if run.topology]
-    settings = _table("Settings" if len(runs) == 1 else "Settings that differ", runs, lambda run: run.settings)
-    machine = _table("Machine", runs, lambda run: run.environment)
+    runs = {folder: Path(folder) for folder in config.runs}
+    for folder, run in runs.items():
+        if not (run / "metrics.jsonl").is_file():
+            raise ValueError(f"{folder}: wanted the folder of a run, got one without metrics.jsonl")
+    metrics = {name: _lines(run / "metrics.jsonl") for name, run in runs.items()}
+    topology = {name: _lines(run / "topology.jsonl") for name, run in runs.items()}
+    totals = {name: [{**row, **row["total"]} for row in rows] for name, rows in topology.items()}
+    settings = {name: flatten_config(yaml.safe_load((run / "config.yaml").read_text())) for name, run in runs.items()}
+    machine = {name: flatten_config(json.loads((run / "environment.json").read_text())) for name, run in runs.items()}
+    out, named = Path(config.out or runs[config.runs[0]] / "report.html"), html.escape(", ".join(runs))
+    found = sorted({key for rows in metrics.values() for row in rows for key in row} - WHERE - LINE)
+    curves = [_curve(metrics, name) for name in ("loss", "lr", *found, "images_per_second")]
+    curves += [_curve(totals, name) for name in ("flip_rate", "sad")]
+    layers = [_layers(name, rows) for name, rows in topology.items() if rows]
+    tables = _table("Settings" if len(runs) == 1 else "Settings that differ", settings) + _table("Machine", machine)
     write_atomic(
         out,
-        f"<!doctype html><meta charset=utf-8><title>{html.escape(named)}</title><style>{STYLE}</style>"
-        f"<h1>{html.escape(named)}</h1><div class=curves>{''.join(curves)}</div>{''.join(layers)}{settings}{machine}\n",
+        f"<!doctype html><meta charset=utf-8><title>{named}</title><style>{STYLE}</style><h1>{named}</h1>"
+        f"<div class=curves>{''.join(curves)}</div>{''.join(layers)}{tables}\n",
     )
     print(f"wrote {out}")
     return out
 
 
-def _read(folder: Path) -> _Run:
-    if not (folder / "metrics.jsonl").is_file():
-        raise ValueError(f"{folder}: wanted the folder of a run, got one without metrics.jsonl")
-    topology, environment = folder / "topology.jsonl", folder / "environment.json"
-    return _Run(
-        str(folder),
-        _lines(folder / "metrics.jsonl"),
-        _lines(topology) if topology.is_file() else [],
-        flatten_config(yaml.safe_load((folder / "config.yaml").read_text())),
-        flatten_config(json.loads(environment.read_text())),
-    )
-
-
 def _lines(file: Path) -> list[dict[str, Any]]:
-    """Records of a run's file; the last line may be torn where the run goes on."""
-    text = file.read_text()
+    """Records of a run's file, none without it; the last line may be torn where the run goes on."""
+    text = file.read_text() if file.is_file() else ""
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-def _totals(run: _Run) -> list[dict[str, Any]]:
-    return [{"epoch": row["epoch"], **row["total"]} for row in run.topology]
-
-
-def _curve(runs: Iterable[_Run], name: str, records_of: Callable[[_Run], list[dict[str, Any]]]) -> str:
+def _curve(records: Mapping[str, list[dict[str, Any]]], name: str) -> str:
     """One quantity over the epochs, a line per run; nothing if no run has it."""
     figure = Figure(figsize=(4.6, 3.0))
     axes = figure.subplots()
-    for run in runs:
-        points = [(row["epoch"], row[name]) for row in records_of(run) if name in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=run.name, linewidth=1.2, marker="." if len(points) < 40 else "")
+    for run, rows in records.items():
+        points = [(row["epoch"], row[name]) for row in rows if name in row]
+        axes.plot(*zip(*points, strict=True), label=run, linewidth=1.2, marker="." if len(points) < 40 else "")
     if not axes.lines:
         return ""
-    axes.set(title=name.replace("_", " "), xlabel="epoch")
-    if name == "flip_rate":
-        axes.set_yscale("log")
+    axes.set(title=name.replace("_", " "), xlabel="epoch", yscale="log" if name == "flip_rate" else "linear")
     if len(axes.lines) > 1:
         axes.legend(fontsize=7)
     return _drawn(figure, axes)
 
 
-def _layers(run: _Run) -> str:
+def _layers(run: str, rows: list[dict[str, Any]]) -> str:
     """Flip rate of every layer over the epochs, as an image: where and when the mask still moves."""
-    names = list(run.topology[-1]["layers"])
-    rates = [[row["layers"][name]["flip_rate"] for row in run.topology] for name in names]
+    names, first, last = list(rows[-1]["layers"]), rows[0]["epoch"], rows[-1]["epoch"]
     figure = Figure(figsize=(9.2, 1.2 + 0.14 * len(names)))
     axes = figure.subplots()
-    first, last = run.topology[0]["epoch"], run.topology[-1]["epoch"]
-    extent = (first, max(last, first + 1e-3), len(names) - 0.5, -0.5)
-    image = axes.imshow(rates, aspect="auto", extent=extent)
+    image = axes.imshow(
+        [[row["layers"][name]["flip_rate"] for row in rows] for name in names],
+        aspect="auto", extent=(first, max(last, first + 1e-3), len(names) - 0.5, -0.5),
+    )  # fmt: skip
     axes.set_yticks(range(len(names)), names, fontsize=6)
-    axes.set(title=f"{run.name}: fraction of the mask that moved since the last epoch", xlabel="epoch")
+    axes.set(title=f"{run}: fraction of the mask that moved since the last epoch", xlabel="epoch")
     figure.colorbar(image)
     return _drawn(figure, axes)
 
@@ -122,13 +98,11 @@ def _drawn(figure: Figure, axes: Axes) -> str:
     return f"<figure>{tag}{drawing}</figure>"
 
 
-def _table(title: str, runs: list[_Run], values_of: Callable[[_Run], dict[str, Any]]) -> str:
+def _table(title: str, columns: Mapping[str, dict[str, Any]]) -> str:
     """A row per key, a column per run; of several runs only the rows that differ."""
-    keys = dict.fromkeys(key for run in runs for key in values_of(run))
-    rows = []
-    for key in keys:
-        values = [str(values_of(run).get(key, "")) for run in runs]
-        if len(runs) == 1 or len(set(values)) > 1:
-            rows.append("<tr><td>" + "<td>".join(html.escape(cell) for cell in (key, *values)))
-    head = "<tr><th>" + "".join(f"<th>{html.escape(run.name)}" for run in runs)
-    return f"<table><caption>{title}</caption>{head}{''.join(rows)}</table>"
+    rows = ["<tr><th>" + "".join(f"<th>{html.escape(name)}" for name in columns)]
+    for key in dict.fromkeys(key for values in columns.values() for key in values):
+        cells = [str(values.get(key, "")) for values in columns.values()]
+        if len(columns) == 1 or len(set(cells)) > 1:
+            rows.append("<tr><td>" + "<td>".join(html.escape(cell) for cell in (key, *cells)))
+    return f"<table><caption>{title}</caption>{''.join(rows)}</table>"

@@ -13,7 +13,7 @@ from sparsemae.data.sources import Source, open_source
 from sparsemae.data.transforms import evaluation_transform, normalize
 from sparsemae.files import replacing
 from sparsemae.models import MaskedAutoencoder
-from sparsemae.options.data import SourceConfig
+from sparsemae.options import SourceConfig
 from sparsemae.sparsity import dense_weights
 
 

@@ -124,7 +124,7 @@ def load(path: str | Path, threads: int | None = None, quantize: bool = True) ->
     packed = read(path)
     isa = os.environ.get("SPARSEMAE_ISA", "")
     try:
-        native = _build(packed, _processors() if threads is None else threads, isa, quantize)
+        native = _build(packed, processors() if threads is None else threads, isa, quantize)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if native.isa == "portable":
@@ -137,7 +137,7 @@ def _warn_that_portable_is_slow() -> None:
     warnings.warn("the portable kernels are slow: they use no vector instructions by name", stacklevel=3)
 
 
-def _processors() -> int:
+def processors() -> int:
     """How many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -148,14 +148,10 @@ def _build(packed: PackedModel, threads: int, isa: str, quantize: bool = True) -
     for name, shape in dense_shapes(config.vit).items():
         pattern = config.card.patterns.get(name.removesuffix(".weight"))
         if pattern is not None:
-            n, m = parse_pattern(pattern)
             values, scale = tensors[f"{name}.values"], tensors.get(f"{name}.scale")
-            builder.sparse(name, shape[1], n, m, tensors[f"{name}.codes"], values, scale, quantize)
+            builder.sparse(name, shape[1], *parse_pattern(pattern), tensors[f"{name}.codes"], values, scale, quantize)
             continue
-        stored = tensors[name]
-        dense = stored if stored.dtype == np.float32 else from_bf16(stored)
-        if name.endswith(".weight") and len(shape) > 1 and name != "head.weight":
-            builder.dense(name, dense)
-        else:
-            builder.vector(name, dense)
+        dense = tensors[name] if tensors[name].dtype == np.float32 else from_bf16(tensors[name])
+        is_matrix = name.endswith(".weight") and len(shape) > 1 and name != "head.weight"
+        (builder.dense if is_matrix else builder.vector)(name, dense)
     return builder.build(threads, isa)

@@ -21,8 +21,7 @@ from sparsemae.data.sampling import BatchPlan, EvaluationSampler
 from sparsemae.data.sources import open_source
 from sparsemae.data.transforms import evaluation_transform, normalize, training_transform
 from sparsemae.models import build_vit, use_plain_attention
-from sparsemae.options.data import SourceConfig
-from sparsemae.options.tasks import FinetuneConfig
+from sparsemae.options import FinetuneConfig, SourceConfig
 from sparsemae.predictor import Prediction
 from sparsemae.tasks.task import Network, Task, blank_images, check_classes, encoder_of, smallest_side
 from sparsemae.training.logs import with_progress

@@ -17,8 +17,7 @@ from sparsemae.data.sources import open_source
 from sparsemae.data.transforms import normalize, training_transform
 from sparsemae.models import MaskedAutoencoder, build_vit, use_plain_attention
 from sparsemae.models.mae import patches_kept
-from sparsemae.options.data import SourceConfig
-from sparsemae.options.tasks import PretrainConfig
+from sparsemae.options import PretrainConfig, SourceConfig
 from sparsemae.sparsity import dense_weights
 from sparsemae.tasks.task import Network, Task, blank_images, encoder_of, smallest_side
 

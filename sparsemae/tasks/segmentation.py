@@ -29,9 +29,7 @@ from sparsemae.data.sampling import BatchPlan, EvaluationSampler
 from sparsemae.data.transforms import normalize
 from sparsemae.models import build_vit, use_plain_attention
 from sparsemae.models.segmenter import Segmenter, segmentation_loss
-from sparsemae.options.data import SourceConfig
-from sparsemae.options.model import HeadConfig, InferenceConfig
-from sparsemae.options.tasks import SegmentConfig
+from sparsemae.options import HeadConfig, InferenceConfig, SegmentConfig, SourceConfig
 from sparsemae.tasks.sliding_window import predict_scores
 from sparsemae.tasks.sparse import meta_model
 from sparsemae.tasks.task import Network, Task, blank_images, check_classes

@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as transforms
 from sparsemae.card import InputSpec
 from sparsemae.data.mask_transforms import resized_size
 from sparsemae.data.transforms import normalize
-from sparsemae.options.model import InferenceConfig
+from sparsemae.options import InferenceConfig
 
 Network = Callable[[Tensor], Tensor]
 """Normalized images ``[B, 3, H, W]`` to logits ``[B, C, H, W]``."""

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from sparsemae.data.sampling import BatchPlan
-from sparsemae.options.model import SparseConfig
-from sparsemae.options.training import TrainerConfig
+from sparsemae.options import SparseConfig, TrainerConfig
 from sparsemae.sparsity import MaskSchedule, freeze, sparsify, zero_pruned
 from sparsemae.tasks.task import Task
 

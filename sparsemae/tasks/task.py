@@ -18,9 +18,8 @@ from sparsemae.costs.multiply_adds import Forward
 from sparsemae.data.dataset import ImageDataset
 from sparsemae.data.sampling import BatchPlan
 from sparsemae.models import patch_side
-from sparsemae.options.data import SourceConfig
+from sparsemae.options import SourceConfig, TrainingConfig
 from sparsemae.options.model import DEFAULT_MODEL
-from sparsemae.options.tasks import TrainingConfig
 
 Config = TypeVar("Config", bound=TrainingConfig)
 Network = Callable[[Tensor], Any]

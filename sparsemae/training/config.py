@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from sparsemae.options.training import TrainerConfig
+from sparsemae.options import TrainerConfig
 
 PRECISIONS: dict[str, Any] = {"bf16": "bf16-mixed", "fp32": "32-true", "fp64": "64-true"}
 """What Fabric calls them."""

@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
-from sparsemae.options.training import OptimConfig
+from sparsemae.options import OptimConfig
 
 
 def scaled_to_batch(optim: OptimConfig, global_batch: int) -> OptimConfig:

@@ -16,10 +16,9 @@ import yaml
 from lightning_fabric import Fabric
 
 from sparsemae.files import retried, write_atomic
-from sparsemae.limits import fields_that_may_change
+from sparsemae.limits import marked
 from sparsemae.models.weights import read_metadata
-from sparsemae.options.tasks import TrainingConfig
-from sparsemae.options.training import TrainerConfig
+from sparsemae.options import TrainerConfig, TrainingConfig
 from sparsemae.renamed import OPTIONS, renamed
 from sparsemae.training.checkpoint import TRAINING, list_checkpoints, migrated, remove_leftovers
 from sparsemae.training.config import PRECISIONS, differences, resolved_precision
@@ -118,7 +117,7 @@ def start(config: TrainingConfig) -> Run:
     before = _kept_config(folder, log.info)
     trainer = replace(_with_device_batch(trainer, fabric.world_size, before, folder), precision=precision)
     now = {**asdict(config), "trainer": asdict(trainer)}
-    may_change = set(fields_that_may_change(config))
+    may_change = dict(marked(config, "may_change"))
     if before and before["trainer"].get("precision", "auto") == "auto":  # written before it was resolved
         before["trainer"]["precision"] = precision
     changed = differences(before, now, asdict(type(config)()), may_change) if before else []

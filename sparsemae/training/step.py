@@ -6,8 +6,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from sparsemae.options.model import SparseConfig
-from sparsemae.options.training import OptimConfig
+from sparsemae.options import OptimConfig, SparseConfig
 from sparsemae.sparsity import add_srste_gradient, shrink_pruned
 
 

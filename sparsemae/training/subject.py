@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sparsemae.card import ModelCard
 from sparsemae.data.dataset import ImageDataset
-from sparsemae.options.tasks import TrainingConfig
+from sparsemae.options import TrainingConfig
 from sparsemae.sparsity import MaskSchedule
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from sparsemae.demo.segmentation import PAIRED, SEEDS, Paired
 from sparsemae.demo.stages import PRETRAINING, run_stages
-from sparsemae.tasks.build import load_segmenter
+from sparsemae.tasks.loading import load_model
 
 
 def test_the_paired_difference_by_hand() -> None:
@@ -26,7 +26,7 @@ def test_the_arms_of_a_pair_differ_in_their_start_alone() -> None:
     pairs = [(PAIRED[i], PAIRED[i + 1]) for i in range(0, len(PAIRED), 2)]
     assert len(pairs) == SEEDS == 3
     for ours, theirs in pairs:
-        own, other = (stage.words(Path("out"), 5) for stage in (ours, theirs))
+        own, other = (stage.argv(Path("out"), 5) for stage in (ours, theirs))
         differing = {(a, b) for a, b in zip(own, other, strict=True) if a != b}
         assert differing == {(f"out/{ours.name}", f"out/{theirs.name}"), ("out/pretrain-sparse", "null")}
 
@@ -39,7 +39,7 @@ def test_pretraining_is_worth_more_than_two_standard_errors(tmp_path: Path, figu
     assert len(done) == len(stages)
     arms: dict[str, list[float]] = {}
     for stage in PAIRED:
-        arms.setdefault(stage.title, []).append(load_segmenter(tmp_path / stage.name)[1]["metrics"]["miou"])
+        arms.setdefault(stage.title, []).append(load_model(tmp_path / stage.name)[1].metrics["miou"])
     study = Paired.of(*arms.values())
     figure(str(study))
     assert study.mean > 2 * study.error
