@@ -134,9 +134,10 @@ def test_an_instruction_set(tree: Path) -> None:
     for file, others in (("CMakeLists.txt", r"list\(APPEND sources native/kernels_avx2[^)]*\)"),
                          ("native/dispatch.cpp", r".*if \(processor\..*\n")):  # fmt: skip
         (tree / file).write_text(re.sub(others, "", (tree / file).read_text()))
-    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", tree / "wheels", tree]
+    wheels = tree / "wheels"
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(wheels), str(tree)]
     subprocess.run(pip, check=True, capture_output=True, env={**os.environ, "CMAKE_BUILD_PARALLEL_LEVEL": "2"})
-    (wheel,) = (tree / "wheels").glob("*.whl")
+    (wheel,) = wheels.glob("*.whl")
     with zipfile.ZipFile(wheel) as content:
         (native,) = [name for name in content.namelist() if "/_native." in name and not name.endswith(".pyi")]
         content.extract(native, tree)
