@@ -1,42 +1,90 @@
-"""The commands that the documents show: run, or at least understood."""
+"""The commands that the documents show are run, but for the size of models and data; what they name exists."""
 
 import re
 import shlex
+import subprocess
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import timm
-from conftest import ROOT, Figure
+from conftest import ROOT, scene_folder
+from documents import PAGES, blocks, commands
+from PIL import Image
 from safetensors.torch import save_file
 
 from sparsemae.cli import main
-from sparsemae.config import read_config
-from sparsemae.jobs import training_jobs
+from sparsemae.config import read_config, recipe_names
+from sparsemae.jobs import JOBS, resolve
+
+DOCUMENTS = (*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "native/README.md")
+SHORT = [
+    "--trainer.max_steps", "2", "--trainer.global_batch", "8", "--trainer.precision", "fp32", "--trainer.devices", "1",
+    "--trainer.accelerator", "cpu", "--data.workers", "0", "--init", "null",
+]  # fmt: skip
+SMALL = {
+    "": ["--model.args", "{patch_size: 7, embed_dim: 32, depth: 4, num_heads: 2}"],  # the demo's recipes
+    "pretrain_t": ["--model.args", "{patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2}", "--data.img_size", "32",
+                   "--decoder", "{embed_dim: 16, depth: 1, num_heads: 2}"],
+    "segment_t": ["--model.args", "{embed_dim: 32, depth: 4, num_heads: 2}", "--out_indices", "[0, 1, 2, 3]",
+                  "--head", "{width: 16, auxiliary_width: 8}", "--data.img_size", "64", "--data.short_side", "64",
+                  "--inference.stride", "48"],
+}  # fmt: skip
+"""By recipe."""
 
 
-def commands(document: str) -> list[list[str]]:
-    """Words of the shell commands in a document's blocks, comments left out."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / document).read_text(), re.DOTALL)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+def words_of(page: str) -> list[list[str]]:
+    return commands(ROOT / page)
+
+
+def shortened(words: list[str]) -> list[str]:
+    """A command as the page has it, and what makes a training one of two small steps."""
+    if words[0] not in ("pretrain", "finetune", "segment"):
+        return words
+    recipe = words[words.index("--config") + 1] if "--config" in words else ""
+    init = [] if "--init" not in words else ["--init", words[words.index("--init") + 1]]
+    return [*words, *SHORT, *SMALL[recipe], *init]
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with everything that the commands name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "imagenet").symlink_to(image_folder)
+    (tmp_path / "folder").mkdir()
+    for name in ("photo.jpg", "folder/1.jpg", "folder/2.png"):
+        Image.new("RGB", (80, 60), "red").save(tmp_path / name)
+    return tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.holds("imagenet.7")
+@pytest.mark.holds("house.7")
+def test_the_readmes_commands_run(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scene_folder(workplace / "ADEChallengeData2016", 8, 2, longest=120)
+    chain = [words for program, *words in words_of("README.md") if program == "sparsemae"]
+    assert {words[0] for words in chain} == JOBS.keys() - {"demo", "benchmark"}
+    for words in chain:
+        main(shortened(words))
+    shown = capsys.readouterr().out
+    assert len(re.findall(r"^(?:photo\.jpg|folder/[12]\.\w+): .+%, .+%, .+%$", shown, re.MULTILINE)) >= 3
+    assert "mIoU" in shown
+    for file in ("runs/mae/report.html", "exclude.txt", "small.safetensors", "masks/photo-overlay.png"):
+        assert (workplace / file).is_file(), file
+
+
+@pytest.mark.slow
+@pytest.mark.holds("imagenet.7", "house.7")
 def test_from_a_timm_vit_and_a_folder_to_predictions_in_four_commands(
-    tmp_path: Path,
-    image_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    figure: Figure,
+    workplace: Path, capsys: pytest.CaptureFixture[str], figure: Any
 ) -> None:
     """As written, but for the size of the model, weights that need no download, and three steps of four images."""
-    monkeypatch.chdir(tmp_path)
     source = timm.create_model("deit_tiny_patch16_224", pretrained=False)
-    save_file(source.state_dict(), tmp_path / "deit.safetensors")
+    save_file(source.state_dict(), workplace / "deit.safetensors")
     shorter = ["--model.name", "deit_tiny_patch16_224", "--trainer.global_batch", "4", "--trainer.max_steps", "3",
                "--trainer.precision", "fp32", "--data.workers", "0"]  # fmt: skip
-    chain = commands("own-images.md")
+    chain = words_of("docs/own-images.md")[:4]
     assert [words[1] for words in chain] == ["check", "finetune", "pack", "predict"]
     for _, *words in chain:
         here = ["deit.safetensors" if word.startswith("timm:") else word for word in words]
@@ -48,11 +96,132 @@ def test_from_a_timm_vit_and_a_folder_to_predictions_in_four_commands(
     figure(f"{len(chain)} commands, {len(predicted)} predictions")
 
 
+@pytest.mark.slow
+@pytest.mark.holds("house.7")
+def test_images_with_masks_in_four_commands(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = timm.create_model("vit_base_patch16_224", embed_dim=32, depth=4, num_heads=2)
+    save_file(model.state_dict(), workplace / "vit.safetensors")
+    (workplace / "classes.txt").write_text("left\nright\n")
+    generator, mask = np.random.default_rng(0), np.zeros((60, 80), np.uint8)
+    mask[:, 40:] = 1
+    for split, count in (("train", 8), ("val", 2)):
+        for kind in ("images", "masks"):
+            (workplace / "scenes" / kind / split).mkdir(parents=True)
+        for i in range(count):
+            pixels = generator.integers(0, 256, (60, 80, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(workplace / f"scenes/images/{split}/{i}.jpg")
+            Image.fromarray(mask).save(workplace / f"scenes/masks/{split}/{i}.png")
+    chain = words_of("docs/own-images.md")[4:]
+    assert [words[1] for words in chain] == ["check", "segment", "evaluate", "predict"]
+    for _, *words in chain:
+        main(shortened(["vit.safetensors" if word.startswith("timm:") else word for word in words]))
+    shown = capsys.readouterr().out
+    assert "checked as for --task segment" in shown
+    assert "on 2 images" in shown
+    assert (workplace / "masks/1-overlay.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.holds("house.7")
+def test_one_machine_starts_its_own_processes(workplace: Path) -> None:
+    """The launchers of several machines are run, with two processes, by tests/training/test_launch.py."""
+    (words,) = [words for program, *words in words_of("docs/scale-out.md") if program == "sparsemae"]
+    main(shortened(words))
+    assert (workplace / "runs/pretrain_t/model.safetensors").is_file()
+
+
 def test_the_commands_for_several_machines_are_understood() -> None:
-    chain = [words for words in commands("scale-out.md") if "sparsemae" in " ".join(words)]
+    chain = [words for words in words_of("docs/scale-out.md") if "sparsemae" in " ".join(words)]
     for words in chain:
         at = next(i for i, word in enumerate(words) if word in ("sparsemae", "sparsemae.cli"))
-        config = read_config(training_jobs()[words[at + 1]], words[at + 2 :])
+        config: Any = read_config(resolve(JOBS[words[at + 1]].options), words[at + 2 :])
         nodes = words[words.index("--nnodes") + 1] if "--nnodes" in words else str(config.trainer.num_nodes)
         assert int(nodes) == config.trainer.num_nodes
     assert len(chain) == 3
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.name)
+def test_shell_is_shell_and_make_has_its_targets(page: Path) -> None:
+    for block in blocks(page, "sh"):
+        subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = [words[1] for words in commands(page) if words[0] == "make"]
+    named += re.findall(r"`make ([\w-]+)[^`]*`", page.read_text())
+    assert set(named) <= targets
+    others = {words[0] for words in commands(page)} - {"make", "sparsemae", "torchrun", "srun", "["}
+    assert not others, "a test runs these?"
+
+
+def option_names(kind: Any, prefix: str = "") -> set[str]:
+    """Dotted names of a dataclass's fields, those of nested dataclasses included."""
+    names = set()
+    for field in fields(kind):
+        names.add(prefix + field.name)
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        if is_dataclass(default):
+            names |= option_names(default, f"{prefix}{field.name}.")
+    return names
+
+
+def test_options_and_commands_in_the_text_exist() -> None:
+    kinds = {name: resolve(job.options) for name, job in JOBS.items()}
+    options: set[str] = {name for kind in kinds.values() for name in option_names(kind)}
+    options |= {"config", "print_config", "debug", "help", "version", "data.root"}
+    groups = {name.split(".")[0] for name in options if "." in name}
+    foreign = {"holds", "index_url", "signal"}  # pytest's, pip's and Slurm's
+    for page in DOCUMENTS:
+        for code in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", page.read_text()):
+            if code.startswith(("pytest", "torchrun", ".venv", "python")):
+                continue
+            named = {name.replace("-", "_") for name in re.findall(r"(?<!\S)--([a-z][\w.-]*)", code)}
+            named |= {name for name in re.findall(r"^([a-z]+\.[a-z_]+)(?: [\w.-]+)?$", code)
+                      if name.split(".")[0] in groups and not name.endswith((".json", ".py"))}  # fmt: skip
+            named -= {f"{group}." for group in groups}  # --data.*
+            assert named <= options | foreign, f"{page.name}: {code}"
+            if match := re.match(r"sparsemae ([a-z]+)", code):
+                assert match[1] in JOBS, f"{page.name}: {code}"
+
+
+def test_commands_in_the_text_are_understood() -> None:
+    seen = 0
+    for page in DOCUMENTS:
+        for code in re.findall(r"(?<!`)`sparsemae ([^`\n]+)`(?!`)", page.read_text()):
+            name, *words = shlex.split(code)
+            if words and not re.search(r"[A-Z]{3}|\.\.\.|\|", code) and not set(words) & {"--help", "--print_config"}:
+                read_config(resolve(JOBS[name].options), words)
+                seen += 1
+    assert seen >= 5
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        file, _, anchor = target.partition("#")
+        if "://" in file:
+            continue
+        there = page.parent / file if file else page
+        assert there.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE)
+            slugs = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert anchor in slugs, target
+
+
+def test_every_page_is_linked_from_the_readme_and_every_recipe_named() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert all(f"](docs/{page.name})" in text for page in PAGES if page.parent.name == "docs")
+    assert {name.rstrip("ts").rstrip("_") for name in recipe_names() if not name.startswith("demo")} <= {
+        name.removesuffix("_t") for name in re.findall(r"`(\w+_t)`", text)
+    }
+    assert text.count("\n") < 110, "one screen, then links"
+
+
+def test_the_results_in_the_readme_are_those_of_the_page() -> None:
+    tables = [
+        re.search(r"<!-- table of make results -->\n(.*?)<!-- end -->", (ROOT / file).read_text(), re.DOTALL)
+        for file in ("README.md", "docs/results.md")
+    ]
+    found = [table[1] for table in tables if table is not None]
+    assert len(found) == 2
+    assert "SparseMAE" in found[0]
+    assert found[0] == found[1]
