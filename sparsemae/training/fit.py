@@ -150,6 +150,7 @@ class _Loop:
                 run.log.info(f"warning: {name} was {before[name]} and is {now[name]}: results may differ")
 
     def run_all(self) -> dict[str, float]:
+        """Step, evaluate, log and save until the schedule's end, or until something ends the run before."""
         run, state = self.run, self.state
         if state.done < self.stop and self.fabric.is_global_zero:  # older than what comes now
             (run.folder / "model.safetensors").unlink(missing_ok=True)
