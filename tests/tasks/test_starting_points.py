@@ -14,7 +14,7 @@ from sparsemae.models.weights import read_card
 
 pytestmark = pytest.mark.holds("right.1")
 SHORT = (
-    "--data.source", "fashion-mnist", "--data.train_images", "32", "--data.img_size", "28", "--trainer.global_batch", "16",
+    "--data.source", "embedded", "--data.train_images", "32", "--data.img_size", "28", "--trainer.global_batch", "16",
     "--trainer.epochs", "1", "--optim.warmup_epochs", "0", "--trainer.precision", "fp32", "--sparse.pattern", "2:8",
 )  # fmt: skip
 SMALL = {"patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2}
