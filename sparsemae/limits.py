@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import field, fields, is_dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, ClassVar, TypeVar
 
 UNIT_INTERVAL = (0.0, 1.0)
 AT_LEAST_0 = (0.0, math.inf)
@@ -34,10 +34,11 @@ def _range(least: float, most: float) -> str:
     return low if most == math.inf else f"{low} and {high}"
 
 
+@dataclass
 class Options:
     """Base of the dataclasses of settings: limits are checked when one is made."""
 
-    prefix = ""
+    prefix: ClassVar[str] = ""
     """Of the fields' names in messages."""
 
     def __post_init__(self) -> None:

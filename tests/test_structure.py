@@ -2,8 +2,11 @@
 
 import ast
 import re
+from dataclasses import MISSING, fields, is_dataclass
 from graphlib import CycleError, TopologicalSorter
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -11,8 +14,8 @@ from conftest import ROOT, Figure
 
 import sparsemae
 from sparsemae.cli import main, usage
-from sparsemae.config import RECIPES, read_config, recipe_names
-from sparsemae.jobs import JOBS, training_jobs
+from sparsemae.config import OPTIONAL_POSITIONAL, RECIPES, read_config, recipe_names
+from sparsemae.jobs import JOBS, resolve, training_jobs
 
 PACKAGE = ROOT / "sparsemae"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -33,7 +36,7 @@ ALLOWED = {
     "loading": {"packing", "runtime", "tasks"},
     "commands": {"sparsity", "data", "models", "training", "packing", "runtime", "tasks", "options", "loading"},
     "report": {"sparsity", "data", "models", "training", "options"},
-    "demo": {"sparsity", "data", "tasks", "commands", "report", "runtime", "options", "config", "jobs"},
+    "demo": {"sparsity", "data", "tasks", "commands", "report", "benchmark", "runtime", "options", "config", "jobs"},
     "benchmark": {"packing", "runtime", "sparsity", "data", "models", "training", "tasks", "options", "config", "jobs"},
     "config": set(),
     "jobs": {"options"},
@@ -119,7 +122,8 @@ def test_what_is_public_has_a_docstring(file: Path) -> None:
     tree = ast.parse(file.read_text())
     assert ast.get_docstring(tree) or not tree.body, "the file"
     kinds = ast.FunctionDef | ast.ClassDef
-    scopes = [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+    scopes: list[ast.Module | ast.ClassDef] = [tree, *classes]
     for scope in scopes:
         overrides = isinstance(scope, ast.ClassDef) and scope.bases
         for node in scope.body:
@@ -176,3 +180,16 @@ def test_help_describes_every_option(job: str, capsys: pytest.CaptureFixture[str
     text = capsys.readouterr().out
     undocumented = re.findall(r"^  (--\S+ \S+)\s+\((?:type|required)", text, re.MULTILINE)
     assert not undocumented
+    kind: Any = resolve(JOBS[job].options)
+    required = {f.name: "x" for f in fields(kind) if f.default is f.default_factory is MISSING}
+    positional = {*required, OPTIONAL_POSITIONAL}
+    missing = [name for name in option_names(kind(**required)) if name not in positional and f"--{name} " not in text]
+    assert not missing
+
+
+def option_names(options: Any, prefix: str = "") -> list[str]:
+    """Dotted names of all options, those of nested ones included."""
+    nested = {f.name: getattr(options, f.name) for f in fields(options)}
+    names = [option_names(value, f"{prefix}{name}.") if is_dataclass(value) else [prefix + name]
+             for name, value in nested.items()]  # fmt: skip
+    return list(chain.from_iterable(names))

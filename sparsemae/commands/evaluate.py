@@ -9,6 +9,7 @@ from torch import Tensor
 import sparsemae
 from sparsemae.commands.probe import probe
 from sparsemae.options import EvaluateConfig, InferenceConfig
+from sparsemae.packing.format import is_packed
 from sparsemae.predictor import Predictor
 from sparsemae.tasks import task_class
 from sparsemae.tasks.loading import TorchPredictor
@@ -18,6 +19,8 @@ from sparsemae.tasks.task import Network
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
     """Print and return the metrics of the model's task as fractions; of a classifier's probe, its accuracy."""
     if config.probe is not None:
+        if is_packed(config.model):
+            raise ValueError(f"model: wanted a run or its weights with --probe, got a packed file: {config.model}")
         fabric = _fabric(config.accelerator)
         metrics = probe(config.probe, config.model, config.data, fabric)
         print(f"{config.model}: {config.probe} probe, {task_class('classify').summary(metrics)}")
@@ -38,10 +41,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     with torch.inference_mode():
         network = _network(predictor, fabric)
         metrics = task.measure(fabric, network, card, dataset, config.data.workers, progress=True)
-    for line in task.details(card, metrics):
-        print(line)
     conditions = f" ({task.conditions(card)})" if task.conditions(card) else ""
-    print(f"{config.model}: {task.summary(metrics)} on {len(dataset):,} images{conditions}")
+    summary = f"{config.model}: {task.summary(metrics)} on {len(dataset):,} images{conditions}"
+    print(*task.details(card, metrics), summary, sep="\n")
     return metrics
 
 

@@ -69,10 +69,12 @@ class VitShape:
 
     @property
     def prefix_tokens(self) -> int:
+        """Class token and registers."""
         return int(self.class_token) + self.reg_tokens
 
     @property
     def patches(self) -> int:
+        """Patch tokens."""
         return (self.image_height // self.patch_size) * (self.image_width // self.patch_size)
 
     @property

@@ -3,6 +3,7 @@
 import shutil
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from sparsemae.options.data import SourceConfig
 from sparsemae.training import logs
 
 
-def found(root: Path, workers: int = 0, **options: object) -> ClassReport:
+def found(root: Path, workers: int = 0, **options: Any) -> ClassReport:
     return examine(SourceConfig("folder", str(root), workers=workers), **options)
 
 

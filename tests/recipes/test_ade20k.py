@@ -43,4 +43,5 @@ def test_a_recipe_runs_on_a_cpu(tmp_path: Path, recipe: str, kept: int, figure: 
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 3
     assert 0 <= lines[-1]["miou"] <= 1
-    figure(f"{recipe}: peak {peak / 1e9:.1f} GB; {re.search(r'UperNet 512 wide.*in the head', printed)[0]}")
+    cost = re.findall(r"UperNet 512 wide.*in the head", printed)[0]
+    figure(f"{recipe}: peak {peak / 1e9:.1f} GB; {cost}")

@@ -71,7 +71,8 @@ class Brightness(Task[BrightnessConfig]):
 
     @classmethod
     def build(cls, card: ModelCard, drop_path: float = 0.0) -> nn.Module:
-        return build_vit(card.architecture, card.model_args, card.input.img_size, 1, drop_path=drop_path)
+        vit: nn.Module = build_vit(card.architecture, card.model_args, card.input.img_size, 1, drop_path=drop_path)
+        return vit
 
     @classmethod
     def evaluation_set(cls, card: ModelCard, data: SourceConfig, smallest: int) -> ImageDataset:

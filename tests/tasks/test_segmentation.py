@@ -145,7 +145,8 @@ def test_the_scores_are_those_of_ten_lines(case: str) -> None:
     for predicted, truth in pairs:
         meter.update(torch.from_numpy(predicted)[None], torch.from_numpy(truth)[None])
     scores = Scores.of(meter.compute())
-    wanted = ten_lines(*(np.concatenate([pair[i].ravel() for pair in pairs]) for i in (0, 1)), classes)
+    everywhere, masks = (np.concatenate([pair[i].ravel() for pair in pairs]) for i in (0, 1))
+    wanted = ten_lines(everywhere, masks, classes)
     assert (scores.miou, scores.mean_accuracy, scores.pixel_accuracy) == pytest.approx(wanted, rel=1e-12)
     assert math.isnan(scores.iou[3]) == (case == "absent class")
     assert len(scores.iou) == classes
@@ -160,7 +161,7 @@ def test_an_evaluation_of_a_whole_set_is_that_of_ten_lines(scene_run: SceneRun) 
     dataset = ImageDataset(open_masks(data, "val"), mask_evaluation_transform)
     with torch.no_grad():
         for index in range(len(dataset)):
-            sample = dataset[index]
+            sample: Any = dataset[index]
             scores = predict_scores(
                 lambda x: model(x).logits, sample["image"][None], card.input, InferenceConfig("whole")
             )
