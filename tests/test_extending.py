@@ -19,7 +19,8 @@ from documents import blocks
 from rich.console import Console
 
 from sparsemae import nm_mask
-from sparsemae.demo import command
+from sparsemae.demo import classification
+from sparsemae.demo.results import read_arms
 from sparsemae.demo.stages import PRETRAINING, run_stages
 from sparsemae.jobs import JOBS
 from sparsemae.packing.format import write
@@ -67,9 +68,9 @@ def run(tree: Path, code: str, *words: str, **environment: str) -> str:
 
 @pytest.mark.slow
 def test_an_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "STAGES", list(command.STAGES))
+    monkeypatch.setattr(classification, "STAGES", list(classification.STAGES))
     exec(block("STAGES.append"), {})
-    arm = command.STAGES[-1]
+    arm = classification.STAGES[-1]
     short = ("--data.train_images", "64", "--trainer.global_batch", "16", "--trainer.max_steps", "2",
              "--model.args", "{patch_size: 14, embed_dim: 32, depth: 1, num_heads: 1}")  # fmt: skip
     stages = [replace(stage, options=(*stage.options, *short)) for stage in (*PRETRAINING, arm)
@@ -78,7 +79,7 @@ def test_an_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out.mkdir()
     done = run_stages(stages, out, 0, np.inf, Console(quiet=True))
     assert list(done) == [arm.init, arm.name]
-    assert command._result(out / arm.name)["title"] == arm.title
+    assert read_arms(stages, out).keys() == {arm.title}
 
 
 def test_a_mask_criterion() -> None:
