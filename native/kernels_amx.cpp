@@ -17,10 +17,7 @@ namespace {
 
 using namespace sparsemae;
 using std::size_t;
-#include "bf16_math.h"
-
-#include "amx_tiles.h"
-#include "amx_products.h"
+#include "amx_products-inl.h"
 
 void linear(const Geometry& g, const Linear& l, const void* input, Output kind, void* output, size_t, size_t,
             size_t first, size_t last, void* scratch) {

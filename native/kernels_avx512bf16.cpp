@@ -14,7 +14,7 @@ namespace {
 using namespace sparsemae;
 using std::size_t;
 using std::uint16_t;
-#include "bf16_math.h"
+#include "bf16_math-inl.h"
 
 constexpr size_t kTokens = 8;  // tokens x 2 half blocks = 16 accumulators
 constexpr std::uint8_t kDense = 255;

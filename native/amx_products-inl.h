@@ -1,5 +1,16 @@
 // Products of expanded sparse weights with all tokens of an image on AMX tiles. Included inside the anonymous namespace of kernels_amx.cpp,
 // where the layouts are described.
+#ifndef SPARSEMAE_AMX_PRODUCTS_INL_H
+#define SPARSEMAE_AMX_PRODUCTS_INL_H
+
+#ifndef __AMX_INT8__
+#error "amx_products-inl.h needs __AMX_INT8__"
+#endif
+#ifndef __AVX512VBMI2__
+#error "amx_products-inl.h needs __AVX512VBMI2__"
+#endif
+
+#include "amx_tiles-inl.h"
 
 constexpr size_t kSlab = 8;     // tiles of 32 inputs expanded at once: two buffers of 16 KB stay in the first-level cache
 constexpr size_t kPanel = kSlab * 2 * kTile;
@@ -235,3 +246,5 @@ void multiply_blocks(const Geometry& g, const Linear& l, const void* input, size
     sink(row, t, y);
   });
 }
+
+#endif  // SPARSEMAE_AMX_PRODUCTS_INL_H

@@ -1,6 +1,13 @@
 // Vector functions that both bf16 instruction sets use. Included inside the anonymous namespace of a file of kernels.
 
 // 2^n times a polynomial of degree 4: relative error below 4e-6, far under bf16's. x <= 0.
+#ifndef SPARSEMAE_BF16_MATH_INL_H
+#define SPARSEMAE_BF16_MATH_INL_H
+
+#ifndef __AVX512BW__
+#error "bf16_math-inl.h needs __AVX512BW__"
+#endif
+
 inline __m512 exponential(__m512 x) {
   const __m512 t = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f));
   const __m512 n = _mm512_roundscale_ps(t, 0);
@@ -74,3 +81,5 @@ inline void dense_rows(const float* weight, const float* bias, const float* x, s
     out[r] = _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3]))) + bias[r];
   }
 }
+
+#endif  // SPARSEMAE_BF16_MATH_INL_H

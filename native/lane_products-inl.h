@@ -5,8 +5,14 @@
 // slab is used by up to kPassRows rows before the next: their sums come and go through the second-level cache, which costs less than
 // fetching slabs again. kRows rows at a time, because the sums of one row alone wait for their own multiply-adds.
 //
-// V has kLanes, kVectors, kRows, load, store, fma(a, b, c), zero and Number (of a token). A type Kept is a weight and the offset of its input
+// SPARSEMAE_VECTOR names V, which has kLanes, kVectors, kRows, load, store, fma(a, b, c), zero and Number (of a token). A type Kept is a weight and the offset of its input
 // from the slab's first, in bytes, as they are stored: of(weight, offset), read() from memory, weight() as a V, offset().
+#ifndef SPARSEMAE_LANE_PRODUCTS_INL_H
+#define SPARSEMAE_LANE_PRODUCTS_INL_H
+
+#ifndef SPARSEMAE_VECTOR
+#error "lane_products-inl.h needs SPARSEMAE_VECTOR"
+#endif
 
 namespace lanes {
 
@@ -17,6 +23,7 @@ using sparsemae::RowSource;
 using sparsemae::kRowBlock;
 using sparsemae::round_up;
 using std::size_t;
+using V = SPARSEMAE_VECTOR;
 
 constexpr size_t kVectors = V::kVectors;
 constexpr size_t kRows = V::kRows;
@@ -156,3 +163,5 @@ inline void multiply(const Geometry& g, const Linear& l, const typename V::Numbe
 }
 
 }  // namespace lanes
+
+#endif  // SPARSEMAE_LANE_PRODUCTS_INL_H

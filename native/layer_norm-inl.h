@@ -1,6 +1,9 @@
 // Layer norm of tokens in the lanes, feature-major, over a vector type. Included inside the anonymous namespace of a file of kernels.
 
 // Mean and inverse deviation of kCount vectors of tokens.
+#ifndef SPARSEMAE_LAYER_NORM_INL_H
+#define SPARSEMAE_LAYER_NORM_INL_H
+
 template <class V, std::size_t kCount>
 struct Moments {
   V mean[kCount], scale[kCount];
@@ -52,3 +55,5 @@ inline void normalise(const float* x, std::size_t stride, std::size_t width, con
     for (std::size_t i = 0; i < kCount; ++i)
       write(d, i, V::fma((V::load(x + i * V::kLanes) - m.mean[i]) * m.scale[i], V::set(weight[d]), V::set(bias[d])));
 }
+
+#endif  // SPARSEMAE_LAYER_NORM_INL_H

@@ -1,8 +1,18 @@
 // What both tables that use AMX tiles share: tile layouts, layer norm, and the attention of a head. Included inside the anonymous
-// namespace of a file of kernels, after bf16_math.h. The residual is by units; tokens are in the columns of a tile.
+// namespace of a file of kernels. The residual is by units; tokens are in the columns of a tile.
+#ifndef SPARSEMAE_AMX_TILES_INL_H
+#define SPARSEMAE_AMX_TILES_INL_H
 
-#include "floats_avx512.h"
-#include "layer_norm.h"
+#ifndef __AMX_TILE__
+#error "amx_tiles-inl.h needs __AMX_TILE__"
+#endif
+#ifndef __AVX512BF16__
+#error "amx_tiles-inl.h needs __AVX512BF16__"
+#endif
+
+#include "bf16_math-inl.h"
+#include "floats_avx512-inl.h"
+#include "layer_norm-inl.h"
 
 constexpr size_t kTile = 1024;  // bytes
 
@@ -174,3 +184,5 @@ void norm_residual(const Geometry& g, const float* residual, const float* weight
     normalise<Floats, 1>(residual + residual_at(g, first, 0), 16, g.width, weight, bias, eps,
                          [&](size_t d, size_t, Floats y) { Floats::store(out + residual_at(g, first, d), y); });
 }
+
+#endif  // SPARSEMAE_AMX_TILES_INL_H

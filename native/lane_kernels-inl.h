@@ -1,8 +1,23 @@
 // fp32 kernels with tokens in the lanes, written once over a vector type V and compiled once per instruction set.
 //
-// The residual is by units; q, k and v of a head are [features][padded tokens]; activations are in the chunks of lane_products.h. So layer
-// norm, softmax and GELU need no sum across lanes. The including file defines, in its own anonymous namespace, `V` with what
-// lane_products.h asks for, Number being float, and set, upper, operator+ - *, max, div, rsqrt, shift_add.
+// The residual is by units; q, k and v of a head are [features][padded tokens]; activations are in the chunks of lane_products-inl.h. So layer
+// norm, softmax and GELU need no sum across lanes. The including file names its vector type in SPARSEMAE_VECTOR: V with what
+// lane_products-inl.h asks for, Number being float, and set, upper, operator+ - *, max, div, rsqrt, shift_add.
+#ifndef SPARSEMAE_LANE_KERNELS_INL_H
+#define SPARSEMAE_LANE_KERNELS_INL_H
+
+#ifndef SPARSEMAE_VECTOR
+#error "lane_kernels-inl.h needs SPARSEMAE_VECTOR"
+#endif
+
+#include "lane_products-inl.h"
+#include "layer_norm-inl.h"
+
+namespace lanes {
+
+using sparsemae::Output;
+using sparsemae::kTokenUnit;
+using sparsemae::residual_at;
 
 struct KeptFloat {
   float value;
@@ -27,15 +42,6 @@ struct KeptBf16 {
   V weight() const { return V::upper(&bits); }
   std::size_t offset() const { return std::size_t{8} * (bits & 0xFFFFu); }
 };
-
-#include "lane_products.h"
-#include "layer_norm.h"
-
-namespace lanes {
-
-using sparsemae::Output;
-using sparsemae::kTokenUnit;
-using sparsemae::residual_at;
 
 // exp(x) for x <= 0 or small: 2^n times a polynomial; relative error below 2e-7, 0 below about -87.
 inline V exponential(V x) {
@@ -313,3 +319,5 @@ constexpr sparsemae::Kernels table(const char* name) {
 }
 
 }  // namespace lanes
+
+#endif  // SPARSEMAE_LANE_KERNELS_INL_H
