@@ -15,6 +15,7 @@ test: $(STAMP)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(wildcard native/*.cpp native/*.h)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(TESTS) -n 2 -m "not slow and not holds_only"
@@ -60,6 +61,7 @@ sanitize: $(STAMP)
 
 format: $(STAMP)
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(wildcard native/*.cpp native/*.h)
 	$(BIN)/ruff check --fix .
 
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)

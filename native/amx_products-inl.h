@@ -1,5 +1,5 @@
-// Products of expanded sparse weights with all tokens of an image on AMX tiles. Included inside the anonymous namespace of kernels_amx.cpp,
-// where the layouts are described.
+// Products of expanded sparse weights with all tokens of an image on AMX tiles. Included inside the anonymous namespace
+// of kernels_amx.cpp, where the layouts are described.
 #ifndef SPARSEMAE_AMX_PRODUCTS_INL_H
 #define SPARSEMAE_AMX_PRODUCTS_INL_H
 
@@ -12,7 +12,7 @@
 
 #include "amx_tiles-inl.h"
 
-constexpr size_t kSlab = 8;     // tiles of 32 inputs expanded at once: two buffers of 16 KB stay in the first-level cache
+constexpr size_t kSlab = 8;  // tiles of 32 inputs expanded at once: two buffers of 16 KB stay in the first-level cache
 constexpr size_t kPanel = kSlab * 2 * kTile;
 
 size_t activation_bytes(size_t features, const Geometry& g) { return token_blocks(g) * tiles(features) * kTile; }
@@ -28,7 +28,8 @@ struct Scratch {
 };
 
 Scratch carve(const Geometry& g, void* base) {
-  const size_t partial = 2 * kPanel, result = partial + (token_blocks(g) + 1) * 2 * kTile, head = result + 2 * 4 * kTile;
+  const size_t partial = 2 * kPanel, result = partial + (token_blocks(g) + 1) * 2 * kTile,
+               head = result + 2 * 4 * kTile;
   auto* from = static_cast<char*>(base);
   Scratch s;
   s.head = carve_head(g, base ? from + head : nullptr);
@@ -48,14 +49,18 @@ struct Bf16 {
   using Value = std::uint16_t;
   static constexpr size_t kInputs = 32;
   static Value value(float x) { return to_bf16(x); }
-  static __m512i expand(Mask mask, const Value* from) { return _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(from)); }
+  static __m512i expand(Mask mask, const Value* from) {
+    return _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(from));
+  }
 };
 struct Int8 {
   using Mask = std::uint64_t;
   using Value = std::int8_t;
   static constexpr size_t kInputs = 64;
   static Value value(float x) { return static_cast<Value>(x); }
-  static __m512i expand(Mask mask, const Value* from) { return _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(from)); }
+  static __m512i expand(Mask mask, const Value* from) {
+    return _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(from));
+  }
 };
 
 template <class T>
@@ -110,8 +115,9 @@ struct Expander {
   }
 };
 
-// Two token blocks times 32 rows over `count` tiles of inputs, into the sums in tiles 0 to 3. What else has to be done, work(), is
-// called between the products: the tile unit takes 16 cycles for each, in which the rest of the core is free.
+// Two token blocks times 32 rows over `count` tiles of inputs, into the sums in tiles 0 to 3. What else has to be done,
+// work(), is called between the products: the tile unit takes 16 cycles for each, in which the rest of the core is
+// free.
 template <class T, bool kTwo, class Work>
 inline void multiply(const char* weights, const char* x0, const char* x1, size_t count, const Work& work) {
   for (size_t t = 0; t < count; ++t, weights += 2 * kTile) {
@@ -153,12 +159,16 @@ struct Finisher {
   }
 };
 
-// Multiplies blocks [first, last) of a layer with all tokens. sink(row, token block, sums) gets finished sums of kFinish rows x 16 tokens.
+// Multiplies blocks [first, last) of a layer with all tokens. sink(row, token block, sums) gets finished sums of
+// kFinish rows x 16 tokens.
 template <class T, class Sink>
-void multiply_tiles(const Geometry& g, const Linear& l, const char* x, size_t first, size_t last, const Scratch& s, const Sink& sink) {
+void multiply_tiles(const Geometry& g, const Linear& l, const char* x, size_t first, size_t last, const Scratch& s,
+                    const Sink& sink) {
   const size_t depth = depth_of<T>(l.columns), slabs = (depth + kSlab - 1) / kSlab, blocks = token_blocks(g);
   const size_t slab_tiles = (depth + slabs - 1) / slabs;
-  const auto tiles_of = [&](size_t slab) { return depth - slab * slab_tiles < slab_tiles ? depth - slab * slab_tiles : slab_tiles; };
+  const auto tiles_of = [&](size_t slab) {
+    return depth - slab * slab_tiles < slab_tiles ? depth - slab * slab_tiles : slab_tiles;
+  };
   Expander<T> next{};
   Finisher<Sink> finisher{sink};
   size_t buffer = 0, result = 0;
@@ -226,12 +236,14 @@ template <class Sink>
 void multiply_blocks(const Geometry& g, const Linear& l, const void* input, size_t first, size_t last, const Scratch& s,
                      const Sink& sink) {
   if (!l.int8) {
-    multiply_tiles<Bf16>(g, l, static_cast<const char*>(input), first, last, s, [&](size_t row, size_t t, const float* sums) {
-      Rows y;
-      for (size_t r = 0; r < kFinish; ++r)
-        y[r] = _mm512_fmadd_ps(_mm512_load_ps(sums + r * 16), _mm512_set1_ps(l.scale[row + r]), _mm512_set1_ps(l.bias[row + r]));
-      sink(row, t, y);
-    });
+    multiply_tiles<Bf16>(g, l, static_cast<const char*>(input), first, last, s,
+                         [&](size_t row, size_t t, const float* sums) {
+                           Rows y;
+                           for (size_t r = 0; r < kFinish; ++r)
+                             y[r] = _mm512_fmadd_ps(_mm512_load_ps(sums + r * 16), _mm512_set1_ps(l.scale[row + r]),
+                                                    _mm512_set1_ps(l.bias[row + r]));
+                           sink(row, t, y);
+                         });
     return;
   }
   const auto* token_scale = static_cast<const float*>(input);

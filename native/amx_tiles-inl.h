@@ -1,5 +1,5 @@
-// What both tables that use AMX tiles share: tile layouts, layer norm, and the attention of a head. Included inside the anonymous
-// namespace of a file of kernels. The residual is by units; tokens are in the columns of a tile.
+// What both tables that use AMX tiles share: tile layouts, layer norm, and the attention of a head. Included inside the
+// anonymous namespace of a file of kernels. The residual is by units; tokens are in the columns of a tile.
 #ifndef SPARSEMAE_AMX_TILES_INL_H
 #define SPARSEMAE_AMX_TILES_INL_H
 
@@ -25,8 +25,9 @@ inline char* pair_address(void* activation, size_t block_tiles, size_t pair, siz
 }
 
 inline __m512i interleave(__m512 low, __m512 high) {
-  alignas(64) static constexpr std::uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  alignas(64) static constexpr std::uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                           21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                           11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), (__m512i)_mm512_cvtne2ps_pbh(high, low));
 }
 
@@ -92,7 +93,8 @@ Head carve_head(const Geometry& g, void* base) {
   return s;
 }
 
-// Rows `row` and `row` + 1 of a head, counted from its first (q, k, v one after the other), for 16 tokens; `row` is even.
+// Rows `row` and `row` + 1 of a head, counted from its first (q, k, v one after the other), for 16 tokens; `row` is
+// even.
 inline void store_projected(const Geometry& g, const Head& s, size_t row, size_t token_block, __m512 low, __m512 high) {
   const size_t d = row % g.padded_head_dim, part = row / g.padded_head_dim;
   if (part == 2) {
@@ -100,7 +102,8 @@ inline void store_projected(const Geometry& g, const Head& s, size_t row, size_t
     _mm256_store_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(low));
     _mm256_store_si256(reinterpret_cast<__m256i*>(to + 64), (__m256i)_mm512_cvtneps_pbh(high));
   } else {
-    _mm512_store_si512(pair_address(part == 0 ? s.q : s.k, g.padded_head_dim / 32, d / 2, token_block), interleave(low, high));
+    _mm512_store_si512(pair_address(part == 0 ? s.q : s.k, g.padded_head_dim / 32, d / 2, token_block),
+                       interleave(low, high));
   }
 }
 
@@ -125,7 +128,8 @@ inline void softmax(const Geometry& g, const float* scores, char* p, __m512 inve
   for (size_t half = 0; half < 2; ++half) inverse[half] = _mm512_div_ps(_mm512_set1_ps(1.0f), sum[half]);
 }
 
-// 2 x 2 tiles of a product whose operands are tiles already: A tiles `a_step` bytes apart, two rows of tiles; B likewise.
+// 2 x 2 tiles of a product whose operands are tiles already: A tiles `a_step` bytes apart, two rows of tiles; B
+// likewise.
 inline void tile_product(const char* a0, const char* a1, const char* b0, const char* b1, size_t count) {
   load_sums(nullptr, true);
   for (size_t t = 0; t < count; ++t) {
@@ -140,8 +144,8 @@ inline void tile_product(const char* a0, const char* a1, const char* b0, const c
   }
 }
 
-// Attention of a head that is projected; its keys become the A operand. write(d, token block, low, high) gets features d and d + 1 of the
-// head for 16 tokens.
+// Attention of a head that is projected; its keys become the A operand. write(d, token block, low, high) gets features
+// d and d + 1 of the head for 16 tokens.
 template <class Write>
 inline void attend(const Geometry& g, const Head& s, const Write& write) {
   const size_t head_tiles = g.padded_head_dim / 32, key_tiles = tiles(g.padded_tokens), blocks = token_blocks(g);
@@ -178,8 +182,8 @@ inline void attend(const Geometry& g, const Head& s, const Write& write) {
   }
 }
 
-void norm_residual(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps, float* out,
-                   size_t first, size_t last) {
+void norm_residual(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps,
+                   float* out, size_t first, size_t last) {
   for (; first < last; first += 16)
     normalise<Floats, 1>(residual + residual_at(g, first, 0), 16, g.width, weight, bias, eps,
                          [&](size_t d, size_t, Floats y) { Floats::store(out + residual_at(g, first, d), y); });

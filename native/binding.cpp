@@ -1,5 +1,5 @@
-// The Python side of the native library (nanobind). What a file says has been checked in Python before it comes here; sizes that kernels
-// rely on are checked again where arrays meet them.
+// The Python side of the native library (nanobind). What a file says has been checked in Python before it comes here;
+// sizes that kernels rely on are checked again where arrays meet them.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/map.h>
@@ -31,7 +31,8 @@ VitConfig read_config(const nb::object& shape) {
   const auto flag = [&](const char* name) { return field<bool>(shape, name); };
   const auto pool = field<std::string>(shape, "global_pool");
   VitConfig c{};
-  c.embed_dim = size("embed_dim"), c.depth = size("depth"), c.num_heads = size("num_heads"), c.mlp_hidden = size("mlp_hidden");
+  c.embed_dim = size("embed_dim"), c.depth = size("depth"), c.num_heads = size("num_heads"),
+  c.mlp_hidden = size("mlp_hidden");
   c.patch_size = size("patch_size"), c.image_height = size("image_height"), c.image_width = size("image_width");
   c.in_chans = size("in_chans"), c.num_classes = size("num_classes"), c.reg_tokens = size("reg_tokens");
   c.class_token = flag("class_token"), c.no_embed_class = flag("no_embed_class"), c.pre_norm = flag("pre_norm");
@@ -94,7 +95,8 @@ class Builder {
   }
 
   Vit* build(std::size_t threads, const std::string& isa) {
-    if (threads < 1 || threads > 1024) throw std::invalid_argument("threads must be in [1, 1024], got " + std::to_string(threads));
+    if (threads < 1 || threads > 1024)
+      throw std::invalid_argument("threads must be in [1, 1024], got " + std::to_string(threads));
     const VitConfig config = read_config(shape_);
     const nb::gil_scoped_release release;
     return new Vit(config, weights_, vectors_, threads, isa);
@@ -115,9 +117,10 @@ class Builder {
 
 nb::object forward(Vit& model, const Array<float>& images, bool features) {
   const VitConfig& c = model.config();
-  if (images.ndim() != 4 || images.shape(1) != c.in_chans || images.shape(2) != c.image_height || images.shape(3) != c.image_width)
-    throw std::invalid_argument("images must be float32 [B, " + std::to_string(c.in_chans) + ", " + std::to_string(c.image_height) +
-                                ", " + std::to_string(c.image_width) + "]");
+  if (images.ndim() != 4 || images.shape(1) != c.in_chans || images.shape(2) != c.image_height ||
+      images.shape(3) != c.image_width)
+    throw std::invalid_argument("images must be float32 [B, " + std::to_string(c.in_chans) + ", " +
+                                std::to_string(c.image_height) + ", " + std::to_string(c.image_width) + "]");
   const std::size_t batch = images.shape(0);
   features = features || c.all_tokens;
   std::vector<std::size_t> shape{batch};
@@ -143,8 +146,8 @@ NB_MODULE(_native, m) {
       .def(nb::init<nb::object>(), nb::arg("shape"))
       .def("vector", &Builder::vector)
       .def("dense", &Builder::dense)
-      .def("sparse", &Builder::sparse, nb::arg("name"), nb::arg("columns"), nb::arg("n"), nb::arg("m"), nb::arg("codes"),
-           nb::arg("values"), nb::arg("scale").none(), nb::arg("integers"))
+      .def("sparse", &Builder::sparse, nb::arg("name"), nb::arg("columns"), nb::arg("n"), nb::arg("m"),
+           nb::arg("codes"), nb::arg("values"), nb::arg("scale").none(), nb::arg("integers"))
       .def("build", &Builder::build, nb::arg("threads"), nb::arg("isa"), nb::rv_policy::take_ownership);
   nb::class_<Vit>(m, "Vit")
       .def("__call__", &forward, nb::arg("images"), nb::arg("features"))

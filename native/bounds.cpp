@@ -34,8 +34,8 @@ float output_bound(const Weights& w, const Vectors& vectors, const std::string& 
 
 float InputBounds::largest() const { return std::max({qkv, proj, fc1, fc2}); }
 
-InputBounds input_bounds(const std::map<std::string, Weights>& weights, const Vectors& vectors, const std::string& block,
-                         std::size_t width) {
+InputBounds input_bounds(const std::map<std::string, Weights>& weights, const Vectors& vectors,
+                         const std::string& block, std::size_t width) {
   InputBounds b;
   b.qkv = norm_bound(vectors, block + "norm1", width);
   b.fc1 = norm_bound(vectors, block + "norm2", width);

@@ -42,8 +42,8 @@ void unrank(const Binomials& binomials, std::uint64_t rank, unsigned n, unsigned
 }
 
 [[noreturn]] void refuse(std::size_t group, unsigned n, unsigned m) {
-  throw std::invalid_argument("code of group " + std::to_string(group) + " is out of range for " + std::to_string(n) + ":" +
-                              std::to_string(m));
+  throw std::invalid_argument("code of group " + std::to_string(group) + " is out of range for " + std::to_string(n) +
+                              ":" + std::to_string(m));
 }
 
 // `bits` <= 64 bits from bit `at` on; reads no byte beyond those that hold them.

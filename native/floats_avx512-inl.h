@@ -1,5 +1,5 @@
-// Sixteen floats: the vector type of the fp32 kernels for AVX-512F, and of the layer norm of the AMX and fp16 kernels. Included inside the
-// anonymous namespace of a file of kernels.
+// Sixteen floats: the vector type of the fp32 kernels for AVX-512F, and of the layer norm of the AMX and fp16 kernels.
+// Included inside the anonymous namespace of a file of kernels.
 #ifndef SPARSEMAE_FLOATS_AVX512_INL_H
 #define SPARSEMAE_FLOATS_AVX512_INL_H
 

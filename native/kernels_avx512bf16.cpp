@@ -1,9 +1,10 @@
-// bf16 with AVX-512-BF16: 32 inputs in bf16 are one register, so all gathers of a group of 32 are one vpermw, followed by a pair-wise
-// dot product (vdpbf16ps). Lanes are 16 output rows x 2 kept weights; no gather touches memory.
+// bf16 with AVX-512-BF16: 32 inputs in bf16 are one register, so all gathers of a group of 32 are one vpermw, followed
+// by a pair-wise dot product (vdpbf16ps). Lanes are 16 output rows x 2 kept weights; no gather touches memory.
 //
 // Everything is token-major:
-//   activation   bf16 [padded tokens][features rounded up to 32, plus 32]: the odd stride keeps tokens out of each other's cache sets
-//   weights      block of 32 rows: a count per (32 inputs, half block), then that many records {32 x uint16 index, 32 x bf16 value}
+//   activation   bf16 [padded tokens][features rounded up to 32, plus 32]: the odd stride keeps tokens out of each
+//   other's cache sets weights      block of 32 rows: a count per (32 inputs, half block), then that many records {32 x
+//   uint16 index, 32 x bf16 value}
 //                each; a count of kDense stands for 16 records without indices, input pairs in order (dense layers)
 #include <immintrin.h>
 
@@ -24,12 +25,15 @@ inline size_t stride_of(size_t features) { return (tiles(features) + 1) * 32; }
 size_t activation_bytes(size_t features, const Geometry& g) { return g.padded_tokens * stride_of(features) * 2; }
 
 inline __m512bh as_bf16(__m512i x) { return (__m512bh)x; }
-inline void store_bf16(void* to, __m512 x) { _mm256_storeu_si256(static_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x)); }
+inline void store_bf16(void* to, __m512 x) {
+  _mm256_storeu_si256(static_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
+}
 inline __mmask16 first_lanes(size_t count) { return static_cast<__mmask16>(count < 16 ? (1u << count) - 1u : 0xFFFFu); }
 
 struct Scratch {
-  uint16_t *q, *k_rows, *v_rows, *k, *v, *p;  // [tokens][head], then keys as [pairs of d][tokens][2], values as [pairs of tokens][head][2]
-  float* scores;                              // [4][padded keys]
+  uint16_t *q, *k_rows, *v_rows, *k, *v,
+      *p;         // [tokens][head], then keys as [pairs of d][tokens][2], values as [pairs of tokens][head][2]
+  float* scores;  // [4][padded keys]
   size_t bytes;
 };
 
@@ -132,13 +136,14 @@ inline void multiply(const char* data, size_t columns, const uint16_t* x, size_t
 
 // sink(token, first row of the half block, y) for every token and half block of blocks [first, last).
 template <class Sink>
-inline void multiply_blocks(const Geometry& g, const Linear& l, const void* input, size_t first, size_t last, const Sink& sink) {
+inline void multiply_blocks(const Geometry& g, const Linear& l, const void* input, size_t first, size_t last,
+                            const Sink& sink) {
   const size_t stride = stride_of(l.columns);
   for (size_t block = first; block < last; ++block)
     for (size_t t = 0; t < g.padded_tokens; t += kTokens) {
       __m512 sums[2][kTokens];
-      multiply(static_cast<const char*>(l.data) + l.offsets[block], l.columns, static_cast<const uint16_t*>(input) + t * stride,
-               stride, sums);
+      multiply(static_cast<const char*>(l.data) + l.offsets[block], l.columns,
+               static_cast<const uint16_t*>(input) + t * stride, stride, sums);
       for (size_t half = 0; half < 2; ++half) {
         const size_t row = block * kRowBlock + half * 16;
         const __m512 scale = _mm512_loadu_ps(l.scale + row), bias = _mm512_loadu_ps(l.bias + row);
@@ -147,8 +152,8 @@ inline void multiply_blocks(const Geometry& g, const Linear& l, const void* inpu
     }
 }
 
-void linear(const Geometry& g, const Linear& l, const void* input, Output kind, void* output, size_t, size_t, size_t first, size_t last,
-            void*) {
+void linear(const Geometry& g, const Linear& l, const void* input, Output kind, void* output, size_t, size_t,
+            size_t first, size_t last, void*) {
   if (kind == Output::residual) {
     multiply_blocks(g, l, input, first, last, [&](size_t token, size_t row, __m512 y) {
       if (row >= l.used) return;
@@ -166,8 +171,8 @@ void linear(const Geometry& g, const Linear& l, const void* input, Output kind, 
 
 // c[R rows][C x 16] = sum over pairs of a[row][pair] . b[pair][lane], bf16 pairs; strides in pairs.
 template <size_t R, size_t C>
-inline void product(const std::uint32_t* a, size_t a_stride, const std::uint32_t* b, size_t b_stride, size_t pairs, float* c,
-                    size_t c_stride) {
+inline void product(const std::uint32_t* a, size_t a_stride, const std::uint32_t* b, size_t b_stride, size_t pairs,
+                    float* c, size_t c_stride) {
   __m512 sums[R][C];
   for (size_t r = 0; r < R; ++r)
     for (size_t j = 0; j < C; ++j) sums[r][j] = _mm512_setzero_ps();
@@ -175,7 +180,8 @@ inline void product(const std::uint32_t* a, size_t a_stride, const std::uint32_t
     for (size_t j = 0; j < C; ++j) {
       const __m512bh right = as_bf16(_mm512_loadu_si512(b + p * b_stride + j * 16));
       for (size_t r = 0; r < R; ++r)
-        sums[r][j] = _mm512_dpbf16_ps(sums[r][j], as_bf16(_mm512_set1_epi32(static_cast<int>(a[r * a_stride + p]))), right);
+        sums[r][j] =
+            _mm512_dpbf16_ps(sums[r][j], as_bf16(_mm512_set1_epi32(static_cast<int>(a[r * a_stride + p]))), right);
     }
   for (size_t r = 0; r < R; ++r)
     for (size_t j = 0; j < C; ++j) _mm512_storeu_ps(c + r * c_stride + j * 16, sums[r][j]);
@@ -184,11 +190,13 @@ inline void product(const std::uint32_t* a, size_t a_stride, const std::uint32_t
 // p = exp(scores - max) in bf16, zero beyond the real keys; returns 1 / sum.
 inline float softmax_row(const float* scores, size_t keys, size_t padded, uint16_t* p) {
   __m512 top = _mm512_set1_ps(-3.4e38f), sum = _mm512_setzero_ps();
-  for (size_t j = 0; j < keys; j += 16) top = _mm512_mask_max_ps(top, first_lanes(keys - j), top, _mm512_loadu_ps(scores + j));
+  for (size_t j = 0; j < keys; j += 16)
+    top = _mm512_mask_max_ps(top, first_lanes(keys - j), top, _mm512_loadu_ps(scores + j));
   const __m512 highest = _mm512_set1_ps(_mm512_reduce_max_ps(top));
   for (size_t j = 0; j < padded; j += 16) {
     const __mmask16 mask = j < keys ? first_lanes(keys - j) : __mmask16{0};
-    const __m512 e = _mm512_maskz_mov_ps(mask, exponential(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, scores + j), highest)));
+    const __m512 e =
+        _mm512_maskz_mov_ps(mask, exponential(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, scores + j), highest)));
     sum = _mm512_add_ps(sum, e);
     store_bf16(p + j, e);
   }
@@ -198,9 +206,10 @@ inline float softmax_row(const float* scores, size_t keys, size_t padded, uint16
 void project_head(const Geometry& g, const Linear& qkv, const void* input, size_t head, const Scratch& s) {
   const size_t hd = g.padded_head_dim, origin = head * 3 * hd, keys = round_up(g.padded_tokens, 64);
   uint16_t* parts[3] = {s.q, s.k_rows, s.v_rows};
-  multiply_blocks(g, qkv, input, origin / kRowBlock, (origin + 3 * hd) / kRowBlock, [&](size_t token, size_t row, __m512 y) {
-    store_bf16(parts[(row - origin) / hd] + token * hd + (row - origin) % hd, y);
-  });
+  multiply_blocks(g, qkv, input, origin / kRowBlock, (origin + 3 * hd) / kRowBlock,
+                  [&](size_t token, size_t row, __m512 y) {
+                    store_bf16(parts[(row - origin) / hd] + token * hd + (row - origin) % hd, y);
+                  });
   for (size_t t = 0; t < keys; t += 16)  // rows beyond the padded tokens stay zero
     for (size_t d = 0; d < hd; d += 32)
       transpose16(reinterpret_cast<const std::uint32_t*>(s.k_rows + t * hd + d), hd / 2,
@@ -221,17 +230,20 @@ void attention(const Geometry& g, const Linear& qkv, const void* input, void* ou
   const auto* q = reinterpret_cast<const std::uint32_t*>(s.q);
   for (size_t i = 0; i < g.padded_tokens; i += 4) {
     for (size_t j = 0; j < keys; j += 64)
-      product<4, 4>(q + i * hd / 2, hd / 2, reinterpret_cast<const std::uint32_t*>(s.k) + j, keys, hd / 2, s.scores + j, keys);
+      product<4, 4>(q + i * hd / 2, hd / 2, reinterpret_cast<const std::uint32_t*>(s.k) + j, keys, hd / 2, s.scores + j,
+                    keys);
     float inverse[4];
-    for (size_t r = 0; r < 4; ++r) inverse[r] = softmax_row(s.scores + r * keys, g.tokens, g.padded_tokens, s.p + r * keys);
+    for (size_t r = 0; r < 4; ++r)
+      inverse[r] = softmax_row(s.scores + r * keys, g.tokens, g.padded_tokens, s.p + r * keys);
     for (size_t d = 0; d < g.head_dim; d += 32) {
       alignas(64) float sums[4][32];
-      product<4, 2>(reinterpret_cast<const std::uint32_t*>(s.p), keys / 2, reinterpret_cast<const std::uint32_t*>(s.v) + d, hd,
-                    g.padded_tokens / 2, sums[0], 32);
+      product<4, 2>(reinterpret_cast<const std::uint32_t*>(s.p), keys / 2,
+                    reinterpret_cast<const std::uint32_t*>(s.v) + d, hd, g.padded_tokens / 2, sums[0], 32);
       for (size_t r = 0; r < 4; ++r)
         for (size_t half = 0; half < 32 && d + half < g.head_dim; half += 16) {
           auto* to = static_cast<uint16_t*>(output) + (i + r) * stride + head * g.head_dim + d + half;
-          const __m256i y = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_load_ps(sums[r] + half), _mm512_set1_ps(inverse[r])));
+          const __m256i y =
+              (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_load_ps(sums[r] + half), _mm512_set1_ps(inverse[r])));
           _mm256_mask_storeu_epi16(to, first_lanes(g.head_dim - d - half), y);
         }
     }
@@ -253,9 +265,11 @@ void patches(const Geometry& g, const float* image, void* activation, size_t fir
 
 // write(d, lanes, y) for 16 features of one normalised token after the other.
 template <class Write>
-inline void norm_token(const Geometry& g, const float* x, const float* weight, const float* bias, float eps, const Write& write) {
+inline void norm_token(const Geometry& g, const float* x, const float* weight, const float* bias, float eps,
+                       const Write& write) {
   __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
-  for (size_t d = 0; d < g.width; d += 16) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(first_lanes(g.width - d), x + d));
+  for (size_t d = 0; d < g.width; d += 16)
+    sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(first_lanes(g.width - d), x + d));
   const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / static_cast<float>(g.width));
   for (size_t d = 0; d < g.width; d += 16) {
     const __mmask16 mask = first_lanes(g.width - d);
@@ -275,12 +289,13 @@ void norm(const Geometry& g, const float* residual, const float* weight, const f
           size_t first, size_t last) {
   for (size_t t = first; t < last; ++t) {
     auto* to = static_cast<uint16_t*>(activation) + t * stride_of(g.width);
-    norm_token(g, residual + t * g.width, weight, bias, eps, [&](size_t d, __mmask16, __m512 y) { store_bf16(to + d, y); });
+    norm_token(g, residual + t * g.width, weight, bias, eps,
+               [&](size_t d, __mmask16, __m512 y) { store_bf16(to + d, y); });
   }
 }
 
-void norm_residual(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps, float* out,
-                   size_t first, size_t last) {
+void norm_residual(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps,
+                   float* out, size_t first, size_t last) {
   for (size_t t = first; t < last; ++t)
     norm_token(g, residual + t * g.width, weight, bias, eps,
                [&](size_t d, __mmask16 mask, __m512 y) { _mm512_mask_storeu_ps(out + t * g.width + d, mask, y); });
@@ -291,8 +306,10 @@ void no_thread_state() {}
 size_t token_parts(const Geometry&) { return 1; }
 size_t part_begin(const Geometry& g, size_t part) { return part * g.padded_tokens; }
 
-constexpr Kernels kTable = {"avx512bf16",    "bf16",          false,   false, kRowBlock,     1.0f,    0.0f,        nullptr, activation_bytes, scratch_bytes, pack_block,
-                            no_thread_state, no_thread_state, patches, norm,  norm_residual, nullptr, token_parts, part_begin, linear, attention, dense_rows};
+constexpr Kernels kTable = {
+    "avx512bf16",     "bf16",        false,      false,           kRowBlock,       1.0f,      0.0f, nullptr,
+    activation_bytes, scratch_bytes, pack_block, no_thread_state, no_thread_state, patches,   norm, norm_residual,
+    nullptr,          token_parts,   part_begin, linear,          attention,       dense_rows};
 
 }  // namespace
 

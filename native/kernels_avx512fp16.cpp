@@ -1,10 +1,10 @@
-// fp16 with tokens in the lanes, for weights so sparse that AMX would mostly multiply zeros: 32 tokens are one register, and two
-// multiply-adds start in every cycle. Attention and the embedding, which are dense, stay on AMX tiles (every processor that has one of
-// the two instruction sets has both).
+// fp16 with tokens in the lanes, for weights so sparse that AMX would mostly multiply zeros: 32 tokens are one
+// register, and two multiply-adds start in every cycle. Attention and the embedding, which are dense, stay on AMX tiles
+// (every processor that has one of the two instruction sets has both).
 //
-// Products are summed in fp16. They cannot overflow: when the model is built, the largest input that a layer can get is bounded (layer norm
-// bounds it, attention averages, GELU shrinks), and every row of weights is scaled by a power of two so that no sum exceeds half of what
-// fp16 can hold.
+// Products are summed in fp16. They cannot overflow: when the model is built, the largest input that a layer can get is
+// bounded (layer norm bounds it, attention averages, GELU shrinks), and every row of weights is scaled by a power of
+// two so that no sum exceeds half of what fp16 can hold.
 //
 //   activation   fp16, in the chunks of lane_products-inl.h
 //   weights      fp16, as lane_products-inl.h has them
@@ -32,7 +32,8 @@ struct Halves {
   static Halves max(Halves a, Halves b) { return {_mm512_max_ph(a.x, b.x)}; }
 };
 
-// The weight, and above it the offset in units of eight bytes: one load for both, because loads are what a product runs out of.
+// The weight, and above it the offset in units of eight bytes: one load for both, because loads are what a product runs
+// out of.
 struct Kept {
   std::uint32_t bits;
 
@@ -59,12 +60,13 @@ inline void store_half(_Float16* to, __m512 x) { _mm256_storeu_ph(to, _mm512_cvt
 // 16 of the 32 tokens as fp32, scaled and with the bias of their row.
 inline __m512 finished(const Linear& l, size_t row, Halves sum, size_t half) {
   const __m512i bits = (__m512i)sum.x;
-  const __m512 x = _mm512_cvtxph_ps((__m256h)(half ? _mm512_extracti64x4_epi64(bits, 1) : _mm512_castsi512_si256(bits)));
+  const __m512 x =
+      _mm512_cvtxph_ps((__m256h)(half ? _mm512_extracti64x4_epi64(bits, 1) : _mm512_castsi512_si256(bits)));
   return _mm512_fmadd_ps(x, _mm512_set1_ps(l.scale[row]), _mm512_set1_ps(l.bias[row]));
 }
 
-// x * Phi(x), with Phi - 1/2 as c times a polynomial in c^2 / 8 - 1 for |c| <= 4. Its error, 5e-4 in the root mean square, is a fifth of
-// what rounding the result to bf16 would cost.
+// x * Phi(x), with Phi - 1/2 as c times a polynomial in c^2 / 8 - 1 for |c| <= 4. Its error, 5e-4 in the root mean
+// square, is a fifth of what rounding the result to bf16 would cost.
 inline Halves gelu(Halves x) {
   const Halves bound = Halves::max(x, Halves::set(-4.0f)), c = Halves::min(bound, Halves::set(4.0f));
   const Halves u = Halves::fma({_mm512_mul_ph(c.x, c.x)}, Halves::set(0.125f), Halves::set(-1.0f));
@@ -91,11 +93,12 @@ size_t scratch_bytes(const Geometry& g) {
 void linear(const Geometry& g, const Linear& l, const void* input, Output kind, void* output, size_t first_chunk,
             size_t last_chunk, size_t first, size_t last, void* scratch) {
   const auto store = [&](const auto& write) {
-    lanes::multiply<Kept>(g, l, static_cast<const _Float16*>(input), first_chunk, last_chunk, first, last, static_cast<Halves*>(scratch),
-                    [&](size_t block, size_t chunk, size_t vectors, const Halves* sum) {
-                      for (size_t row = block; row < block + kRowBlock && row < l.used; ++row, sum += lanes::kVectors)
-                        write(row, chunk, vectors, sum);
-                    });
+    lanes::multiply<Kept>(
+        g, l, static_cast<const _Float16*>(input), first_chunk, last_chunk, first, last, static_cast<Halves*>(scratch),
+        [&](size_t block, size_t chunk, size_t vectors, const Halves* sum) {
+          for (size_t row = block; row < block + kRowBlock && row < l.used; ++row, sum += lanes::kVectors)
+            write(row, chunk, vectors, sum);
+        });
   };
   if (kind == Output::residual) {
     const lanes::Chunks chunks(g);
@@ -120,19 +123,21 @@ void attention(const Geometry& g, const Linear& qkv, const void* input, void* ou
   const Head s = carve_head(g, static_cast<char*>(scratch) + lanes::sums_bytes());
   const lanes::Chunks chunks(g);
   const size_t origin = head * 3 * g.padded_head_dim, blocks = 3 * g.padded_head_dim / kRowBlock;
-  lanes::multiply<Kept>(g, qkv, static_cast<const _Float16*>(input), 0, chunks.count, head * blocks, (head + 1) * blocks,
-                  static_cast<Halves*>(scratch), [&](size_t block, size_t chunk, size_t vectors, const Halves* sum) {
-                    for (size_t row = block; row < block + kRowBlock; row += 2, sum += 2 * lanes::kVectors)
-                      for (size_t j = 0; j < 2 * vectors; ++j) {
-                        const size_t unit = chunks.first(chunk) * 2 + j;
-                        if (unit < token_blocks(g))
-                          store_projected(g, s, row - origin, unit, finished(qkv, row, sum[j / 2], j % 2),
-                                          finished(qkv, row + 1, sum[lanes::kVectors + j / 2], j % 2));
-                      }
-                  });
+  lanes::multiply<Kept>(g, qkv, static_cast<const _Float16*>(input), 0, chunks.count, head * blocks,
+                        (head + 1) * blocks, static_cast<Halves*>(scratch),
+                        [&](size_t block, size_t chunk, size_t vectors, const Halves* sum) {
+                          for (size_t row = block; row < block + kRowBlock; row += 2, sum += 2 * lanes::kVectors)
+                            for (size_t j = 0; j < 2 * vectors; ++j) {
+                              const size_t unit = chunks.first(chunk) * 2 + j;
+                              if (unit < token_blocks(g))
+                                store_projected(g, s, row - origin, unit, finished(qkv, row, sum[j / 2], j % 2),
+                                                finished(qkv, row + 1, sum[lanes::kVectors + j / 2], j % 2));
+                            }
+                        });
   attend(g, s, [&](size_t d, size_t t, __m512 low, __m512 high) {
     if (t / 2 >= chunks.all) return;
-    auto* to = static_cast<_Float16*>(output) + chunks.at(t / 2, g.width) + (head * g.head_dim + d) * lanes::kLine + t % 2 * 16;
+    auto* to = static_cast<_Float16*>(output) + chunks.at(t / 2, g.width) + (head * g.head_dim + d) * lanes::kLine +
+               t % 2 * 16;
     store_half(to, low);
     store_half(to + lanes::kLine, high);
   });
@@ -150,9 +155,28 @@ void norm(const Geometry& g, const float* residual, const float* weight, const f
 
 constexpr float kDensest = 0.07f;  // 2:32, not 4:32
 
-constexpr Kernels kTable = {"avx512fp16", "fp16",        true,     true,          kRowBlock, kDensest,           32768.0f, amx_kernels, activation_bytes,
-                            scratch_bytes, lanes::pack_block<Kept>, thread_begin, thread_end, nullptr,   norm,               norm_residual, nullptr, lanes::token_parts, lanes::part_begin,
-                            linear,       attention,     dense_rows};
+constexpr Kernels kTable = {"avx512fp16",
+                            "fp16",
+                            true,
+                            true,
+                            kRowBlock,
+                            kDensest,
+                            32768.0f,
+                            amx_kernels,
+                            activation_bytes,
+                            scratch_bytes,
+                            lanes::pack_block<Kept>,
+                            thread_begin,
+                            thread_end,
+                            nullptr,
+                            norm,
+                            norm_residual,
+                            nullptr,
+                            lanes::token_parts,
+                            lanes::part_begin,
+                            linear,
+                            attention,
+                            dense_rows};
 
 }  // namespace
 

@@ -1,5 +1,5 @@
-// fp32 in plain C++ for any compiler and processor, four tokens in the lanes: compilers with vector types (GCC, Clang) get one per value,
-// which they turn into SSE, NEON or what there is; the others loops over an array.
+// fp32 in plain C++ for any compiler and processor, four tokens in the lanes: compilers with vector types (GCC, Clang)
+// get one per value, which they turn into SSE, NEON or what there is; the others loops over an array.
 #include <cmath>
 #include <cstring>
 

@@ -1,8 +1,9 @@
 // fp32 kernels with tokens in the lanes, written once over a vector type V and compiled once per instruction set.
 //
-// The residual is by units; q, k and v of a head are [features][padded tokens]; activations are in the chunks of lane_products-inl.h. So layer
-// norm, softmax and GELU need no sum across lanes. The including file names its vector type in SPARSEMAE_VECTOR: V with what
-// lane_products-inl.h asks for, Number being float, and set, upper, operator+ - *, max, div, rsqrt, shift_add.
+// The residual is by units; q, k and v of a head are [features][padded tokens]; activations are in the chunks of
+// lane_products-inl.h. So layer norm, softmax and GELU need no sum across lanes. The including file names its vector
+// type in SPARSEMAE_VECTOR: V with what lane_products-inl.h asks for, Number being float, and set, upper, operator+ -
+// *, max, div, rsqrt, shift_add.
 #ifndef SPARSEMAE_LANE_KERNELS_INL_H
 #define SPARSEMAE_LANE_KERNELS_INL_H
 
@@ -15,8 +16,8 @@
 
 namespace lanes {
 
-using sparsemae::Output;
 using sparsemae::kTokenUnit;
+using sparsemae::Output;
 using sparsemae::residual_at;
 
 struct KeptFloat {
@@ -59,7 +60,8 @@ inline V exponential(V x) {
   return V::shift_add(p, shifted);
 }
 
-// x * Phi(x), with Phi - 1/2 as c times a polynomial in c^2 on [-5, 5], in a variable on [-1, 1]: absolute error below 2e-6.
+// x * Phi(x), with Phi - 1/2 as c times a polynomial in c^2 on [-5, 5], in a variable on [-1, 1]: absolute error below
+// 2e-6.
 inline V gelu(V x) {
   const V c = V::max(V::min(x, V::set(5.0f)), V::set(-5.0f));
   const V u = V::fma(c * c, V::set(0.08f), V::set(-1.0f));
@@ -81,7 +83,9 @@ inline V gelu(V x) {
 
 // The sums of a pass; q, k and v; the scores of two vectors of queries, and what they mix of the values.
 inline size_t scratch_bytes(const Geometry& g) {
-  return sums_bytes() + (3 * g.padded_head_dim * g.padded_tokens + 2 * V::kLanes * (g.padded_tokens + g.padded_head_dim)) * sizeof(float);
+  return sums_bytes() +
+         (3 * g.padded_head_dim * g.padded_tokens + 2 * V::kLanes * (g.padded_tokens + g.padded_head_dim)) *
+             sizeof(float);
 }
 
 inline void patches(const Geometry& g, const float* image, void* activation, size_t first) {
@@ -100,11 +104,11 @@ inline void patches(const Geometry& g, const float* image, void* activation, siz
   }
 }
 
-// Normalises tokens [first, last), by units as far as they go. place(t) is where feature 0 of the vector of token t goes; the others follow at
-// distances of `step`.
+// Normalises tokens [first, last), by units as far as they go. place(t) is where feature 0 of the vector of token t
+// goes; the others follow at distances of `step`.
 template <class Place>
-inline void normalise_tokens(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps, size_t first,
-                             size_t last, size_t step, const Place& place) {
+inline void normalise_tokens(const Geometry& g, const float* residual, const float* weight, const float* bias,
+                             float eps, size_t first, size_t last, size_t step, const Place& place) {
   constexpr size_t count = kTokenUnit / V::kLanes;
   for (size_t t = first; t < last && t < g.tokens;) {
     const float* x = residual + residual_at(g, t, 0);
@@ -117,14 +121,15 @@ inline void normalise_tokens(const Geometry& g, const float* residual, const flo
       t += kTokenUnit;
     } else {
       float* to = place(t);
-      normalise<V, 1>(x, kTokenUnit, g.width, weight, bias, eps, [&](size_t d, size_t, V y) { V::store(to + d * step, y); });
+      normalise<V, 1>(x, kTokenUnit, g.width, weight, bias, eps,
+                      [&](size_t d, size_t, V y) { V::store(to + d * step, y); });
       t += V::kLanes;
     }
   }
 }
 
-inline void norm(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps, void* activation,
-                 size_t first, size_t last) {
+inline void norm(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps,
+                 void* activation, size_t first, size_t last) {
   const Chunks chunks(g);
   normalise_tokens(g, residual, weight, bias, eps, first, last, kLine, [&](size_t t) -> float* {
     const size_t vector = t / V::kLanes;  // the last unit has some that no token is in
@@ -132,9 +137,10 @@ inline void norm(const Geometry& g, const float* residual, const float* weight, 
   });
 }
 
-inline void norm_residual(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps, float* out,
-                          size_t first, size_t last) {
-  normalise_tokens(g, residual, weight, bias, eps, first, last, kTokenUnit, [&](size_t t) { return out + residual_at(g, t, 0); });
+inline void norm_residual(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps,
+                          float* out, size_t first, size_t last) {
+  normalise_tokens(g, residual, weight, bias, eps, first, last, kTokenUnit,
+                   [&](size_t t) { return out + residual_at(g, t, 0); });
 }
 
 // c[a][N vectors] = sum over k of A(a, k) * b[k][N vectors], for R rows; A(a, k) = A[a * row + k * column].
@@ -166,12 +172,12 @@ struct Products<N, std::index_sequence<R...>> {
 };
 
 template <size_t N>
-inline void product_rows(size_t rows, const float* A, size_t row, size_t column, size_t depth, const float* b, size_t b_stride,
-                         float* c, size_t c_stride) {
+inline void product_rows(size_t rows, const float* A, size_t row, size_t column, size_t depth, const float* b,
+                         size_t b_stride, float* c, size_t c_stride) {
   constexpr size_t most = kProductSums / N;
   for (size_t a = 0; a < rows; a += most)
-    Products<N, std::make_index_sequence<most>>::run[(rows - a < most ? rows - a : most) - 1](A + a * row, row, column, depth, b, b_stride,
-                                                                                           c + a * c_stride, c_stride);
+    Products<N, std::make_index_sequence<most>>::run[(rows - a < most ? rows - a : most) - 1](
+        A + a * row, row, column, depth, b, b_stride, c + a * c_stride, c_stride);
 }
 
 // A dense layer has its rows as they are: blocks of [kRowBlock][columns] floats.
@@ -187,8 +193,8 @@ inline size_t pack_any_block(const RowSource& source, const Linear& l, size_t bl
 
 // As multiply, for a dense layer.
 template <class Sink>
-inline void multiply_dense(const Geometry& g, const Linear& l, const float* x, size_t first_chunk, size_t last_chunk, size_t first,
-                           size_t last, V* sums, const Sink& sink) {
+inline void multiply_dense(const Geometry& g, const Linear& l, const float* x, size_t first_chunk, size_t last_chunk,
+                           size_t first, size_t last, V* sums, const Sink& sink) {
   const Chunks chunks(g);
   for (; first < last; ++first)
     for (size_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
@@ -206,8 +212,8 @@ inline void multiply_dense(const Geometry& g, const Linear& l, const float* x, s
 
 // sink(row, chunk, j, y) for all rows of blocks [first, last) and chunks [first, last) of tokens.
 template <class Sink>
-inline void multiply_rows(const Geometry& g, const Linear& l, const void* input, size_t first_chunk, size_t last_chunk, size_t first,
-                          size_t last, V* sums, const Sink& sink) {
+inline void multiply_rows(const Geometry& g, const Linear& l, const void* input, size_t first_chunk, size_t last_chunk,
+                          size_t first, size_t last, V* sums, const Sink& sink) {
   const auto* x = static_cast<const float*>(input);
   const auto finish = [&](size_t block, size_t chunk, size_t vectors, const V* sum) {
     for (size_t row = block; row < block + kRowBlock; ++row, sum += kVectors) {
@@ -228,16 +234,19 @@ inline void linear(const Geometry& g, const Linear& l, const void* input, Output
   auto* sums = static_cast<V*>(scratch);
   if (kind == Output::residual) {
     const Chunks chunks(g);
-    multiply_rows(g, l, input, first_chunk, last_chunk, first_block, last_block, sums, [&](size_t row, size_t chunk, size_t j, V y) {
-      float* to = static_cast<float*>(output) + residual_at(g, chunks.first_token(chunk) + j * V::kLanes, row);
-      if (row < l.used) V::store(to, y + V::load(to));
-    });
+    multiply_rows(g, l, input, first_chunk, last_chunk, first_block, last_block, sums,
+                  [&](size_t row, size_t chunk, size_t j, V y) {
+                    float* to =
+                        static_cast<float*>(output) + residual_at(g, chunks.first_token(chunk) + j * V::kLanes, row);
+                    if (row < l.used) V::store(to, y + V::load(to));
+                  });
     return;
   }
-  multiply_rows(g, l, input, first_chunk, last_chunk, first_block, last_block, sums, [&](size_t row, size_t chunk, size_t j, V y) {
-    float* to = static_cast<float*>(output) + (chunk * l.used + row) * kLine + j * V::kLanes;
-    if (row < l.used) V::store(to, kind == Output::gelu ? gelu(y) : y);
-  });
+  multiply_rows(g, l, input, first_chunk, last_chunk, first_block, last_block, sums,
+                [&](size_t row, size_t chunk, size_t j, V y) {
+                  float* to = static_cast<float*>(output) + (chunk * l.used + row) * kLine + j * V::kLanes;
+                  if (row < l.used) V::store(to, kind == Output::gelu ? gelu(y) : y);
+                });
 }
 
 // q, k and v of a head, and what its attention needs beside them.
@@ -270,11 +279,13 @@ inline void attend(const Geometry& g, const HeadSpace& s, size_t at, size_t head
   for (size_t n = 0; n < N; ++n) {
     const V inverse = V::div(V::set(1.0f), sum[n]);
     float* out = output + chunks.at(at / V::kLanes + n, g.width) + head * g.head_dim * kLine;
-    for (size_t d = 0; d < g.head_dim; ++d) V::store(out + d * kLine, V::load(s.mixed + d * width + n * V::kLanes) * inverse);
+    for (size_t d = 0; d < g.head_dim; ++d)
+      V::store(out + d * kLine, V::load(s.mixed + d * width + n * V::kLanes) * inverse);
   }
 }
 
-inline void attention(const Geometry& g, const Linear& qkv, const void* input, void* output, size_t head, void* scratch) {
+inline void attention(const Geometry& g, const Linear& qkv, const void* input, void* output, size_t head,
+                      void* scratch) {
   const size_t stride = g.padded_tokens, plane = g.padded_head_dim * stride;
   HeadSpace s;
   s.q = reinterpret_cast<float*>(static_cast<char*>(scratch) + sums_bytes());
@@ -300,7 +311,8 @@ inline void dense_rows(const float* weight, const float* bias, const float* x, s
     V sum[4] = {V::set(0.0f), V::set(0.0f), V::set(0.0f), V::set(0.0f)};
     size_t k = 0;
     for (; k + 4 * V::kLanes <= columns; k += 4 * V::kLanes)
-      for (size_t j = 0; j < 4; ++j) sum[j] = V::fma(V::load(w + k + j * V::kLanes), V::load(x + k + j * V::kLanes), sum[j]);
+      for (size_t j = 0; j < 4; ++j)
+        sum[j] = V::fma(V::load(w + k + j * V::kLanes), V::load(x + k + j * V::kLanes), sum[j]);
     float parts[V::kLanes];
     V::store(parts, (sum[0] + sum[1]) + (sum[2] + sum[3]));
     float total = 0.0f;
@@ -313,8 +325,27 @@ inline void dense_rows(const float* weight, const float* bias, const float* x, s
 inline void no_thread_state() {}
 
 constexpr sparsemae::Kernels table(const char* name) {
-  return {name,       "fp32",          true,            false,   kRowBlock, 1.0f,          0.0f,    nullptr,     activation_bytes, scratch_bytes,
-          pack_any_block, no_thread_state, no_thread_state, patches, norm,      norm_residual, nullptr, token_parts, part_begin, linear, attention,
+  return {name,
+          "fp32",
+          true,
+          false,
+          kRowBlock,
+          1.0f,
+          0.0f,
+          nullptr,
+          activation_bytes,
+          scratch_bytes,
+          pack_any_block,
+          no_thread_state,
+          no_thread_state,
+          patches,
+          norm,
+          norm_residual,
+          nullptr,
+          token_parts,
+          part_begin,
+          linear,
+          attention,
           dense_rows};
 }
 

@@ -1,4 +1,5 @@
-// Layer norm of tokens in the lanes, feature-major, over a vector type. Included inside the anonymous namespace of a file of kernels.
+// Layer norm of tokens in the lanes, feature-major, over a vector type. Included inside the anonymous namespace of a
+// file of kernels.
 
 // Mean and inverse deviation of kCount vectors of tokens.
 #ifndef SPARSEMAE_LAYER_NORM_INL_H
@@ -9,8 +10,8 @@ struct Moments {
   V mean[kCount], scale[kCount];
 };
 
-// In one reading: features are taken in parts that fit the registers, and the moments of the parts are joined (Chan, Golub and LeVeque's
-// formula), which is as exact as two readings.
+// In one reading: features are taken in parts that fit the registers, and the moments of the parts are joined (Chan,
+// Golub and LeVeque's formula), which is as exact as two readings.
 template <class V, std::size_t kCount>
 inline Moments<V, kCount> moments(const float* x, std::size_t stride, std::size_t width, float eps) {
   constexpr std::size_t kPart = 8;
@@ -48,8 +49,8 @@ inline Moments<V, kCount> moments(const float* x, std::size_t stride, std::size_
 
 // write(d, i, y) for the normalised features of kCount vectors of tokens, the first of them at x.
 template <class V, std::size_t kCount, class Write>
-inline void normalise(const float* x, std::size_t stride, std::size_t width, const float* weight, const float* bias, float eps,
-                      const Write& write) {
+inline void normalise(const float* x, std::size_t stride, std::size_t width, const float* weight, const float* bias,
+                      float eps, const Write& write) {
   const auto m = moments<V, kCount>(x, stride, width, eps);
   for (std::size_t d = 0; d < width; ++d, x += stride)
     for (std::size_t i = 0; i < kCount; ++i)

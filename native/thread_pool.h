@@ -1,7 +1,8 @@
 // A fixed team of threads that run one job at a time, with a barrier inside the job.
 //
-// Waiting spins for some 50 microseconds and then sleeps: a forward has many short stages, so that sleeping at once would cost a wake-up
-// each, and spinning for long collapses when another process wants the core (the one that is waited for cannot run).
+// Waiting spins for some 50 microseconds and then sleeps: a forward has many short stages, so that sleeping at once
+// would cost a wake-up each, and spinning for long collapses when another process wants the core (the one that is
+// waited for cannot run).
 #pragma once
 
 #include <atomic>
@@ -22,7 +23,8 @@ class ThreadPool {
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   std::size_t size() const { return workers_.size() + 1; }
-  // Runs job(context, t) for t in [0, size()), t = 0 on the calling thread, and returns when all are done. One caller at a time.
+  // Runs job(context, t) for t in [0, size()), t = 0 on the calling thread, and returns when all are done. One caller
+  // at a time.
   void run(Job job, void* context);
   // Inside a job: returns when all threads have come here.
   void barrier();

@@ -1,5 +1,5 @@
-// The forward. One image at a time: by all threads together, stage by stage, or, where a batch has as many images as there are threads,
-// by one thread each without any barrier (its activations stay in its own cache).
+// The forward. One image at a time: by all threads together, stage by stage, or, where a batch has as many images as
+// there are threads, by one thread each without any barrier (its activations stay in its own cache).
 #include "vit.h"
 
 #include <algorithm>
@@ -11,14 +11,15 @@ namespace sparsemae {
 
 constexpr std::size_t kPieces = 8;  // of a linear layer, per thread
 
-// A stage is a number of units, ordered by tokens or by heads. Each thread starts with its own share of them, the same part of the image in
-// stage after stage, so that what it reads is mostly what it wrote, in its own cache. When it is done it helps the others, one of whom
-// may be held up.
+// A stage is a number of units, ordered by tokens or by heads. Each thread starts with its own share of them, the same
+// part of the image in stage after stage, so that what it reads is mostly what it wrote, in its own cache. When it is
+// done it helps the others, one of whom may be held up.
 //
-// Only attention looks at other tokens. Where the kernels have at least as many parts of tokens as there are threads, each thread takes
-// its own parts from one attention to the next, and nobody waits or fetches what is in another core's cache.
+// Only attention looks at other tokens. Where the kernels have at least as many parts of tokens as there are threads,
+// each thread takes its own parts from one attention to the next, and nobody waits or fetches what is in another core's
+// cache.
 struct Vit::Stages {
-  ThreadPool* pool;  // null: this thread has the image for itself
+  ThreadPool* pool;                      // null: this thread has the image for itself
   std::atomic<std::uint32_t>* counters;  // [threads][stages]
   std::size_t count, thread, stage = 0;
   bool apart = false;
@@ -29,9 +30,11 @@ struct Vit::Stages {
     if (!pool) return work(std::size_t{0}, units);
     const std::size_t threads = pool->size();
     for (std::size_t i = 0; i < threads; ++i) {
-      const std::size_t owner = (thread + i) % threads, end = units * (owner + 1) / threads, begin = units * owner / threads;
+      const std::size_t owner = (thread + i) % threads, end = units * (owner + 1) / threads,
+                        begin = units * owner / threads;
       auto& counter = counters[owner * count + stage];
-      for (std::size_t first; (first = begin + counter.fetch_add(static_cast<std::uint32_t>(chunk), std::memory_order_relaxed)) < end;)
+      for (std::size_t first;
+           (first = begin + counter.fetch_add(static_cast<std::uint32_t>(chunk), std::memory_order_relaxed)) < end;)
         work(first, std::min(first + chunk, end));
     }
     ++stage;
@@ -41,13 +44,15 @@ struct Vit::Stages {
   template <class F>
   void run_tokens(const Geometry& g, const F& work) {
     if (apart) return work(first_token, last_token);
-    run(g.padded_tokens / kTokenUnit, 1, [&](std::size_t first, std::size_t last) { work(first * kTokenUnit, last * kTokenUnit); });
+    run(g.padded_tokens / kTokenUnit, 1,
+        [&](std::size_t first, std::size_t last) { work(first * kTokenUnit, last * kTokenUnit); });
   }
   // Before a stage that reads what other threads have written.
   void meet() {
     if (apart) pool->barrier();
   }
-  // In how many ranges of rows a layer is cut when its tokens are in so many parts: enough pieces to even out between the threads.
+  // In how many ranges of rows a layer is cut when its tokens are in so many parts: enough pieces to even out between
+  // the threads.
   std::size_t ranges(std::size_t blocks, std::size_t parts) const {
     return std::min(blocks, (kPieces * pool->size() + parts - 1) / parts);
   }
@@ -64,7 +69,8 @@ Vit::Workspace& Vit::workspace(std::size_t index) {
     w->hidden = aligned_array<char>(kernels_->activation_bytes(config_.mlp_hidden, g));
     // at most as long as the activation itself, and a scale per token
     if (kernels_->quantise)
-      w->quantised = aligned_array<char>(kernels_->activation_bytes(std::max(g.width, config_.mlp_hidden), g) + g.padded_tokens * 4);
+      w->quantised = aligned_array<char>(kernels_->activation_bytes(std::max(g.width, config_.mlp_hidden), g) +
+                                         g.padded_tokens * 4);
     w->pooled.resize(2 * g.width);
     workspaces_.push_back(std::move(w));
   }
@@ -91,8 +97,8 @@ void Vit::forward(const float* images, std::size_t batch, float* out, bool featu
     c.model->kernels_->thread_begin();
     for (std::size_t i; (i = c.next.fetch_add(1)) < c.alone;) {
       Stages stages{};
-      c.model->forward_image(*c.model->workspaces_[thread], stages, c.images + i * c.image_size, c.out + i * c.out_size, c.features,
-                             c.model->scratch_[thread].get());
+      c.model->forward_image(*c.model->workspaces_[thread], stages, c.images + i * c.image_size, c.out + i * c.out_size,
+                             c.features, c.model->scratch_[thread].get());
     }
     c.model->kernels_->thread_end();
   };
@@ -108,7 +114,8 @@ void Vit::forward(const float* images, std::size_t batch, float* out, bool featu
     stages.last_part = parts * (thread + 1) / threads;
     stages.first_token = kernels.part_begin(g, stages.first_part);
     stages.last_token = kernels.part_begin(g, stages.last_part);
-    c.model->forward_image(*c.model->workspaces_[0], stages, c.images, c.out, c.features, c.model->scratch_[thread].get());
+    c.model->forward_image(*c.model->workspaces_[0], stages, c.images, c.out, c.features,
+                           c.model->scratch_[thread].get());
     c.model->kernels_->thread_end();
   };
   if (call.alone) pool_.run(alone, &call);
@@ -120,7 +127,8 @@ void Vit::forward(const float* images, std::size_t batch, float* out, bool featu
   }
 }
 
-void Vit::forward_image(Workspace& w, Stages& stages, const float* image, float* out, bool features, void* scratch) const {
+void Vit::forward_image(Workspace& w, Stages& stages, const float* image, float* out, bool features,
+                        void* scratch) const {
   const Geometry& g = geometry_;
   const std::size_t token_units = g.padded_tokens / kTokenUnit;
   stages.run(token_units, 1, [&](std::size_t first, std::size_t last) {
@@ -131,15 +139,15 @@ void Vit::forward_image(Workspace& w, Stages& stages, const float* image, float*
   run_linear(stages, *embedding_, embed_, w.patches.get(), Output::residual, w.residual.get(), scratch);
   if (norm_pre_)
     stages.run_tokens(g, [&](std::size_t first, std::size_t last) {
-      kernels_->norm_residual(g, w.residual.get(), norm_pre_->weight.data(), norm_pre_->bias.data(), config_.norm_eps, w.residual.get(),
-                              first, last);
+      kernels_->norm_residual(g, w.residual.get(), norm_pre_->weight.data(), norm_pre_->bias.data(), config_.norm_eps,
+                              w.residual.get(), first, last);
     });
   for (const Block& block : blocks_) forward_block(w, stages, block, scratch);
   finish(w, stages, out, features);
 }
 
-void Vit::run_linear(Stages& stages, const Kernels& kernels, const Layer& layer, const void* input, Output kind, void* output,
-                     void* scratch) const {
+void Vit::run_linear(Stages& stages, const Kernels& kernels, const Layer& layer, const void* input, Output kind,
+                     void* output, void* scratch) const {
   const Geometry& g = geometry_;
   const std::size_t parts = kernels.token_parts(g), blocks = layer.view.rows / kRowBlock;
   const auto multiply = [&](std::size_t first_part, std::size_t last_part, std::size_t first, std::size_t last) {
@@ -160,7 +168,8 @@ void Vit::forward_block(Workspace& w, Stages& stages, const Block& block, void* 
   const Geometry& g = geometry_;
   const auto norm = [&](const Norm& n, const Layer& next) {
     stages.run_tokens(g, [&](std::size_t first, std::size_t last) {
-      kernels_->norm(g, w.residual.get(), n.weight.data(), n.bias.data(), config_.norm_eps, w.normed.get(), first, last);
+      kernels_->norm(g, w.residual.get(), n.weight.data(), n.bias.data(), config_.norm_eps, w.normed.get(), first,
+                     last);
       if (next.view.int8) kernels_->quantise(g, g.width, w.normed.get(), w.quantised.get(), first, last);
     });
     return next.view.int8 ? w.quantised.get() : w.normed.get();
@@ -192,8 +201,8 @@ void Vit::finish(Workspace& w, Stages& stages, float* out, bool features) const 
   if (norm_) {
     const bool all = features || config_.average_pool || config_.all_tokens;
     const auto normalise = [&](std::size_t first, std::size_t last) {
-      kernels_->norm_residual(g, w.residual.get(), norm_->weight.data(), norm_->bias.data(), config_.norm_eps, w.residual.get(), first,
-                              last);
+      kernels_->norm_residual(g, w.residual.get(), norm_->weight.data(), norm_->bias.data(), config_.norm_eps,
+                              w.residual.get(), first, last);
     };
     if (all) stages.run_tokens(g, normalise);
     stages.meet();

@@ -18,13 +18,16 @@
 namespace sparsemae {
 
 struct VitConfig {
-  std::size_t embed_dim, depth, num_heads, mlp_hidden, patch_size, image_height, image_width, in_chans, num_classes, reg_tokens;
-  bool class_token, no_embed_class, pre_norm, final_norm, fc_norm, layer_scale, qkv_bias, proj_bias, patch_bias, pool_include_prefix;
+  std::size_t embed_dim, depth, num_heads, mlp_hidden, patch_size, image_height, image_width, in_chans, num_classes,
+      reg_tokens;
+  bool class_token, no_embed_class, pre_norm, final_norm, fc_norm, layer_scale, qkv_bias, proj_bias, patch_bias,
+      pool_include_prefix;
   bool average_pool, all_tokens;  // neither: the class token
   float norm_eps;
 };
 
-// A weight matrix as stored in the file; the pointers are only used while the model is built. n = 0: dense float values.
+// A weight matrix as stored in the file; the pointers are only used while the model is built. n = 0: dense float
+// values.
 struct Weights {
   std::size_t rows = 0, columns = 0;
   unsigned n = 0, m = 0;
@@ -55,11 +58,12 @@ class Vit {
   // `weights` by timm's names (…weight of every linear layer and of the patch embedding, flattened to two dimensions);
   // `vectors` holds everything else. Both are complete and of the right shapes: the caller has checked the file.
   // Throws std::invalid_argument for codes out of range or an unknown instruction set.
-  Vit(const VitConfig&, const std::map<std::string, Weights>&, const std::map<std::string, std::vector<float>>&, std::size_t threads,
-      const std::string& isa);
+  Vit(const VitConfig&, const std::map<std::string, Weights>&, const std::map<std::string, std::vector<float>>&,
+      std::size_t threads, const std::string& isa);
   ~Vit();
 
-  // images [batch][in_chans][H][W]; out [batch][outputs()], or [batch][tokens()][embed_dim] with `features`. Serialised by a mutex.
+  // images [batch][in_chans][H][W]; out [batch][outputs()], or [batch][tokens()][embed_dim] with `features`. Serialised
+  // by a mutex.
   void forward(const float* images, std::size_t batch, float* out, bool features);
 
   std::size_t outputs() const { return config_.num_classes ? config_.num_classes : config_.embed_dim; }
@@ -86,8 +90,8 @@ class Vit {
   struct Stages;     // how the threads of one image share its stages
 
   using Vectors = std::map<std::string, std::vector<float>>;
-  Layer build_layer(const Kernels&, const Weights&, const std::vector<std::int64_t>& rows, const std::vector<float>* bias,
-                    const std::vector<float>* gain, float input_bound) const;
+  Layer build_layer(const Kernels&, const Weights&, const std::vector<std::int64_t>& rows,
+                    const std::vector<float>* bias, const std::vector<float>* gain, float input_bound) const;
   void build_base(const Vectors&);
   Workspace& workspace(std::size_t index);
   void forward_image(Workspace&, Stages&, const float* image, float* out, bool features, void* scratch) const;
@@ -107,7 +111,7 @@ class Vit {
   Aligned<float> base_;  // the residual before the patches are added: positions, biases, class and register tokens
   std::size_t residual_size_ = 0;
   std::vector<std::unique_ptr<Workspace>> workspaces_;
-  std::vector<Aligned<char>> scratch_;  // one per thread
+  std::vector<Aligned<char>> scratch_;                // one per thread
   std::vector<std::atomic<std::uint32_t>> counters_;  // [threads][stages]
 };
 

@@ -1,4 +1,5 @@
-// Building a model: codes to positions, rows to the layout of the chosen kernels, constants folded into scales and biases.
+// Building a model: codes to positions, rows to the layout of the chosen kernels, constants folded into scales and
+// biases.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -21,15 +22,16 @@ namespace {
 
 constexpr const char* kEmbedding = "patch_embed.proj.weight";
 
-// Rows of a weight matrix in the order of the kernels' physical rows. The rows of one block are decoded when it is first asked for.
+// Rows of a weight matrix in the order of the kernels' physical rows. The rows of one block are decoded when it is
+// first asked for.
 class Reader {
  public:
   // `largest`: how large the sum of a row's magnitudes may become; 0: values are handed on as they are.
   Reader(const Weights& weights, const std::vector<std::int64_t>& rows, float largest)
       : weights_(weights), rows_(rows), largest_(largest), scale_(rows.size()) {
     if (weights.n)
-      positions_ = decode_positions(weights.codes, weights.code_bytes, weights.rows * (weights.columns / weights.m), weights.n,
-                                    weights.m);
+      positions_ = decode_positions(weights.codes, weights.code_bytes, weights.rows * (weights.columns / weights.m),
+                                    weights.n, weights.m);
   }
   RowSource source() {
     return {this, [](void* self, std::size_t row) { return static_cast<Reader*>(self)->row(row); }};
@@ -61,13 +63,13 @@ class Reader {
     for (std::size_t g = 0, i = 0; g < groups; ++g)
       for (std::size_t j = 0; j < per_group; ++j, ++i)
         index[i] = static_cast<std::uint32_t>(weights_.n ? g * weights_.m + positions_[first + i] : j);
-    for (std::size_t i = 0; i < count; ++i)
-      value[i] = weights_.value(first + i);
+    for (std::size_t i = 0; i < count; ++i) value[i] = weights_.value(first + i);
     scale_[physical] = weights_.row_scale ? weights_.row_scale[rows_[physical]] : 1.0f;
     if (largest_ > 0.0f) enlarge(value, scale_[physical]);
   }
 
-  // Multiplies with the scale and a power of two, which becomes the scale. It is limited, so that fp16 can hold its inverse.
+  // Multiplies with the scale and a power of two, which becomes the scale. It is limited, so that fp16 can hold its
+  // inverse.
   void enlarge(std::vector<float>& values, float& scale) const {
     float sum = 0.0f;
     for (const float v : values) sum += std::abs(v * scale);
@@ -142,7 +144,8 @@ Vit::Layer Vit::build_layer(const Kernels& kernels, const Weights& weights, cons
   for (std::size_t block = 0; block < blocks; ++block) {  // one at a time, so that its rows are decoded once
     const std::size_t bytes = kernels.pack_block(source, layer.view, block, nullptr);
     if (total + bytes > capacity) {
-      capacity = block ? 2 * (total + bytes) : bytes * blocks;  // blocks are alike: the first guess is nearly always right
+      capacity =
+          block ? 2 * (total + bytes) : bytes * blocks;  // blocks are alike: the first guess is nearly always right
       auto larger = aligned_array<char>(capacity);
       std::copy_n(layer.data.get(), total, larger.get());
       layer.data = std::move(larger);
@@ -161,7 +164,8 @@ Vit::Layer Vit::build_layer(const Kernels& kernels, const Weights& weights, cons
     layer.bias[r] = bias ? (*bias)[from] * factor : 0.0f;
   }
   layer.view.rows = rows.size();
-  layer.view.used = static_cast<std::size_t>(std::find_if(rows.rbegin(), rows.rend(), [](auto r) { return r >= 0; }).base() - rows.begin());
+  layer.view.used = static_cast<std::size_t>(
+      std::find_if(rows.rbegin(), rows.rend(), [](auto r) { return r >= 0; }).base() - rows.begin());
   layer.view.data = layer.data.get();
   layer.view.offsets = layer.offsets.data();
   layer.view.scale = layer.scale.data();
@@ -190,8 +194,8 @@ void Vit::build_base(const Vectors& vectors) {
     }
 }
 
-Vit::Vit(const VitConfig& config, const std::map<std::string, Weights>& weights, const Vectors& vectors, std::size_t threads,
-         const std::string& isa)
+Vit::Vit(const VitConfig& config, const std::map<std::string, Weights>& weights, const Vectors& vectors,
+         std::size_t threads, const std::string& isa)
     : config_(config), pool_(threads), counters_(threads * (kStagesPerImage + kStagesPerBlock * config.depth)) {
   Geometry& g = geometry_;
   g.width = config.embed_dim;
@@ -222,7 +226,9 @@ Vit::Vit(const VitConfig& config, const std::map<std::string, Weights>& weights,
   g.padded_head_dim = round_up(g.head_dim, kernels_->head_step);
   residual_size_ = g.padded_tokens / kTokenUnit * residual_unit(g);
 
-  const auto norm = [&](const std::string& name) { return Norm{vectors.at(name + ".weight"), vectors.at(name + ".bias")}; };
+  const auto norm = [&](const std::string& name) {
+    return Norm{vectors.at(name + ".weight"), vectors.at(name + ".bias")};
+  };
   const auto optional_vector = [&](const std::string& name) {
     const auto found = vectors.find(name);
     return found == vectors.end() ? nullptr : &found->second;
@@ -236,7 +242,8 @@ Vit::Vit(const VitConfig& config, const std::map<std::string, Weights>& weights,
   layers.emplace_back([&] { embed_ = build_layer(*embedding_, weights.at(kEmbedding), wide, nullptr, nullptr, 0.0f); });
   for (std::size_t i = 0; i < config.depth; ++i) {
     const std::string block = "blocks." + std::to_string(i) + ".";
-    const auto layer = [&](Layer& to, const std::string& name, const auto& rows, const std::vector<float>* gain, float bound) {
+    const auto layer = [&](Layer& to, const std::string& name, const auto& rows, const std::vector<float>* gain,
+                           float bound) {
       layers.emplace_back([&to, &rows, gain, bound, name = block + name, &weights, &optional_vector, this] {
         try {
           to = build_layer(*kernels_, weights.at(name + ".weight"), rows, optional_vector(name + ".bias"), gain, bound);
