@@ -23,16 +23,16 @@ struct Scratch {
   char* panels;    // 2 x kPanel: expanded weights
   float* partial;  // [token blocks + 1][2 tiles]: sums of the slabs so far
   float* result;   // 2 x 4 tiles
-  Head head;
+  HeadScratch head;
   size_t bytes;
 };
 
-Scratch carve(const Geometry& g, void* base) {
+Scratch layout_scratch(const Geometry& g, void* base) {
   const size_t partial = 2 * kPanel, result = partial + (token_blocks(g) + 1) * 2 * kTile,
                head = result + 2 * 4 * kTile;
   auto* from = static_cast<char*>(base);
   Scratch s;
-  s.head = carve_head(g, base ? from + head : nullptr);
+  s.head = layout_head_scratch(g, base ? from + head : nullptr);
   s.bytes = head + s.head.bytes;
   if (!base) return s;
   s.panels = from;
@@ -41,7 +41,7 @@ Scratch carve(const Geometry& g, void* base) {
   return s;
 }
 
-size_t scratch_bytes(const Geometry& g) { return carve(g, nullptr).bytes; }
+size_t scratch_bytes(const Geometry& g) { return layout_scratch(g, nullptr).bytes; }
 
 // What a tile row of 64 bytes holds: 32 bf16 or 64 int8 inputs.
 struct Bf16 {
@@ -94,7 +94,7 @@ size_t pack_rows(const Row* rows, size_t columns, void* out) {
 size_t pack_block(const RowSource& source, const Linear& l, size_t block, void* out) {
   Row rows[kRowBlock];
   for (size_t r = 0; r < kRowBlock; ++r) rows[r] = source.row(source.context, block * kRowBlock + r);
-  return l.int8 ? pack_rows<Int8>(rows, l.columns, out) : pack_rows<Bf16>(rows, l.columns, out);
+  return l.quantize ? pack_rows<Int8>(rows, l.columns, out) : pack_rows<Bf16>(rows, l.columns, out);
 }
 
 // Expands one tile row after the other; a tile is 16 of them.
@@ -144,23 +144,23 @@ inline void multiply(const char* weights, const char* x0, const char* x1, size_t
   }
 }
 
-constexpr size_t kFinish = 8;  // rows finished at a time
+constexpr size_t kEpilogueRows = 8;  // rows finished at a time
 
 // Finished sums whose scaling, bias, GELU and storing are still to be done.
 template <class Sink>
-struct Finisher {
+struct Epilogue {
   const Sink& sink;
   const float* sums = nullptr;  // tiles of rows 0 and 16 of the first token block, then of the second
   size_t row = 0, token_block = 0, next = 0, parts = 0;
 
   void run(size_t count) {
     for (; count && next < parts; --count, ++next)
-      sink(row + next % 4 * kFinish, token_block + next / 4, sums + next * kFinish * 16);
+      sink(row + next % 4 * kEpilogueRows, token_block + next / 4, sums + next * kEpilogueRows * 16);
   }
 };
 
 // Multiplies blocks [first, last) of a layer with all tokens. sink(row, token block, sums) gets finished sums of
-// kFinish rows x 16 tokens.
+// kEpilogueRows rows x 16 tokens.
 template <class T, class Sink>
 void multiply_tiles(const Geometry& g, const Linear& l, const char* x, size_t first, size_t last, const Scratch& s,
                     const Sink& sink) {
@@ -170,7 +170,7 @@ void multiply_tiles(const Geometry& g, const Linear& l, const char* x, size_t fi
     return depth - slab * slab_tiles < slab_tiles ? depth - slab * slab_tiles : slab_tiles;
   };
   Expander<T> next{};
-  Finisher<Sink> finisher{sink};
+  Epilogue<Sink> epilogue{sink};
   size_t buffer = 0, result = 0;
   const auto begin_block = [&](size_t block) {
     next.mask = reinterpret_cast<const typename T::Mask*>(static_cast<const char*>(l.data) + l.offsets[block]);
@@ -199,7 +199,7 @@ void multiply_tiles(const Geometry& g, const Linear& l, const char* x, size_t fi
       const size_t parts = slab + 1 < slabs ? 0 : (8 + count - 1) / count;
       const auto work = [&] {
         next.run(share);
-        finisher.run(parts);
+        epilogue.run(parts);
       };
       for (size_t t = 0; t < blocks; t += 2) {
         const bool two = t + 1 < blocks;
@@ -214,32 +214,32 @@ void multiply_tiles(const Geometry& g, const Linear& l, const char* x, size_t fi
           store_sums(partial);
           continue;
         }
-        finisher.run(8);
+        epilogue.run(8);
         result ^= 1;
-        finisher.sums = s.result + result * 4 * 256;
-        finisher.row = block * kRowBlock;
-        finisher.token_block = t;
-        finisher.next = 0;
-        finisher.parts = two ? 8 : 4;
+        epilogue.sums = s.result + result * 4 * 256;
+        epilogue.row = block * kRowBlock;
+        epilogue.token_block = t;
+        epilogue.next = 0;
+        epilogue.parts = two ? 8 : 4;
         store_sums(s.result + result * 4 * 256);
       }
       next.run(next.left);
     }
-  finisher.run(8);
+  epilogue.run(8);
 }
 
-// y = sums * scale + bias of kFinish rows of 16 tokens.
-using Rows = __m512[kFinish];
+// y = sums * scale + bias of kEpilogueRows rows of 16 tokens.
+using Rows = __m512[kEpilogueRows];
 
 // sink(first row, token block, y) for all rows of blocks [first, last).
 template <class Sink>
 void multiply_blocks(const Geometry& g, const Linear& l, const void* input, size_t first, size_t last, const Scratch& s,
                      const Sink& sink) {
-  if (!l.int8) {
+  if (!l.quantize) {
     multiply_tiles<Bf16>(g, l, static_cast<const char*>(input), first, last, s,
                          [&](size_t row, size_t t, const float* sums) {
                            Rows y;
-                           for (size_t r = 0; r < kFinish; ++r)
+                           for (size_t r = 0; r < kEpilogueRows; ++r)
                              y[r] = _mm512_fmadd_ps(_mm512_load_ps(sums + r * 16), _mm512_set1_ps(l.scale[row + r]),
                                                     _mm512_set1_ps(l.bias[row + r]));
                            sink(row, t, y);
@@ -251,7 +251,7 @@ void multiply_blocks(const Geometry& g, const Linear& l, const void* input, size
   multiply_tiles<Int8>(g, l, x, first, last, s, [&](size_t row, size_t t, const float* sums) {
     const __m512 scale = _mm512_loadu_ps(token_scale + t * 16);
     Rows y;
-    for (size_t r = 0; r < kFinish; ++r) {
+    for (size_t r = 0; r < kEpilogueRows; ++r) {
       const __m512 real = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums + r * 16)), scale);
       y[r] = _mm512_fmadd_ps(real, _mm512_set1_ps(l.scale[row + r]), _mm512_set1_ps(l.bias[row + r]));
     }

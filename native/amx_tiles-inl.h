@@ -67,14 +67,14 @@ inline void store_sums(float* to) {
 }
 
 // One thread's memory for a head: q, k and probabilities as B operands, v as A operand.
-struct Head {
+struct HeadScratch {
   char *q, *k, *v, *p;
   float* scores;  // [padded tokens][32]
   float* result;  // 4 tiles
   size_t bytes;
 };
 
-Head carve_head(const Geometry& g, void* base) {
+HeadScratch layout_head_scratch(const Geometry& g, void* base) {
   size_t offset = 0;
   const auto take = [&](size_t bytes) {
     char* here = base ? static_cast<char*>(base) + offset : nullptr;
@@ -82,7 +82,7 @@ Head carve_head(const Geometry& g, void* base) {
     return here;
   };
   const size_t blocks = token_blocks(g), key_tiles = tiles(g.padded_tokens), head_tiles = g.padded_head_dim / 32;
-  Head s;
+  HeadScratch s;
   s.q = take(blocks * head_tiles * kTile);
   s.k = take(blocks * head_tiles * kTile);
   s.v = take(2 * head_tiles * key_tiles * kTile);
@@ -95,7 +95,8 @@ Head carve_head(const Geometry& g, void* base) {
 
 // Rows `row` and `row` + 1 of a head, counted from its first (q, k, v one after the other), for 16 tokens; `row` is
 // even.
-inline void store_projected(const Geometry& g, const Head& s, size_t row, size_t token_block, __m512 low, __m512 high) {
+inline void store_projected(const Geometry& g, const HeadScratch& s, size_t row, size_t token_block, __m512 low,
+                            __m512 high) {
   const size_t d = row % g.padded_head_dim, part = row / g.padded_head_dim;
   if (part == 2) {
     char* to = s.v + (d / 16 * tiles(g.padded_tokens) + token_block / 2) * kTile + d % 16 * 64 + token_block % 2 * 32;
@@ -110,18 +111,18 @@ inline void store_projected(const Geometry& g, const Head& s, size_t row, size_t
 // p[key pairs][16 queries of each half] = exp(score - max), bf16; returns 1 / sum per query.
 inline void softmax(const Geometry& g, const float* scores, char* p, __m512 inverse[2]) {
   const size_t key_tiles = tiles(g.padded_tokens), pairs = key_tiles * 16;
-  __m512 top[4], sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-  for (int i = 0; i < 4; ++i) top[i] = _mm512_load_ps(scores + i % 2 * 16);
+  __m512 maximum[4], sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  for (int i = 0; i < 4; ++i) maximum[i] = _mm512_load_ps(scores + i % 2 * 16);
   for (size_t j = 1; j < g.tokens; ++j)
     for (size_t half = 0; half < 2; ++half)
-      top[j % 2 * 2 + half] = _mm512_max_ps(top[j % 2 * 2 + half], _mm512_load_ps(scores + j * 32 + half * 16));
-  for (size_t half = 0; half < 2; ++half) top[half] = _mm512_max_ps(top[half], top[half + 2]);
+      maximum[j % 2 * 2 + half] = _mm512_max_ps(maximum[j % 2 * 2 + half], _mm512_load_ps(scores + j * 32 + half * 16));
+  for (size_t half = 0; half < 2; ++half) maximum[half] = _mm512_max_ps(maximum[half], maximum[half + 2]);
   for (size_t pair = 0; pair < pairs; ++pair)
     for (size_t half = 0; half < 2; ++half) {
       const float* from = scores + pair * 64 + half * 16;
       __m512 e0 = _mm512_setzero_ps(), e1 = e0;
-      if (2 * pair < g.tokens) e0 = exponential(_mm512_sub_ps(_mm512_load_ps(from), top[half]));
-      if (2 * pair + 1 < g.tokens) e1 = exponential(_mm512_sub_ps(_mm512_load_ps(from + 32), top[half]));
+      if (2 * pair < g.tokens) e0 = exponential(_mm512_sub_ps(_mm512_load_ps(from), maximum[half]));
+      if (2 * pair + 1 < g.tokens) e1 = exponential(_mm512_sub_ps(_mm512_load_ps(from + 32), maximum[half]));
       sum[half] = _mm512_add_ps(sum[half], _mm512_add_ps(e0, e1));
       _mm512_store_si512(p + (half * key_tiles + pair / 16) * kTile + pair % 16 * 64, interleave(e0, e1));
     }
@@ -147,7 +148,7 @@ inline void tile_product(const char* a0, const char* a1, const char* b0, const c
 // Attention of a head that is projected; its keys become the A operand. write(d, token block, low, high) gets features
 // d and d + 1 of the head for 16 tokens.
 template <class Write>
-inline void attend(const Geometry& g, const Head& s, const Write& write) {
+inline void attend(const Geometry& g, const HeadScratch& s, const Write& write) {
   const size_t head_tiles = g.padded_head_dim / 32, key_tiles = tiles(g.padded_tokens), blocks = token_blocks(g);
   for (size_t tile = 0; tile < blocks * head_tiles; ++tile) {
     auto* key = reinterpret_cast<std::uint32_t*>(s.k + tile * kTile);
@@ -185,7 +186,7 @@ inline void attend(const Geometry& g, const Head& s, const Write& write) {
 void norm_residual(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps,
                    float* out, size_t first, size_t last) {
   for (; first < last; first += 16)
-    normalise<Floats, 1>(residual + residual_at(g, first, 0), 16, g.width, weight, bias, eps,
+    normalize<Floats, 1>(residual + residual_at(g, first, 0), 16, g.width, weight, bias, eps,
                          [&](size_t d, size_t, Floats y) { Floats::store(out + residual_at(g, first, d), y); });
 }
 

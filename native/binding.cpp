@@ -36,8 +36,8 @@ VitConfig read_config(const nb::object& shape) {
   c.patch_size = size("patch_size"), c.image_height = size("image_height"), c.image_width = size("image_width");
   c.in_chans = size("in_chans"), c.num_classes = size("num_classes"), c.reg_tokens = size("reg_tokens");
   c.class_token = flag("class_token"), c.no_embed_class = flag("no_embed_class"), c.pre_norm = flag("pre_norm");
-  c.final_norm = flag("final_norm"), c.fc_norm = flag("fc_norm"), c.layer_scale = flag("layer_scale");
-  c.qkv_bias = flag("qkv_bias"), c.proj_bias = flag("proj_bias"), c.patch_bias = flag("patch_bias");
+  c.final_norm = flag("final_norm"), c.fc_norm = flag("fc_norm");
+  c.patch_bias = flag("patch_bias");
   c.pool_include_prefix = flag("pool_include_prefix"), c.average_pool = pool == "avg", c.all_tokens = pool.empty();
   c.norm_eps = field<float>(shape, "norm_eps");
   return c;
@@ -62,7 +62,7 @@ class Builder {
   }
 
   void sparse(const std::string& name, std::size_t columns, unsigned n, unsigned m, const Array<std::uint8_t>& codes,
-              const nb::object& values, const nb::object& scale, bool integers) {
+              const nb::object& values, const nb::object& scale, bool quantize) {
     Weights w;
     w.columns = columns, w.n = n, w.m = m;
     w.codes = codes.data(), w.code_bytes = codes.size();
@@ -87,7 +87,7 @@ class Builder {
       const auto scales = nb::cast<Array<float>>(scale);
       if (scales.size() != w.rows) throw std::invalid_argument(name + ": wrong number of scales");
       w.row_scale = scales.data();
-      w.integers = integers;
+      w.quantize = quantize;
     }
     keep(name, w, codes);
     alive_.push_back(values);
@@ -147,7 +147,7 @@ NB_MODULE(_native, m) {
       .def("vector", &Builder::vector)
       .def("dense", &Builder::dense)
       .def("sparse", &Builder::sparse, nb::arg("name"), nb::arg("columns"), nb::arg("n"), nb::arg("m"),
-           nb::arg("codes"), nb::arg("values"), nb::arg("scale").none(), nb::arg("integers"))
+           nb::arg("codes"), nb::arg("values"), nb::arg("scale").none(), nb::arg("quantize"))
       .def("build", &Builder::build, nb::arg("threads"), nb::arg("isa"), nb::rv_policy::take_ownership);
   nb::class_<Vit>(m, "Vit")
       .def("__call__", &forward, nb::arg("images"), nb::arg("features"))

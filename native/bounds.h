@@ -12,7 +12,7 @@ namespace sparsemae {
 
 struct InputBounds {
   float qkv, proj, fc1, fc2;
-  float largest() const;
+  float max() const;
 };
 
 // Of the block whose tensors' names start with `block`.

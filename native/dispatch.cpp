@@ -67,12 +67,12 @@ std::vector<const Kernels*> usable_kernels() {
 static bool can_run(const Kernels& table, const Needs& needs) {
   if (needs.exact && table.math != std::string("fp32")) return false;
   if (needs.odd_heads && table.even_heads) return false;
-  return table.limit == 0.0f || needs.largest < table.limit;
+  return table.max_magnitude == 0.0f || needs.max_input < table.max_magnitude;
 }
 
 // Whether one further down is not faster for such a model.
 static bool is_best(const Kernels& table, const Needs& needs) {
-  return needs.density <= table.densest && !(needs.integers && table.embedding && table.embedding()->quantise);
+  return needs.density <= table.max_density && !(needs.quantize && table.embedding && table.embedding()->quantize);
 }
 
 const Kernels* choose_kernels(const std::string& isa, const Needs& needs) {

@@ -1,9 +1,11 @@
 // The dispatch table: what one instruction set offers to the ViT forward (vit.cpp), as plain function pointers.
 //
 // Every table owns the layout of its activations and weights; the forward only passes pointers on.
-//   residual     float, one image: units of [D][kTokenUnit], residual_unit() apart, or [padded tokens][D], as
-//   `by_units` says activation   the input of a linear layer: float or bf16, layout private to the table,
-//   `activation_bytes` long, zeroed at allocation scratch      per thread, `scratch_bytes` long
+//   residual     float, one image: blocks of [D][kTokenUnit], residual_unit() apart (blocked_residual),
+//                or [padded tokens][D]
+//   activation   the input of a linear layer: layout private to the table, activation_bytes() long, zeroed
+//   scratch      per thread, scratch_bytes() long
+//
 // Work is cut in units that threads take one by one: blocks of `kTokenUnit` tokens, blocks of kRowBlock output rows,
 // heads. Files of kernels are compiled for their instruction set and must not instantiate inline functions shared with
 // the rest (the linker could keep the wrong copy): they see this header, and their own code in an anonymous namespace.
@@ -43,9 +45,9 @@ struct Linear {
   const std::size_t* offsets = nullptr;  // byte offset of each row block in data
   const float* scale = nullptr;
   const float* bias = nullptr;
-  bool int8 = false;   // weights are integers to be multiplied with a quantised activation
-  bool exact = false;  // weights are fp32, not bf16 or integers
-  bool dense = false;  // every weight of a row is kept
+  bool quantize = false;  // int8 weights times activations rounded to int8
+  bool exact = false;     // weights are fp32, not bf16 or int8
+  bool dense = false;     // every weight of a row is kept
 };
 
 struct Geometry {
@@ -65,14 +67,14 @@ enum class Output { activation, gelu, residual };
 
 struct Kernels {
   const char* name;
-  const char* math;       // "fp32", "bf16" or "fp16": what products are made of
-  bool by_units;          // layout of the residual
-  bool even_heads;        // needs an even head_dim
-  std::size_t head_step;  // head_dim is padded to a multiple of it
-  float densest;          // it is the best where no sparse layer keeps more than this share of its weights
-  float limit;            // sums and activations must stay below (0: no limit); vit_build.cpp sees to it
-  const Kernels* (
-      *embedding)();  // whose patches and linear make the embedding; its residual is laid out alike. Null: its own
+  const char* math;               // "fp32", "bf16" or "fp16": what products are made of
+  bool blocked_residual = false;  // layout of the residual
+  bool even_heads = false;        // needs an even head_dim
+  std::size_t head_step;          // head_dim is padded to a multiple of it
+  float max_density = 1.0f;       // it is the best where no sparse layer keeps more than this fraction of its weights
+  float max_magnitude = 0.0f;     // sums and activations must stay below (0: no bound); vit_build.cpp sees to it
+  // Whose patches and linear make the embedding; its residual has the same layout. Null: its own.
+  const Kernels* (*embedding)() = nullptr;
 
   std::size_t (*activation_bytes)(std::size_t features, const Geometry&);
   std::size_t (*scratch_bytes)(const Geometry&);
@@ -83,24 +85,24 @@ struct Kernels {
   void (*thread_begin)();  // before and after a thread runs kernels (tile state)
   void (*thread_end)();
   // Patches of image [C][H][W] as the activation of the patch embedding, tokens [first, first + kTokenUnit).
-  void (*patches)(const Geometry&, const float* image, void* activation, std::size_t first);
+  // Null where `embedding` has them.
+  void (*patches)(const Geometry&, const float* image, void* activation, std::size_t first) = nullptr;
   // Layer norm of tokens [first, last), whole units or parts, into an activation.
   void (*norm)(const Geometry&, const float* residual, const float* weight, const float* bias, float eps,
                void* activation, std::size_t first, std::size_t last);
   // As norm, with float output in the residual's own layout (in place is allowed).
   void (*norm_residual)(const Geometry&, const float* residual, const float* weight, const float* bias, float eps,
                         float* out, std::size_t first, std::size_t last);
-  // Null where int8 layers are not supported: the activation rounded to int8 with a scale per token, for tokens [first,
-  // last).
-  void (*quantise)(const Geometry&, std::size_t features, const void* activation, void* quantised, std::size_t first,
-                   std::size_t last);
+  // The activation of tokens [first, last) rounded to int8 with a scale per token. Null where int8 is not multiplied.
+  void (*quantize)(const Geometry&, std::size_t features, const void* activation, void* quantized, std::size_t first,
+                   std::size_t last) = nullptr;
   // Into how many parts of tokens the work of a linear layer can be cut besides blocks of rows, and the first token of
   // each; that of the one after the last is padded_tokens.
   std::size_t (*token_parts)(const Geometry&);
   std::size_t (*part_begin)(const Geometry&, std::size_t part);
   void (*linear)(const Geometry&, const Linear&, const void* input, Output kind, void* output, std::size_t first_part,
                  std::size_t last_part, std::size_t first_block, std::size_t last_block, void* scratch);
-  // q, k and v of one head from the normalised input, then attention; qkv rows are [head][q, k, v][padded_head_dim].
+  // q, k and v of one head from the normalized input, then attention; qkv rows are [head][q, k, v][padded_head_dim].
   void (*attention)(const Geometry&, const Linear& qkv, const void* input, void* output, std::size_t head,
                     void* scratch);
   // out[r] = dot(weight[r], x) + bias[r] for r in [first, last); weight is [rows][columns] float.

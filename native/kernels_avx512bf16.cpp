@@ -2,10 +2,11 @@
 // by a pair-wise dot product (vdpbf16ps). Lanes are 16 output rows x 2 kept weights; no gather touches memory.
 //
 // Everything is token-major:
-//   activation   bf16 [padded tokens][features rounded up to 32, plus 32]: the odd stride keeps tokens out of each
-//   other's cache sets weights      block of 32 rows: a count per (32 inputs, half block), then that many records {32 x
-//   uint16 index, 32 x bf16 value}
-//                each; a count of kDense stands for 16 records without indices, input pairs in order (dense layers)
+//   activation   bf16 [padded tokens][features rounded up to 32, plus 32]: the odd stride keeps tokens
+//                out of each other's cache sets
+//   weights      block of 32 rows: a count per (32 inputs, half block), then that many records
+//                {32 x uint16 index, 32 x bf16 value} each; a count of kDense stands for 16 records without indices,
+//                input pairs in order (dense layers)
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -37,7 +38,7 @@ struct Scratch {
   size_t bytes;
 };
 
-Scratch carve(const Geometry& g, void* base) {
+Scratch layout_scratch(const Geometry& g, void* base) {
   size_t offset = 0;
   const auto take = [&](size_t bytes) {
     char* here = base ? static_cast<char*>(base) + offset : nullptr;
@@ -53,7 +54,7 @@ Scratch carve(const Geometry& g, void* base) {
   return s;
 }
 
-size_t scratch_bytes(const Geometry& g) { return carve(g, nullptr).bytes; }
+size_t scratch_bytes(const Geometry& g) { return layout_scratch(g, nullptr).bytes; }
 
 // One half block's rows within one tile of 32 inputs.
 struct TileRows {
@@ -189,10 +190,10 @@ inline void product(const std::uint32_t* a, size_t a_stride, const std::uint32_t
 
 // p = exp(scores - max) in bf16, zero beyond the real keys; returns 1 / sum.
 inline float softmax_row(const float* scores, size_t keys, size_t padded, uint16_t* p) {
-  __m512 top = _mm512_set1_ps(-3.4e38f), sum = _mm512_setzero_ps();
+  __m512 maximum = _mm512_set1_ps(-3.4e38f), sum = _mm512_setzero_ps();
   for (size_t j = 0; j < keys; j += 16)
-    top = _mm512_mask_max_ps(top, first_lanes(keys - j), top, _mm512_loadu_ps(scores + j));
-  const __m512 highest = _mm512_set1_ps(_mm512_reduce_max_ps(top));
+    maximum = _mm512_mask_max_ps(maximum, first_lanes(keys - j), maximum, _mm512_loadu_ps(scores + j));
+  const __m512 highest = _mm512_set1_ps(_mm512_reduce_max_ps(maximum));
   for (size_t j = 0; j < padded; j += 16) {
     const __mmask16 mask = j < keys ? first_lanes(keys - j) : __mmask16{0};
     const __m512 e =
@@ -224,7 +225,7 @@ void project_head(const Geometry& g, const Linear& qkv, const void* input, size_
 }
 
 void attention(const Geometry& g, const Linear& qkv, const void* input, void* output, size_t head, void* scratch) {
-  const Scratch s = carve(g, scratch);
+  const Scratch s = layout_scratch(g, scratch);
   project_head(g, qkv, input, head, s);
   const size_t hd = g.padded_head_dim, keys = round_up(g.padded_tokens, 64), stride = stride_of(g.width);
   const auto* q = reinterpret_cast<const std::uint32_t*>(s.q);
@@ -263,7 +264,7 @@ void patches(const Geometry& g, const float* image, void* activation, size_t fir
   }
 }
 
-// write(d, lanes, y) for 16 features of one normalised token after the other.
+// write(d, lanes, y) for 16 features of one normalized token after the other.
 template <class Write>
 inline void norm_token(const Geometry& g, const float* x, const float* weight, const float* bias, float eps,
                        const Write& write) {
@@ -273,8 +274,8 @@ inline void norm_token(const Geometry& g, const float* x, const float* weight, c
   const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / static_cast<float>(g.width));
   for (size_t d = 0; d < g.width; d += 16) {
     const __mmask16 mask = first_lanes(g.width - d);
-    const __m512 centred = _mm512_maskz_sub_ps(mask, _mm512_maskz_loadu_ps(mask, x + d), mean);
-    squares = _mm512_fmadd_ps(centred, centred, squares);
+    const __m512 centered = _mm512_maskz_sub_ps(mask, _mm512_maskz_loadu_ps(mask, x + d), mean);
+    squares = _mm512_fmadd_ps(centered, centered, squares);
   }
   const float variance = _mm512_reduce_add_ps(squares) / static_cast<float>(g.width);
   const __m512 scale = _mm512_set1_ps(1.0f / __builtin_sqrtf(variance + eps));
@@ -307,9 +308,23 @@ size_t token_parts(const Geometry&) { return 1; }
 size_t part_begin(const Geometry& g, size_t part) { return part * g.padded_tokens; }
 
 constexpr Kernels kTable = {
-    "avx512bf16",     "bf16",        false,      false,           kRowBlock,       1.0f,      0.0f, nullptr,
-    activation_bytes, scratch_bytes, pack_block, no_thread_state, no_thread_state, patches,   norm, norm_residual,
-    nullptr,          token_parts,   part_begin, linear,          attention,       dense_rows};
+    .name = "avx512bf16",
+    .math = "bf16",
+    .head_step = kRowBlock,
+    .activation_bytes = activation_bytes,
+    .scratch_bytes = scratch_bytes,
+    .pack_block = pack_block,
+    .thread_begin = no_thread_state,
+    .thread_end = no_thread_state,
+    .patches = patches,
+    .norm = norm,
+    .norm_residual = norm_residual,
+    .token_parts = token_parts,
+    .part_begin = part_begin,
+    .linear = linear,
+    .attention = attention,
+    .dense_rows = dense_rows,
+};
 
 }  // namespace
 

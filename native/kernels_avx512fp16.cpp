@@ -58,7 +58,7 @@ struct Kept {
 inline void store_half(_Float16* to, __m512 x) { _mm256_storeu_ph(to, _mm512_cvtxps_ph(x)); }
 
 // 16 of the 32 tokens as fp32, scaled and with the bias of their row.
-inline __m512 finished(const Linear& l, size_t row, Halves sum, size_t half) {
+inline __m512 epilogue(const Linear& l, size_t row, Halves sum, size_t half) {
   const __m512i bits = (__m512i)sum.x;
   const __m512 x =
       _mm512_cvtxph_ps((__m256h)(half ? _mm512_extracti64x4_epi64(bits, 1) : _mm512_castsi512_si256(bits)));
@@ -86,7 +86,8 @@ size_t activation_bytes(size_t features, const Geometry& g) {
 }
 
 size_t scratch_bytes(const Geometry& g) {
-  const size_t own = lanes::sums_bytes() + carve_head(g, nullptr).bytes, embedding = amx_kernels()->scratch_bytes(g);
+  const size_t own = lanes::sums_bytes() + layout_head_scratch(g, nullptr).bytes,
+               embedding = amx_kernels()->scratch_bytes(g);
   return own > embedding ? own : embedding;
 }
 
@@ -106,7 +107,7 @@ void linear(const Geometry& g, const Linear& l, const void* input, Output kind, 
       const size_t token = chunks.first_token(chunk);
       float* to = static_cast<float*>(output) + residual_at(g, token, row);
       for (size_t j = 0; j < 2 * vectors && token + j * 16 < g.padded_tokens; ++j, to += residual_unit(g))
-        _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), finished(l, row, sum[j / 2], j % 2)));
+        _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), epilogue(l, row, sum[j / 2], j % 2)));
     });
   }
   store([&](size_t row, size_t chunk, size_t vectors, const Halves* sum) {
@@ -120,7 +121,7 @@ void linear(const Geometry& g, const Linear& l, const void* input, Output kind, 
 }
 
 void attention(const Geometry& g, const Linear& qkv, const void* input, void* output, size_t head, void* scratch) {
-  const Head s = carve_head(g, static_cast<char*>(scratch) + lanes::sums_bytes());
+  const HeadScratch s = layout_head_scratch(g, static_cast<char*>(scratch) + lanes::sums_bytes());
   const lanes::Chunks chunks(g);
   const size_t origin = head * 3 * g.padded_head_dim, blocks = 3 * g.padded_head_dim / kRowBlock;
   lanes::multiply<Kept>(g, qkv, static_cast<const _Float16*>(input), 0, chunks.count, head * blocks,
@@ -130,8 +131,8 @@ void attention(const Geometry& g, const Linear& qkv, const void* input, void* ou
                             for (size_t j = 0; j < 2 * vectors; ++j) {
                               const size_t unit = chunks.first(chunk) * 2 + j;
                               if (unit < token_blocks(g))
-                                store_projected(g, s, row - origin, unit, finished(qkv, row, sum[j / 2], j % 2),
-                                                finished(qkv, row + 1, sum[lanes::kVectors + j / 2], j % 2));
+                                store_projected(g, s, row - origin, unit, epilogue(qkv, row, sum[j / 2], j % 2),
+                                                epilogue(qkv, row + 1, sum[lanes::kVectors + j / 2], j % 2));
                             }
                         });
   attend(g, s, [&](size_t d, size_t t, __m512 low, __m512 high) {
@@ -148,35 +149,33 @@ void norm(const Geometry& g, const float* residual, const float* weight, const f
   const lanes::Chunks chunks(g);
   for (; first < last && first / 32 < chunks.all; first += 16) {
     auto* to = static_cast<_Float16*>(activation) + chunks.at(first / 32, g.width) + first % 32;
-    normalise<Floats, 1>(residual + residual_at(g, first, 0), 16, g.width, weight, bias, eps,
+    normalize<Floats, 1>(residual + residual_at(g, first, 0), 16, g.width, weight, bias, eps,
                          [&](size_t d, size_t, Floats y) { store_half(to + d * lanes::kLine, y.x); });
   }
 }
 
-constexpr float kDensest = 0.07f;  // 2:32, not 4:32
-
-constexpr Kernels kTable = {"avx512fp16",
-                            "fp16",
-                            true,
-                            true,
-                            kRowBlock,
-                            kDensest,
-                            32768.0f,
-                            amx_kernels,
-                            activation_bytes,
-                            scratch_bytes,
-                            lanes::pack_block<Kept>,
-                            thread_begin,
-                            thread_end,
-                            nullptr,
-                            norm,
-                            norm_residual,
-                            nullptr,
-                            lanes::token_parts,
-                            lanes::part_begin,
-                            linear,
-                            attention,
-                            dense_rows};
+constexpr Kernels kTable = {
+    .name = "avx512fp16",
+    .math = "fp16",
+    .blocked_residual = true,
+    .even_heads = true,
+    .head_step = kRowBlock,
+    .max_density = 0.07f,  // 2:32, not 4:32
+    .max_magnitude = 32768.0f,
+    .embedding = amx_kernels,
+    .activation_bytes = activation_bytes,
+    .scratch_bytes = scratch_bytes,
+    .pack_block = lanes::pack_block<Kept>,
+    .thread_begin = thread_begin,
+    .thread_end = thread_end,
+    .norm = norm,
+    .norm_residual = norm_residual,
+    .token_parts = lanes::token_parts,
+    .part_begin = lanes::part_begin,
+    .linear = linear,
+    .attention = attention,
+    .dense_rows = dense_rows,
+};
 
 }  // namespace
 

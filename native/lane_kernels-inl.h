@@ -104,24 +104,24 @@ inline void patches(const Geometry& g, const float* image, void* activation, siz
   }
 }
 
-// Normalises tokens [first, last), by units as far as they go. place(t) is where feature 0 of the vector of token t
+// Normalizes tokens [first, last), by units as far as they go. dst(t) is where feature 0 of the vector of token t
 // goes; the others follow at distances of `step`.
-template <class Place>
-inline void normalise_tokens(const Geometry& g, const float* residual, const float* weight, const float* bias,
-                             float eps, size_t first, size_t last, size_t step, const Place& place) {
+template <class Dst>
+inline void normalize_tokens(const Geometry& g, const float* residual, const float* weight, const float* bias,
+                             float eps, size_t first, size_t last, size_t step, const Dst& dst) {
   constexpr size_t count = kTokenUnit / V::kLanes;
   for (size_t t = first; t < last && t < g.tokens;) {
     const float* x = residual + residual_at(g, t, 0);
     if (t % kTokenUnit == 0 && last - t >= kTokenUnit) {
       float* to[count];
-      for (size_t i = 0; i < count; ++i) to[i] = place(t + i * V::kLanes);
-      normalise<V, count>(x, kTokenUnit, g.width, weight, bias, eps, [&](size_t d, size_t i, V y) {
+      for (size_t i = 0; i < count; ++i) to[i] = dst(t + i * V::kLanes);
+      normalize<V, count>(x, kTokenUnit, g.width, weight, bias, eps, [&](size_t d, size_t i, V y) {
         if (to[i]) V::store(to[i] + d * step, y);
       });
       t += kTokenUnit;
     } else {
-      float* to = place(t);
-      normalise<V, 1>(x, kTokenUnit, g.width, weight, bias, eps,
+      float* to = dst(t);
+      normalize<V, 1>(x, kTokenUnit, g.width, weight, bias, eps,
                       [&](size_t d, size_t, V y) { V::store(to + d * step, y); });
       t += V::kLanes;
     }
@@ -131,7 +131,7 @@ inline void normalise_tokens(const Geometry& g, const float* residual, const flo
 inline void norm(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps,
                  void* activation, size_t first, size_t last) {
   const Chunks chunks(g);
-  normalise_tokens(g, residual, weight, bias, eps, first, last, kLine, [&](size_t t) -> float* {
+  normalize_tokens(g, residual, weight, bias, eps, first, last, kLine, [&](size_t t) -> float* {
     const size_t vector = t / V::kLanes;  // the last unit has some that no token is in
     return vector < chunks.all ? static_cast<float*>(activation) + chunks.at(vector, g.width) : nullptr;
   });
@@ -139,7 +139,7 @@ inline void norm(const Geometry& g, const float* residual, const float* weight, 
 
 inline void norm_residual(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps,
                           float* out, size_t first, size_t last) {
-  normalise_tokens(g, residual, weight, bias, eps, first, last, kTokenUnit,
+  normalize_tokens(g, residual, weight, bias, eps, first, last, kTokenUnit,
                    [&](size_t t) { return out + residual_at(g, t, 0); });
 }
 
@@ -250,49 +250,50 @@ inline void linear(const Geometry& g, const Linear& l, const void* input, Output
 }
 
 // q, k and v of a head, and what its attention needs beside them.
-struct HeadSpace {
-  float *q, *k, *v, *scores, *mixed;  // scores and mixed for two vectors of queries
+struct HeadScratch {
+  float *q, *k, *v, *scores, *context;  // scores and context for two vectors of queries
 };
 
 // Attention of N vectors of queries, from token `at` on.
 template <size_t N>
-inline void attend(const Geometry& g, const HeadSpace& s, size_t at, size_t head, float* output) {
+inline void attend(const Geometry& g, const HeadScratch& s, size_t at, size_t head, float* output) {
   constexpr size_t width = N * V::kLanes;
   product_rows<N>(g.tokens, s.k, 1, g.padded_tokens, g.head_dim, s.q + at, g.padded_tokens, s.scores, width);
-  V top[2][N], sum[N];  // two maxima at a time, because one alone waits for itself
+  V maximum[2][N], sum[N];  // two maxima at a time, because one alone waits for itself
   for (size_t n = 0; n < N; ++n) {
-    top[0][n] = top[1][n] = V::load(s.scores + n * V::kLanes);
+    maximum[0][n] = maximum[1][n] = V::load(s.scores + n * V::kLanes);
     sum[n] = V::set(0.0f);
   }
   for (size_t j = 1; j < g.tokens; ++j)
-    for (size_t n = 0; n < N; ++n) top[j % 2][n] = V::max(top[j % 2][n], V::load(s.scores + j * width + n * V::kLanes));
-  for (size_t n = 0; n < N; ++n) top[0][n] = V::max(top[0][n], top[1][n]);
+    for (size_t n = 0; n < N; ++n)
+      maximum[j % 2][n] = V::max(maximum[j % 2][n], V::load(s.scores + j * width + n * V::kLanes));
+  for (size_t n = 0; n < N; ++n) maximum[0][n] = V::max(maximum[0][n], maximum[1][n]);
   for (size_t j = 0; j < g.tokens; ++j)
     for (size_t n = 0; n < N; ++n) {
       float* score = s.scores + j * width + n * V::kLanes;
-      const V e = exponential(V::load(score) - top[0][n]);
+      const V e = exponential(V::load(score) - maximum[0][n]);
       sum[n] = sum[n] + e;
       V::store(score, e);
     }
-  product_rows<N>(g.head_dim, s.v, g.padded_tokens, 1, g.tokens, s.scores, width, s.mixed, width);
+  product_rows<N>(g.head_dim, s.v, g.padded_tokens, 1, g.tokens, s.scores, width, s.context, width);
   const Chunks chunks(g);
   for (size_t n = 0; n < N; ++n) {
     const V inverse = V::div(V::set(1.0f), sum[n]);
     float* out = output + chunks.at(at / V::kLanes + n, g.width) + head * g.head_dim * kLine;
     for (size_t d = 0; d < g.head_dim; ++d)
-      V::store(out + d * kLine, V::load(s.mixed + d * width + n * V::kLanes) * inverse);
+      V::store(out + d * kLine, V::load(s.context + d * width + n * V::kLanes) * inverse);
   }
 }
 
 inline void attention(const Geometry& g, const Linear& qkv, const void* input, void* output, size_t head,
                       void* scratch) {
   const size_t stride = g.padded_tokens, plane = g.padded_head_dim * stride;
-  HeadSpace s;
+  HeadScratch s;
   s.q = reinterpret_cast<float*>(static_cast<char*>(scratch) + sums_bytes());
   s.k = s.q + plane;
   s.v = s.k + plane;
   s.scores = s.v + plane;
-  s.mixed = s.scores + stride * 2 * V::kLanes;
+  s.context = s.scores + stride * 2 * V::kLanes;
   const size_t blocks = 3 * g.padded_head_dim / kRowBlock, origin = head * 3 * g.padded_head_dim;
   const Chunks chunks(g);
   multiply_rows(g, qkv, input, 0, chunks.count, head * blocks, (head + 1) * blocks, static_cast<V*>(scratch),
@@ -325,28 +326,25 @@ inline void dense_rows(const float* weight, const float* bias, const float* x, s
 inline void no_thread_state() {}
 
 constexpr sparsemae::Kernels table(const char* name) {
-  return {name,
-          "fp32",
-          true,
-          false,
-          kRowBlock,
-          1.0f,
-          0.0f,
-          nullptr,
-          activation_bytes,
-          scratch_bytes,
-          pack_any_block,
-          no_thread_state,
-          no_thread_state,
-          patches,
-          norm,
-          norm_residual,
-          nullptr,
-          token_parts,
-          part_begin,
-          linear,
-          attention,
-          dense_rows};
+  return {
+      .name = name,
+      .math = "fp32",
+      .blocked_residual = true,
+      .head_step = kRowBlock,
+      .activation_bytes = activation_bytes,
+      .scratch_bytes = scratch_bytes,
+      .pack_block = pack_any_block,
+      .thread_begin = no_thread_state,
+      .thread_end = no_thread_state,
+      .patches = patches,
+      .norm = norm,
+      .norm_residual = norm_residual,
+      .token_parts = token_parts,
+      .part_begin = part_begin,
+      .linear = linear,
+      .attention = attention,
+      .dense_rows = dense_rows,
+  };
 }
 
 }  // namespace lanes

@@ -34,8 +34,8 @@ inline Moments<V, kCount> moments(const float* x, std::size_t stride, std::size_
       }
       const V mean = (sum[0] + sum[1]) * V::set(1.0f / kPart);
       for (std::size_t p = 0; p < kPart; ++p) {
-        const V centred = part[p] - mean;
-        deviations[p % 2] = V::fma(centred, centred, deviations[p % 2]);
+        const V centered = part[p] - mean;
+        deviations[p % 2] = V::fma(centered, centered, deviations[p % 2]);
       }
       squares[i] = squares[i] + (deviations[0] + deviations[1]);
       join(i, d, kPart, mean);
@@ -47,9 +47,9 @@ inline Moments<V, kCount> moments(const float* x, std::size_t stride, std::size_
   return m;
 }
 
-// write(d, i, y) for the normalised features of kCount vectors of tokens, the first of them at x.
+// write(d, i, y) for the normalized features of kCount vectors of tokens, the first of them at x.
 template <class V, std::size_t kCount, class Write>
-inline void normalise(const float* x, std::size_t stride, std::size_t width, const float* weight, const float* bias,
+inline void normalize(const float* x, std::size_t stride, std::size_t width, const float* weight, const float* bias,
                       float eps, const Write& write) {
   const auto m = moments<V, kCount>(x, stride, width, eps);
   for (std::size_t d = 0; d < width; ++d, x += stride)

@@ -20,8 +20,7 @@ namespace sparsemae {
 struct VitConfig {
   std::size_t embed_dim, depth, num_heads, mlp_hidden, patch_size, image_height, image_width, in_chans, num_classes,
       reg_tokens;
-  bool class_token, no_embed_class, pre_norm, final_norm, fc_norm, layer_scale, qkv_bias, proj_bias, patch_bias,
-      pool_include_prefix;
+  bool class_token, no_embed_class, pre_norm, final_norm, fc_norm, patch_bias, pool_include_prefix;
   bool average_pool, all_tokens;  // neither: the class token
   float norm_eps;
 };
@@ -37,7 +36,7 @@ struct Weights {
   const std::uint16_t* bf16 = nullptr;
   const std::int8_t* int8 = nullptr;
   const float* row_scale = nullptr;  // with int8
-  bool integers = false;             // int8 values that may be multiplied as such
+  bool quantize = false;             // with int8: multiply as int8 where the kernels can, rounding the inputs
 
   std::size_t kept() const { return n ? columns / m * n : columns; }  // values of a row
   float value(std::size_t at) const {
@@ -55,14 +54,14 @@ using Aligned = std::unique_ptr<T[], FreeAligned>;
 
 class Vit {
  public:
-  // `weights` by timm's names (…weight of every linear layer and of the patch embedding, flattened to two dimensions);
-  // `vectors` holds everything else. Both are complete and of the right shapes: the caller has checked the file.
-  // Throws std::invalid_argument for codes out of range or an unknown instruction set.
+  // `weights` by timm's names (<layer>.weight of every linear layer and of the patch embedding, flattened to two
+  // dimensions); `vectors` holds everything else. Both are complete and of the right shapes: the caller has checked the
+  // file. Throws std::invalid_argument for codes out of range or an unknown instruction set.
   Vit(const VitConfig&, const std::map<std::string, Weights>&, const std::map<std::string, std::vector<float>>&,
       std::size_t threads, const std::string& isa);
   ~Vit();
 
-  // images [batch][in_chans][H][W]; out [batch][outputs()], or [batch][tokens()][embed_dim] with `features`. Serialised
+  // images [batch][in_chans][H][W]; out [batch][outputs()], or [batch][tokens()][embed_dim] with `features`. Serialized
   // by a mutex.
   void forward(const float* images, std::size_t batch, float* out, bool features);
 
@@ -97,7 +96,7 @@ class Vit {
   void forward_image(Workspace&, Stages&, const float* image, float* out, bool features, void* scratch) const;
   void forward_block(Workspace&, Stages&, const Block&, void* scratch) const;
   void run_linear(Stages&, const Kernels&, const Layer&, const void* input, Output, void* output, void* scratch) const;
-  void finish(Workspace&, Stages&, float* out, bool features) const;
+  void run_head(Workspace&, Stages&, float* out, bool features) const;
 
   VitConfig config_;
   Geometry geometry_;

@@ -20,13 +20,13 @@ Aligned<T> aligned_array(std::size_t count) {
 }
 
 inline std::size_t residual_index(const Kernels& kernels, const Geometry& g, std::size_t token, std::size_t feature) {
-  return kernels.by_units ? residual_at(g, token, feature) : token * g.width + feature;
+  return kernels.blocked_residual ? residual_at(g, token, feature) : token * g.width + feature;
 }
 
 struct Vit::Workspace {
   Aligned<float> residual;
   Aligned<char> patches, normed, attended, hidden;
-  Aligned<char> quantised;  // the input of an int8 layer
+  Aligned<char> quantized;  // the input of an int8 layer
   std::vector<float> pooled;
 };
 

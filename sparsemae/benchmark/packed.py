@@ -169,7 +169,7 @@ def _last_line(process: subprocess.Popen[str], errors: IO[bytes]) -> str:
 
 
 def _prepare(engine: str, model: str, folder: str) -> None:
-    """Export and quantise beforehand, in a process of its own: it is no part of a cold start."""
+    """Export and quantize beforehand, in a process of its own: it is no part of a cold start."""
     if not engine.startswith(("onnxruntime", "openvino")):
         return
     if any(Path(folder).glob(f"{model} {engine}.*")):

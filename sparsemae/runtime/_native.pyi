@@ -20,7 +20,7 @@ class Builder:
         codes: NDArray[np.uint8],
         values: NDArray[Any],
         scale: NDArray[np.float32] | None,
-        integers: bool,
+        quantize: bool,
     ) -> None: ...
     def build(self, threads: int, isa: str) -> Vit: ...
 

@@ -109,12 +109,12 @@ class Model:
         return np.ascontiguousarray(images)
 
 
-def load(path: str | Path, threads: int | None = None, quantise: bool = True) -> Model:
+def load(path: str | Path, threads: int | None = None, quantize: bool = True) -> Model:
     """Load a packed file.
 
     Args:
         threads: how many to compute with; default: the processors this process may use.
-        quantise: of int8 files, on processors that multiply int8 (amx): round the inputs of every sparse layer to int8
+        quantize: of int8 files, on processors that multiply int8 (amx): round the inputs of every sparse layer to int8
             with a scale per token, for about 1.5 times the speed; off, the int8 weights are multiplied as bf16.
 
     Raises:
@@ -124,7 +124,7 @@ def load(path: str | Path, threads: int | None = None, quantise: bool = True) ->
     packed = read(path)
     isa = os.environ.get("SPARSEMAE_ISA", "")
     try:
-        native = _build(packed, _processors() if threads is None else threads, isa, quantise)
+        native = _build(packed, _processors() if threads is None else threads, isa, quantize)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if native.isa == "portable":
@@ -142,7 +142,7 @@ def _processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _build(packed: PackedModel, threads: int, isa: str, quantise: bool = True) -> Vit:
+def _build(packed: PackedModel, threads: int, isa: str, quantize: bool = True) -> Vit:
     config, tensors = packed.config, packed.tensors
     builder = Builder(config.vit)
     for name, shape in dense_shapes(config.vit).items():
@@ -150,7 +150,7 @@ def _build(packed: PackedModel, threads: int, isa: str, quantise: bool = True) -
         if pattern is not None:
             n, m = parse_pattern(pattern)
             values, scale = tensors[f"{name}.values"], tensors.get(f"{name}.scale")
-            builder.sparse(name, shape[1], n, m, tensors[f"{name}.codes"], values, scale, quantise)
+            builder.sparse(name, shape[1], n, m, tensors[f"{name}.codes"], values, scale, quantize)
             continue
         stored = tensors[name]
         dense = stored if stored.dtype == np.float32 else from_bf16(stored)
