@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test check holds bench fuzz reliability sanitize format results segment
+.PHONY: demo test check holds bench kernels fuzz reliability sanitize format results segment
 
 demo: $(STAMP)
 	$(BIN)/sparsemae demo
@@ -43,6 +43,10 @@ bench: $(STAMP)
 	$(BIN)/sparsemae benchmark --section training --images runs/photographs/folder --json docs/benchmark-training.json
 	$(BIN)/sparsemae benchmark --section saving --json docs/benchmark-saving.json
 	$(BIN)/python docs/update.py
+
+# every instruction set's kernels, into the table of native/README.md; best on an idle machine
+kernels: $(STAMP)
+	$(BIN)/sparsemae benchmark --section kernels --runs 200 --readme native/README.md
 
 # every fault and every kind of resume, what came out into docs/reliability.md
 reliability: $(STAMP)

@@ -3,14 +3,17 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/map.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <new>
 #include <stdexcept>
 
+#include "bench.h"
 #include "codes.h"
 #include "dispatch.h"
+#include "processor.h"
 #include "vit.h"
 
 namespace nb = nanobind;
@@ -159,6 +162,14 @@ NB_MODULE(_native, m) {
     for (const Kernels* table : usable_kernels()) names.emplace_back(table->name);
     return names;
   });
+  nb::class_<KernelTiming>(m, "KernelTiming")
+      .def_ro("kernel", &KernelTiming::kernel)
+      .def_ro("seconds", &KernelTiming::seconds)
+      .def_ro("instructions", &KernelTiming::instructions)
+      .def_ro("peak", &KernelTiming::peak)
+      .def_ro("zeros", &KernelTiming::zeros);
+  m.def("time_kernels", &time_kernels, nb::arg("model"), nb::arg("rounds"), nb::call_guard<nb::gil_scoped_release>());
+  m.def("processor", [] { return std::make_pair(this_processor().name(), this_processor().features()); });
   m.def("decode_positions", [](const Array<std::uint8_t>& codes, std::size_t groups, unsigned n, unsigned k) {
     const auto positions = decode_positions(codes.data(), codes.size(), groups, n, k);
     return nb::bytes(reinterpret_cast<const char*>(positions.data()), positions.size());

@@ -9,6 +9,7 @@
 
 struct Floats {
   using Number = float;
+  static constexpr const char* kMultiplyAdd = "vfmadd231ps";
   static constexpr std::size_t kLanes = 16, kVectors = 4, kRows = 4;
   __m512 x;
 

@@ -65,6 +65,16 @@ static constexpr std::size_t residual_at(const Geometry& g, std::size_t token, s
 
 enum class Output { activation, gelu, residual };
 
+// What is multiplied: sparse layers, those of them whose inputs are int8, and attention.
+enum class Product { sparse, int8, dense };
+
+// What a table's instructions can do at best.
+struct Peak {
+  const char* instructions;
+  std::size_t multiply_adds;
+  bool zeros = false;  // a sparse layer's zeros are multiplied and counted
+};
+
 struct Kernels {
   const char* name;
   const char* math;               // "fp32", "bf16" or "fp16": what products are made of
@@ -102,12 +112,15 @@ struct Kernels {
   std::size_t (*part_begin)(const Geometry&, std::size_t part);
   void (*linear)(const Geometry&, const Linear&, const void* input, Output kind, void* output, std::size_t first_part,
                  std::size_t last_part, std::size_t first_block, std::size_t last_block, void* scratch);
-  // q, k and v of one head from the normalized input, then attention; qkv rows are [head][q, k, v][padded_head_dim].
-  void (*attention)(const Geometry&, const Linear& qkv, const void* input, void* output, std::size_t head,
-                    void* scratch);
+  // q, k and v of one head from the normalized input, into scratch; qkv rows are [head][q, k, v][padded_head_dim].
+  void (*project_head)(const Geometry&, const Linear& qkv, const void* input, std::size_t head, void* scratch);
+  // Attention of the head that project_head has put into scratch.
+  void (*attend_head)(const Geometry&, void* output, std::size_t head, void* scratch);
   // out[r] = dot(weight[r], x) + bias[r] for r in [first, last); weight is [rows][columns] float.
   void (*dense_rows)(const float* weight, const float* bias, const float* x, std::size_t columns, float* out,
                      std::size_t first, std::size_t last);
+  // The instructions of such products on registers alone, `rounds` times; the sums end in sink[16]. For bench.cpp.
+  Peak (*peak)(Product, std::size_t rounds, float* sink);
 };
 
 const Kernels* portable_kernels();

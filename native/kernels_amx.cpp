@@ -48,13 +48,16 @@ void linear(const Geometry& g, const Linear& l, const void* input, Output kind, 
     store([](__m512 x) { return x; });
 }
 
-void attention(const Geometry& g, const Linear& qkv, const void* input, void* output, size_t head, void* scratch) {
+void project_head(const Geometry& g, const Linear& qkv, const void* input, size_t head, void* scratch) {
   const Scratch s = layout_scratch(g, scratch);
   const size_t origin = head * 3 * g.padded_head_dim, blocks = 3 * g.padded_head_dim / kRowBlock;
   multiply_blocks(g, qkv, input, head * blocks, (head + 1) * blocks, s, [&](size_t row, size_t t, const Rows& y) {
     for (size_t r = 0; r < kEpilogueRows; r += 2) store_projected(g, s.head, row - origin + r, t, y[r], y[r + 1]);
   });
-  attend(g, s.head, [&](size_t d, size_t t, __m512 low, __m512 high) {
+}
+
+void attend_head(const Geometry& g, void* output, size_t head, void* scratch) {
+  attend(g, layout_scratch(g, scratch).head, [&](size_t d, size_t t, __m512 low, __m512 high) {
     _mm512_store_si512(pair_address(output, tiles(g.width), (head * g.head_dim + d) / 2, t), interleave(low, high));
   });
 }
@@ -121,6 +124,27 @@ void norm(const Geometry& g, const float* residual, const float* weight, const f
   }
 }
 
+Peak peak(Product product, size_t rounds, float* sink) {
+  load_sums(nullptr, true);
+  _tile_loadd(4, sink, 0);
+  _tile_loadd(5, sink, 0);
+  for (size_t i = 0; i < rounds; ++i) {
+    if (product == Product::int8) {
+      _tile_dpbssd(0, 4, 5);
+      _tile_dpbssd(1, 4, 5);
+      _tile_dpbssd(2, 4, 5);
+      _tile_dpbssd(3, 4, 5);
+    } else {
+      _tile_dpbf16ps(0, 4, 5);
+      _tile_dpbf16ps(1, 4, 5);
+      _tile_dpbf16ps(2, 4, 5);
+      _tile_dpbf16ps(3, 4, 5);
+    }
+  }
+  const bool int8 = product == Product::int8;
+  return {int8 ? "tdpbssd" : "tdpbf16ps", rounds * 4 * 16 * 16 * (int8 ? Int8::kInputs : Bf16::kInputs), true};
+}
+
 size_t token_parts(const Geometry&) { return 1; }
 size_t part_begin(const Geometry& g, size_t part) { return part * g.padded_tokens; }
 
@@ -142,8 +166,10 @@ constexpr Kernels kTable = {
     .token_parts = token_parts,
     .part_begin = part_begin,
     .linear = linear,
-    .attention = attention,
+    .project_head = project_head,
+    .attend_head = attend_head,
     .dense_rows = dense_rows,
+    .peak = peak,
 };
 
 }  // namespace

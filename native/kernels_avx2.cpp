@@ -9,6 +9,7 @@ namespace {
 
 struct Floats {
   using Number = float;
+  static constexpr const char* kMultiplyAdd = "vfmadd231ps";
   static constexpr std::size_t kLanes = 8, kVectors = 7, kRows = 2;
   __m256 x;
 

@@ -204,7 +204,8 @@ inline float softmax_row(const float* scores, size_t keys, size_t padded, uint16
   return 1.0f / _mm512_reduce_add_ps(sum);
 }
 
-void project_head(const Geometry& g, const Linear& qkv, const void* input, size_t head, const Scratch& s) {
+void project_head(const Geometry& g, const Linear& qkv, const void* input, size_t head, void* scratch) {
+  const Scratch s = layout_scratch(g, scratch);
   const size_t hd = g.padded_head_dim, origin = head * 3 * hd, keys = round_up(g.padded_tokens, 64);
   uint16_t* parts[3] = {s.q, s.k_rows, s.v_rows};
   multiply_blocks(g, qkv, input, origin / kRowBlock, (origin + 3 * hd) / kRowBlock,
@@ -224,9 +225,8 @@ void project_head(const Geometry& g, const Linear& qkv, const void* input, size_
     }
 }
 
-void attention(const Geometry& g, const Linear& qkv, const void* input, void* output, size_t head, void* scratch) {
+void attend_head(const Geometry& g, void* output, size_t head, void* scratch) {
   const Scratch s = layout_scratch(g, scratch);
-  project_head(g, qkv, input, head, s);
   const size_t hd = g.padded_head_dim, keys = round_up(g.padded_tokens, 64), stride = stride_of(g.width);
   const auto* q = reinterpret_cast<const std::uint32_t*>(s.q);
   for (size_t i = 0; i < g.padded_tokens; i += 4) {
@@ -307,6 +307,24 @@ void no_thread_state() {}
 size_t token_parts(const Geometry&) { return 1; }
 size_t part_begin(const Geometry& g, size_t part) { return part * g.padded_tokens; }
 
+Peak peak(Product product, size_t rounds, float* sink) {
+  constexpr size_t count = 16;
+  __m512 sums[count];
+  for (size_t i = 0; i < count; ++i) sums[i] = _mm512_setzero_ps();
+  __m512i inputs = _mm512_loadu_si512(sink);
+  const __m512i index = _mm512_setzero_si512();
+  for (size_t round = 0; round < rounds; ++round)
+#pragma GCC unroll 16
+    for (size_t i = 0; i < count; ++i) {
+      __asm__("" : "+v"(inputs));  // or one permutation would do for all
+      const __m512i gathered = product == Product::dense ? inputs : _mm512_permutexvar_epi16(index, inputs);
+      sums[i] = _mm512_dpbf16_ps(sums[i], as_bf16(index), as_bf16(gathered));
+    }
+  for (size_t i = 1; i < count; ++i) sums[0] = _mm512_add_ps(sums[0], sums[i]);
+  _mm512_storeu_ps(sink, sums[0]);
+  return {product == Product::dense ? "vdpbf16ps" : "vpermw + vdpbf16ps", rounds * count * 32};
+}
+
 constexpr Kernels kTable = {
     .name = "avx512bf16",
     .math = "bf16",
@@ -322,8 +340,10 @@ constexpr Kernels kTable = {
     .token_parts = token_parts,
     .part_begin = part_begin,
     .linear = linear,
-    .attention = attention,
+    .project_head = project_head,
+    .attend_head = attend_head,
     .dense_rows = dense_rows,
+    .peak = peak,
 };
 
 }  // namespace

@@ -120,8 +120,12 @@ void linear(const Geometry& g, const Linear& l, const void* input, Output kind, 
   });
 }
 
-void attention(const Geometry& g, const Linear& qkv, const void* input, void* output, size_t head, void* scratch) {
-  const HeadScratch s = layout_head_scratch(g, static_cast<char*>(scratch) + lanes::sums_bytes());
+HeadScratch head_scratch(const Geometry& g, void* scratch) {
+  return layout_head_scratch(g, static_cast<char*>(scratch) + lanes::sums_bytes());
+}
+
+void project_head(const Geometry& g, const Linear& qkv, const void* input, size_t head, void* scratch) {
+  const HeadScratch s = head_scratch(g, scratch);
   const lanes::Chunks chunks(g);
   const size_t origin = head * 3 * g.padded_head_dim, blocks = 3 * g.padded_head_dim / kRowBlock;
   lanes::multiply<Kept>(g, qkv, static_cast<const _Float16*>(input), 0, chunks.count, head * blocks,
@@ -135,7 +139,11 @@ void attention(const Geometry& g, const Linear& qkv, const void* input, void* ou
                                                 epilogue(qkv, row + 1, sum[lanes::kVectors + j / 2], j % 2));
                             }
                         });
-  attend(g, s, [&](size_t d, size_t t, __m512 low, __m512 high) {
+}
+
+void attend_head(const Geometry& g, void* output, size_t head, void* scratch) {
+  const lanes::Chunks chunks(g);
+  attend(g, head_scratch(g, scratch), [&](size_t d, size_t t, __m512 low, __m512 high) {
     if (t / 2 >= chunks.all) return;
     auto* to = static_cast<_Float16*>(output) + chunks.at(t / 2, g.width) + (head * g.head_dim + d) * lanes::kLine +
                t % 2 * 16;
@@ -152,6 +160,20 @@ void norm(const Geometry& g, const float* residual, const float* weight, const f
     normalize<Floats, 1>(residual + residual_at(g, first, 0), 16, g.width, weight, bias, eps,
                          [&](size_t d, size_t, Floats y) { store_half(to + d * lanes::kLine, y.x); });
   }
+}
+
+Peak peak(Product product, size_t rounds, float* sink) {
+  if (product == Product::dense) return amx_kernels()->peak(product, rounds, sink);
+  constexpr size_t count = 16;
+  Halves sums[count];
+  for (size_t i = 0; i < count; ++i) sums[i] = Halves::zero();
+  const Halves one = Halves::set(1.0f);
+  for (size_t round = 0; round < rounds; ++round)
+#pragma GCC unroll 16
+    for (size_t i = 0; i < count; ++i) sums[i] = Halves::fma(one, one, sums[i]);
+  for (size_t i = 1; i < count; ++i) sums[0] = Halves::max(sums[0], sums[i]);
+  _mm512_storeu_ps(sink, (__m512)sums[0].x);
+  return {"vfmadd231ph", rounds * count * Halves::kLanes};
 }
 
 constexpr Kernels kTable = {
@@ -173,8 +195,10 @@ constexpr Kernels kTable = {
     .token_parts = lanes::token_parts,
     .part_begin = lanes::part_begin,
     .linear = linear,
-    .attention = attention,
+    .project_head = project_head,
+    .attend_head = attend_head,
     .dense_rows = dense_rows,
+    .peak = peak,
 };
 
 }  // namespace

@@ -9,6 +9,7 @@ namespace {
 
 struct Floats {
   using Number = float;
+  static constexpr const char* kMultiplyAdd = "multiply, add";
   static constexpr std::size_t kLanes = 4, kVectors = 3, kRows = 4;
 #if defined(__GNUC__)
   using Lanes = float __attribute__((vector_size(16)));

@@ -3,7 +3,8 @@
 // The residual is by units; q, k and v of a head are [features][padded tokens]; activations are in the chunks of
 // lane_products-inl.h. So layer norm, softmax and GELU need no sum across lanes. The including file names its vector
 // type in SPARSEMAE_VECTOR: V with what lane_products-inl.h asks for, Number being float, and set, upper, operator+ -
-// *, max, div, rsqrt, shift_add.
+// *, max, div, rsqrt, shift_add,
+// and kMultiplyAdd, the instruction that fma is.
 #ifndef SPARSEMAE_LANE_KERNELS_INL_H
 #define SPARSEMAE_LANE_KERNELS_INL_H
 
@@ -285,21 +286,30 @@ inline void attend(const Geometry& g, const HeadScratch& s, size_t at, size_t he
   }
 }
 
-inline void attention(const Geometry& g, const Linear& qkv, const void* input, void* output, size_t head,
-                      void* scratch) {
-  const size_t stride = g.padded_tokens, plane = g.padded_head_dim * stride;
+inline HeadScratch layout_head_scratch(const Geometry& g, void* scratch) {
+  const size_t plane = g.padded_head_dim * g.padded_tokens;
   HeadScratch s;
   s.q = reinterpret_cast<float*>(static_cast<char*>(scratch) + sums_bytes());
   s.k = s.q + plane;
   s.v = s.k + plane;
   s.scores = s.v + plane;
-  s.context = s.scores + stride * 2 * V::kLanes;
+  s.context = s.scores + g.padded_tokens * 2 * V::kLanes;
+  return s;
+}
+
+inline void project_head(const Geometry& g, const Linear& qkv, const void* input, size_t head, void* scratch) {
+  float* q = layout_head_scratch(g, scratch).q;
   const size_t blocks = 3 * g.padded_head_dim / kRowBlock, origin = head * 3 * g.padded_head_dim;
   const Chunks chunks(g);
   multiply_rows(g, qkv, input, 0, chunks.count, head * blocks, (head + 1) * blocks, static_cast<V*>(scratch),
                 [&](size_t row, size_t chunk, size_t j, V y) {
-                  V::store(s.q + (row - origin) * stride + chunks.first_token(chunk) + j * V::kLanes, y);
+                  V::store(q + (row - origin) * g.padded_tokens + chunks.first_token(chunk) + j * V::kLanes, y);
                 });
+}
+
+inline void attend_head(const Geometry& g, void* output, size_t head, void* scratch) {
+  const HeadScratch s = layout_head_scratch(g, scratch);
+  const Chunks chunks(g);
   size_t vector = 0;
   for (; vector + 2 <= chunks.all; vector += 2) attend<2>(g, s, vector * V::kLanes, head, static_cast<float*>(output));
   if (vector < chunks.all) attend<1>(g, s, vector * V::kLanes, head, static_cast<float*>(output));
@@ -325,6 +335,18 @@ inline void dense_rows(const float* weight, const float* bias, const float* x, s
 
 inline void no_thread_state() {}
 
+inline sparsemae::Peak peak(sparsemae::Product, size_t rounds, float* sink) {
+  V sums[kProductSums];
+  for (V& sum : sums) sum = V::set(0.0f);
+  const V one = V::set(1.0f);
+  for (size_t round = 0; round < rounds; ++round)
+#pragma GCC unroll 12
+    for (size_t i = 0; i < kProductSums; ++i) sums[i] = V::fma(one, sums[i], one);
+  for (size_t i = 1; i < kProductSums; ++i) sums[0] = sums[0] + sums[i];
+  V::store(sink, sums[0]);
+  return {V::kMultiplyAdd, rounds * kProductSums * V::kLanes};
+}
+
 constexpr sparsemae::Kernels table(const char* name) {
   return {
       .name = name,
@@ -342,8 +364,10 @@ constexpr sparsemae::Kernels table(const char* name) {
       .token_parts = token_parts,
       .part_begin = part_begin,
       .linear = linear,
-      .attention = attention,
+      .project_head = project_head,
+      .attend_head = attend_head,
       .dense_rows = dense_rows,
+      .peak = peak,
   };
 }
 

@@ -187,8 +187,10 @@ void Vit::forward_block(Workspace& w, Stages& stages, const Block& block, void* 
   const char* normed = norm(block.norm1, block.qkv);
   stages.barrier();
   stages.run(g.heads, 1, [&](std::size_t first, std::size_t last) {
-    for (std::size_t head = first; head < last; ++head)
-      kernels_->attention(g, block.qkv.view, normed, w.attended.get(), head, scratch);
+    for (std::size_t head = first; head < last; ++head) {
+      kernels_->project_head(g, block.qkv.view, normed, head, scratch);
+      kernels_->attend_head(g, w.attended.get(), head, scratch);
+    }
   });
   linear(block.proj, quantized(block.proj, w.attended.get()), Output::residual, w.residual.get());
   linear(block.fc1, norm(block.norm2, block.fc1), Output::gelu, w.hidden.get());

@@ -52,6 +52,8 @@ struct FreeAligned {
 template <class T>
 using Aligned = std::unique_ptr<T[], FreeAligned>;
 
+struct KernelTiming;
+
 class Vit {
  public:
   // `weights` by timm's names (<layer>.weight of every linear layer and of the patch embedding, flattened to two
@@ -70,6 +72,8 @@ class Vit {
   const VitConfig& config() const { return config_; }
   const Kernels& kernels() const { return *kernels_; }
   std::size_t threads() const { return pool_.size(); }
+
+  friend std::vector<KernelTiming> time_kernels(Vit&, std::size_t rounds);
 
  private:
   struct Layer {
