@@ -8,10 +8,8 @@ fp32 everywhere; bf16 and int8 weights are multiplied as fp16 or bf16 where the 
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -127,14 +125,7 @@ def load(path: str | Path, threads: int | None = None, quantize: bool = True) ->
         native = _build(packed, _processors() if threads is None else threads, isa, quantize)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if native.isa == "portable":
-        _warn_that_portable_is_slow()
     return Model(packed.config, native)
-
-
-@cache
-def _warn_that_portable_is_slow() -> None:
-    warnings.warn("the portable kernels are slow: no vector instructions are used by name", stacklevel=3)
 
 
 def _processors() -> int:

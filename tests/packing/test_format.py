@@ -15,8 +15,6 @@ from safetensors.numpy import load_file, save_file
 from sparsemae.packing.format import PackedModel, from_bf16, parse_pattern, read, to_bf16, unpack, write
 from sparsemae.runtime import load
 
-pytestmark = pytest.mark.filterwarnings("ignore:the portable kernels are slow")
-
 
 @pytest.fixture
 def packed(tmp_path: Path) -> Path:
