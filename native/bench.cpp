@@ -30,12 +30,15 @@ std::vector<KernelTiming> time_kernels(Vit& model, std::size_t rounds) {
   void* scratch = model.scratch_[0].get();
 
   // What a layer reads: the activation itself, or its int8 copy, rounded before.
+  const auto copy_of = [&](const Aligned<char>& activation) {
+    return &activation == &w.hidden ? w.quantized_hidden.get() : w.quantized.get();
+  };
   const auto input = [&](const Vit::Layer& layer, const Aligned<char>& activation) {
-    return layer.view.quantize ? w.quantized.get() : activation.get();
+    return layer.view.quantize ? copy_of(activation) : activation.get();
   };
   const auto round = [&](const Vit::Layer& layer, const Aligned<char>& activation) {
     if (layer.view.quantize)
-      kernels.quantize(g, layer.view.columns, activation.get(), w.quantized.get(), 0, g.padded_tokens);
+      kernels.quantize(g, layer.view.columns, activation.get(), copy_of(activation), 0, g.padded_tokens);
   };
   const auto linear = [&](const Vit::Layer& layer, const Aligned<char>& activation, Output kind, void* output) {
     kernels.linear(g, layer.view, input(layer, activation), kind, output, 0, kernels.token_parts(g), 0,

@@ -11,6 +11,7 @@ std::vector<const Kernels*> usable_kernels() {
   const Processor& processor = this_processor();
   if (processor.avx512fp16) tables.push_back(avx512fp16_kernels());
   if (processor.amx) tables.push_back(amx_kernels());
+  if (processor.avx512bf16 && processor.avx512vnni && processor.avx512vbmi) tables.push_back(avx512vnni_kernels());
   if (processor.avx512bf16) tables.push_back(avx512bf16_kernels());
   if (processor.avx512) tables.push_back(avx512_kernels());
   if (processor.avx2) tables.push_back(avx2_kernels());

@@ -67,10 +67,14 @@ Vit::Workspace& Vit::workspace(std::size_t index) {
     w->normed = aligned_array<char>(kernels_->activation_bytes(g.width, g));
     w->attended = aligned_array<char>(kernels_->activation_bytes(g.width, g));
     w->hidden = aligned_array<char>(kernels_->activation_bytes(config_.mlp_hidden, g));
-    // at most as long as the activation itself, and a scale per token
-    if (kernels_->quantize)
-      w->quantized = aligned_array<char>(kernels_->activation_bytes(std::max(g.width, config_.mlp_hidden), g) +
-                                         g.padded_tokens * 4);
+    if (kernels_->quantize) {
+      // an int8 copy is at most as long as the activation itself, and has a scale per token
+      const auto quantized_bytes = [&](std::size_t features) {
+        return kernels_->activation_bytes(features, g) + g.padded_tokens * sizeof(float);
+      };
+      w->quantized = aligned_array<char>(quantized_bytes(g.width));
+      w->quantized_hidden = aligned_array<char>(quantized_bytes(config_.mlp_hidden));
+    }
     w->pooled.resize(2 * g.width);
     workspaces_.push_back(std::move(w));
   }
@@ -174,12 +178,12 @@ void Vit::forward_block(Workspace& w, Stages& stages, const Block& block, void* 
     });
     return next.view.quantize ? w.quantized.get() : w.normed.get();
   };
-  const auto quantized = [&](const Layer& next, char* activation) {
-    if (!next.view.quantize) return activation;
+  const auto quantized = [&](const Layer& next, const Aligned<char>& activation, const Aligned<char>& copy) {
+    if (!next.view.quantize) return activation.get();
     stages.run_tokens(g, [&](std::size_t first, std::size_t last) {
-      kernels_->quantize(g, next.view.columns, activation, w.quantized.get(), first, last);
+      kernels_->quantize(g, next.view.columns, activation.get(), copy.get(), first, last);
     });
-    return w.quantized.get();
+    return copy.get();
   };
   const auto linear = [&](const Layer& layer, const void* input, Output kind, void* output) {
     run_linear(stages, *kernels_, layer, input, kind, output, scratch);
@@ -192,9 +196,9 @@ void Vit::forward_block(Workspace& w, Stages& stages, const Block& block, void* 
       kernels_->attend_head(g, w.attended.get(), head, scratch);
     }
   });
-  linear(block.proj, quantized(block.proj, w.attended.get()), Output::residual, w.residual.get());
+  linear(block.proj, quantized(block.proj, w.attended, w.quantized), Output::residual, w.residual.get());
   linear(block.fc1, norm(block.norm2, block.fc1), Output::gelu, w.hidden.get());
-  linear(block.fc2, quantized(block.fc2, w.hidden.get()), Output::residual, w.residual.get());
+  linear(block.fc2, quantized(block.fc2, w.hidden, w.quantized_hidden), Output::residual, w.residual.get());
 }
 
 void Vit::run_head(Workspace& w, Stages& stages, float* out, bool features) const {

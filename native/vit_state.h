@@ -26,7 +26,9 @@ inline std::size_t residual_index(const Kernels& kernels, const Geometry& g, std
 struct Vit::Workspace {
   Aligned<float> residual;
   Aligned<char> patches, normed, attended, hidden;
-  Aligned<char> quantized;  // the input of an int8 layer
+  // Inputs of int8 layers; of fc2 by itself, because where threads keep to their own tokens, one may already round the
+  // inputs of fc1 while another is still at fc2, and the two are of different lengths.
+  Aligned<char> quantized, quantized_hidden;
   std::vector<float> pooled;
 };
 
