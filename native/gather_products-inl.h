@@ -2,10 +2,10 @@
 // or vpermb fetches what 16 rows keep of them, and one dot-product instruction multiplies that. No gather touches
 // memory. Included inside the anonymous namespace of a file of kernels.
 //
-// Tokens are rows of inputs, cut in tiles of 64 bytes. A tile of kTokens tokens and one block of rows are multiplied at
-// a time: the sums stay in registers, an index and a weight serve all these tokens, an input both halves of the block.
-// Around that: a chunk of tokens whose inputs stay in the first-level cache meets all blocks of rows, and inputs that
-// are too wide for that are taken in slabs, where sums can go into the residual one slab after the other.
+// Tokens are rows of inputs, cut in tiles of 64 bytes. kTokens tokens and one block of rows are multiplied at a time:
+// the sums stay in registers, an index and a weight serve all these tokens, an input both halves of the block. These
+// tokens meet all blocks of rows while they are in the first-level cache. Inputs too wide for that are taken in slabs
+// where sums can go into the residual one slab after the other.
 //
 // A block of 32 rows:
 //   slabs        per slab where its records begin in the block (uint32)
@@ -28,10 +28,10 @@
 
 namespace gather {
 
-constexpr size_t kHalf = 16;         // rows in a register of sums
-constexpr size_t kTokens = 8;        // 16 sums: with more GCC 12 keeps some of them in memory
-constexpr size_t kSlabTiles = 24;    // 1.5 KB of a token's inputs
-constexpr size_t kChunkTokens = 16;  // with a slab each, and the block of weights: the first-level cache
+constexpr size_t kHalf = 16;   // rows in a register of sums
+constexpr size_t kTokens = 8;  // 16 sums: with more GCC 12 keeps some of them in memory
+constexpr size_t kSlabTiles =
+    48;  // of kTokens tokens 24 KB: they and the weights of a block stay in the first-level cache
 
 inline __m512bh as_bf16(__m512i x) { return (__m512bh)x; }
 
@@ -190,36 +190,33 @@ inline void multiply(const Linear& l, const char* x, size_t stride, const float*
   const size_t tiles = tiles_of<P>(l.columns), all_slabs = slabs_of(tiles);
   const size_t slabs = slabwise && !l.dense ? all_slabs : 1;
   const Header header(tiles, token_scale != nullptr);
-  for (size_t chunk = first_token; chunk < last_token; chunk += kChunkTokens)
+  for (size_t token = first_token; token < last_token; token += kTokens)
     for (size_t slab = 0; slab < slabs; ++slab)
       for (size_t block = first; block < last; ++block) {
         const char* data = static_cast<const char*>(l.data) + l.offsets[block];
         const size_t first_tile = slab * kSlabTiles, last_tile = slab + 1 < slabs ? first_tile + kSlabTiles : tiles;
-        typename P::Sum start[2] = {};
-        if constexpr (!std::is_same_v<P, Bf16>)
-          for (size_t s = slab; s < (slabs > 1 ? slab + 1 : all_slabs); ++s)
-            for (size_t half = 0; half < 2; ++half)
-              start[half] = _mm512_add_epi32(
-                  start[half], _mm512_loadu_si512(data + header.start + (s * kRowBlock + half * kHalf) * 4));
-        const size_t end = chunk + kChunkTokens < last_token ? chunk + kChunkTokens : last_token;
-        for (size_t token = chunk; token < end; token += kTokens) {
-          Sums<P> sums;
-          const char* from = x + token * stride + first_tile * 64;
-          if (l.dense) {
-            if constexpr (std::is_same_v<P, Bf16>) accumulate_dense(data, (l.columns + 1) / 2, from, stride, sums);
-          } else {
-            accumulate<P>(data + reinterpret_cast<const std::uint32_t*>(data)[slab], data + header.counts + first_tile,
-                          last_tile - first_tile, from, stride, start, sums);
-          }
-          for (size_t half = 0; half < 2; ++half) {
-            const size_t row = block * kRowBlock + half * kHalf;
-            const __m512 scale = _mm512_loadu_ps(l.scale + row);
-            const __m512 bias = slab ? _mm512_setzero_ps() : _mm512_loadu_ps(l.bias + row);
-            for (size_t t = 0; t < kTokens; ++t) {
-              __m512 y = P::to_float(sums[half][t]);
-              if (token_scale) y = _mm512_mul_ps(y, _mm512_set1_ps(token_scale[token + t]));
-              sink(token + t, row, _mm512_fmadd_ps(y, scale, bias));
-            }
+        const char* from = x + token * stride + first_tile * 64;
+        Sums<P> sums;
+        if (l.dense) {
+          if constexpr (std::is_same_v<P, Bf16>) accumulate_dense(data, (l.columns + 1) / 2, from, stride, sums);
+        } else {
+          typename P::Sum start[2] = {};
+          if constexpr (!std::is_same_v<P, Bf16>)
+            for (size_t s = slab; s < (slabs > 1 ? slab + 1 : all_slabs); ++s)
+              for (size_t half = 0; half < 2; ++half)
+                start[half] = _mm512_add_epi32(
+                    start[half], _mm512_loadu_si512(data + header.start + (s * kRowBlock + half * kHalf) * 4));
+          accumulate<P>(data + reinterpret_cast<const std::uint32_t*>(data)[slab], data + header.counts + first_tile,
+                        last_tile - first_tile, from, stride, start, sums);
+        }
+        for (size_t half = 0; half < 2; ++half) {
+          const size_t row = block * kRowBlock + half * kHalf;
+          const __m512 scale = _mm512_loadu_ps(l.scale + row);
+          const __m512 bias = slab ? _mm512_setzero_ps() : _mm512_loadu_ps(l.bias + row);
+          for (size_t t = 0; t < kTokens; ++t) {
+            __m512 y = P::to_float(sums[half][t]);
+            if (token_scale) y = _mm512_mul_ps(y, _mm512_set1_ps(token_scale[token + t]));
+            sink(token + t, row, _mm512_fmadd_ps(y, scale, bias));
           }
         }
       }
