@@ -25,7 +25,7 @@ std::vector<KernelTiming> time_kernels(Vit& model, std::size_t rounds) {
   const Vit::Block& block = model.blocks_.at(0);
   std::vector<float> image(g.channels * g.image_height * g.image_width), out(g.tokens * g.width);
   model.forward(image.data(), 1, out.data(), true);  // activations that are not all zero
-  const std::lock_guard lock(model.mutex_);
+  const auto lock = model.pool_.acquire();
   Vit::Workspace& w = model.workspace(0);
   void* scratch = model.scratch_[0].get();
 

@@ -82,7 +82,7 @@ Vit::Workspace& Vit::workspace(std::size_t index) {
 }
 
 void Vit::forward(const float* images, std::size_t batch, float* out, bool features) {
-  const std::lock_guard lock(mutex_);
+  const auto lock = pool_.acquire();
   const Geometry& g = geometry_;
   const std::size_t image_size = g.channels * g.image_height * g.image_width;
   const std::size_t out_size = features ? g.tokens * g.width : outputs();

@@ -7,7 +7,6 @@
 #include <cstdint>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
@@ -63,8 +62,8 @@ class Vit {
       std::size_t threads, const std::string& isa);
   ~Vit();
 
-  // images [batch][in_chans][H][W]; out [batch][outputs()], or [batch][tokens()][embed_dim] with `features`. Serialized
-  // by a mutex.
+  // images [batch][in_chans][H][W]; out [batch][outputs()], or [batch][tokens()][embed_dim] with `features`. Calls
+  // are serialized.
   void forward(const float* images, std::size_t batch, float* out, bool features);
 
   std::size_t outputs() const { return config_.num_classes ? config_.num_classes : config_.embed_dim; }
@@ -106,7 +105,6 @@ class Vit {
   Geometry geometry_;
   const Kernels *kernels_, *embedding_;  // of the blocks, and of the patch embedding
   ThreadPool pool_;
-  std::mutex mutex_;
   Layer embed_;
   std::optional<Norm> norm_pre_, norm_, fc_norm_;
   std::vector<Block> blocks_;
