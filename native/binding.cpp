@@ -1,16 +1,19 @@
-// The Python side of the native library (nanobind). What a file says has been checked in Python before it comes here; sizes that kernels
-// rely on are checked again where arrays meet them.
+// The Python side of the native library (nanobind). What a file says has been checked in Python before it comes here;
+// sizes that kernels rely on are checked again where arrays meet them.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/map.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <new>
 #include <stdexcept>
 
+#include "bench.h"
 #include "codes.h"
 #include "dispatch.h"
+#include "processor.h"
 #include "vit.h"
 
 namespace nb = nanobind;
@@ -31,12 +34,13 @@ VitConfig read_config(const nb::object& shape) {
   const auto flag = [&](const char* name) { return field<bool>(shape, name); };
   const auto pool = field<std::string>(shape, "global_pool");
   VitConfig c{};
-  c.embed_dim = size("embed_dim"), c.depth = size("depth"), c.num_heads = size("num_heads"), c.mlp_hidden = size("mlp_hidden");
+  c.embed_dim = size("embed_dim"), c.depth = size("depth"), c.num_heads = size("num_heads"),
+  c.mlp_hidden = size("mlp_hidden");
   c.patch_size = size("patch_size"), c.image_height = size("image_height"), c.image_width = size("image_width");
   c.in_chans = size("in_chans"), c.num_classes = size("num_classes"), c.reg_tokens = size("reg_tokens");
   c.class_token = flag("class_token"), c.no_embed_class = flag("no_embed_class"), c.pre_norm = flag("pre_norm");
-  c.final_norm = flag("final_norm"), c.fc_norm = flag("fc_norm"), c.layer_scale = flag("layer_scale");
-  c.qkv_bias = flag("qkv_bias"), c.proj_bias = flag("proj_bias"), c.patch_bias = flag("patch_bias");
+  c.final_norm = flag("final_norm"), c.fc_norm = flag("fc_norm");
+  c.patch_bias = flag("patch_bias");
   c.pool_include_prefix = flag("pool_include_prefix"), c.average_pool = pool == "avg", c.all_tokens = pool.empty();
   c.norm_eps = field<float>(shape, "norm_eps");
   return c;
@@ -61,7 +65,7 @@ class Builder {
   }
 
   void sparse(const std::string& name, std::size_t columns, unsigned n, unsigned m, const Array<std::uint8_t>& codes,
-              const nb::object& values, const nb::object& scale, bool integers) {
+              const nb::object& values, const nb::object& scale, bool quantize) {
     Weights w;
     w.columns = columns, w.n = n, w.m = m;
     w.codes = codes.data(), w.code_bytes = codes.size();
@@ -86,7 +90,7 @@ class Builder {
       const auto scales = nb::cast<Array<float>>(scale);
       if (scales.size() != w.rows) throw std::invalid_argument(name + ": wrong number of scales");
       w.row_scale = scales.data();
-      w.integers = integers;
+      w.quantize = quantize;
     }
     keep(name, w, codes);
     alive_.push_back(values);
@@ -94,7 +98,8 @@ class Builder {
   }
 
   Vit* build(std::size_t threads, const std::string& isa) {
-    if (threads < 1 || threads > 1024) throw std::invalid_argument("threads must be in [1, 1024], got " + std::to_string(threads));
+    if (threads < 1 || threads > 1024)
+      throw std::invalid_argument("threads must be in [1, 1024], got " + std::to_string(threads));
     const VitConfig config = read_config(shape_);
     const nb::gil_scoped_release release;
     return new Vit(config, weights_, vectors_, threads, isa);
@@ -115,9 +120,10 @@ class Builder {
 
 nb::object forward(Vit& model, const Array<float>& images, bool features) {
   const VitConfig& c = model.config();
-  if (images.ndim() != 4 || images.shape(1) != c.in_chans || images.shape(2) != c.image_height || images.shape(3) != c.image_width)
-    throw std::invalid_argument("images must be float32 [B, " + std::to_string(c.in_chans) + ", " + std::to_string(c.image_height) +
-                                ", " + std::to_string(c.image_width) + "]");
+  if (images.ndim() != 4 || images.shape(1) != c.in_chans || images.shape(2) != c.image_height ||
+      images.shape(3) != c.image_width)
+    throw std::invalid_argument("images must be float32 [B, " + std::to_string(c.in_chans) + ", " +
+                                std::to_string(c.image_height) + ", " + std::to_string(c.image_width) + "]");
   const std::size_t batch = images.shape(0);
   features = features || c.all_tokens;
   std::vector<std::size_t> shape{batch};
@@ -143,8 +149,8 @@ NB_MODULE(_native, m) {
       .def(nb::init<nb::object>(), nb::arg("shape"))
       .def("vector", &Builder::vector)
       .def("dense", &Builder::dense)
-      .def("sparse", &Builder::sparse, nb::arg("name"), nb::arg("columns"), nb::arg("n"), nb::arg("m"), nb::arg("codes"),
-           nb::arg("values"), nb::arg("scale").none(), nb::arg("integers"))
+      .def("sparse", &Builder::sparse, nb::arg("name"), nb::arg("columns"), nb::arg("n"), nb::arg("m"),
+           nb::arg("codes"), nb::arg("values"), nb::arg("scale").none(), nb::arg("quantize"))
       .def("build", &Builder::build, nb::arg("threads"), nb::arg("isa"), nb::rv_policy::take_ownership);
   nb::class_<Vit>(m, "Vit")
       .def("__call__", &forward, nb::arg("images"), nb::arg("features"))
@@ -156,6 +162,14 @@ NB_MODULE(_native, m) {
     for (const Kernels* table : usable_kernels()) names.emplace_back(table->name);
     return names;
   });
+  nb::class_<KernelTiming>(m, "KernelTiming")
+      .def_ro("kernel", &KernelTiming::kernel)
+      .def_ro("seconds", &KernelTiming::seconds)
+      .def_ro("instructions", &KernelTiming::instructions)
+      .def_ro("peak", &KernelTiming::peak)
+      .def_ro("zeros", &KernelTiming::zeros);
+  m.def("time_kernels", &time_kernels, nb::arg("model"), nb::arg("rounds"), nb::call_guard<nb::gil_scoped_release>());
+  m.def("processor", [] { return std::make_pair(this_processor().name(), this_processor().features()); });
   m.def("decode_positions", [](const Array<std::uint8_t>& codes, std::size_t groups, unsigned n, unsigned k) {
     const auto positions = decode_positions(codes.data(), codes.size(), groups, n, k);
     return nb::bytes(reinterpret_cast<const char*>(positions.data()), positions.size());

@@ -8,7 +8,7 @@ namespace {
 
 using Vectors = std::map<std::string, std::vector<float>>;
 
-// A normalised feature is at most sqrt(width): it were the only one that differs from the mean.
+// A normalized feature is at most sqrt(width): it were the only one that differs from the mean.
 float norm_bound(const Vectors& vectors, const std::string& name, std::size_t width) {
   const auto &weight = vectors.at(name + ".weight"), &bias = vectors.at(name + ".bias");
   const float peak = std::sqrt(static_cast<float>(width));
@@ -32,10 +32,10 @@ float output_bound(const Weights& w, const Vectors& vectors, const std::string& 
 
 }  // namespace
 
-float InputBounds::largest() const { return std::max({qkv, proj, fc1, fc2}); }
+float InputBounds::max() const { return std::max({qkv, proj, fc1, fc2}); }
 
-InputBounds input_bounds(const std::map<std::string, Weights>& weights, const Vectors& vectors, const std::string& block,
-                         std::size_t width) {
+InputBounds input_bounds(const std::map<std::string, Weights>& weights, const Vectors& vectors,
+                         const std::string& block, std::size_t width) {
   InputBounds b;
   b.qkv = norm_bound(vectors, block + "norm1", width);
   b.fc1 = norm_bound(vectors, block + "norm2", width);

@@ -41,9 +41,9 @@ void unrank(const Binomials& binomials, std::uint64_t rank, unsigned n, unsigned
   }
 }
 
-[[noreturn]] void refuse(std::size_t group, unsigned n, unsigned m) {
-  throw std::invalid_argument("code of group " + std::to_string(group) + " is out of range for " + std::to_string(n) + ":" +
-                              std::to_string(m));
+[[noreturn]] void throw_out_of_range(std::size_t group, unsigned n, unsigned m) {
+  throw std::invalid_argument("code of group " + std::to_string(group) + " is out of range for " + std::to_string(n) +
+                              ":" + std::to_string(m));
 }
 
 // `bits` <= 64 bits from bit `at` on; reads no byte beyond those that hold them.
@@ -66,10 +66,10 @@ void decode_bitmaps(const std::uint8_t* codes, std::size_t groups, unsigned n, u
     unsigned kept = 0;
     for (unsigned j = 0; j < m; ++j) {
       if (!read_bits(codes, group * m + j, 1)) continue;
-      if (kept == n) refuse(group, n, m);
+      if (kept == n) throw_out_of_range(group, n, m);
       out[group * n + kept++] = static_cast<std::uint8_t>(j);
     }
-    if (kept != n) refuse(group, n, m);
+    if (kept != n) throw_out_of_range(group, n, m);
   }
 }
 
@@ -98,7 +98,7 @@ std::vector<std::uint8_t> decode_positions(const std::uint8_t* codes, std::size_
   }
   for (std::size_t group = 0; group < groups; ++group) {
     const std::uint64_t rank = bits ? read_bits(codes, group * bits, bits) : 0;
-    if (rank >= count) refuse(group, n, m);
+    if (rank >= count) throw_out_of_range(group, n, m);
     if (table.empty())
       unrank(binomials, rank, n, m, &positions[group * n]);
     else

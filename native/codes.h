@@ -9,6 +9,7 @@ namespace sparsemae {
 
 // Kept positions of `groups` groups of n:m, ascending within each, [groups][n].
 // Throws std::invalid_argument when the codes are not exactly as long as they must be, or one is out of range.
-std::vector<std::uint8_t> decode_positions(const std::uint8_t* codes, std::size_t bytes, std::size_t groups, unsigned n, unsigned m);
+std::vector<std::uint8_t> decode_positions(const std::uint8_t* codes, std::size_t bytes, std::size_t groups, unsigned n,
+                                           unsigned m);
 
 }  // namespace sparsemae

@@ -7,11 +7,10 @@
 
 namespace {
 
-#include "floats_avx512.h"
+#include "floats_avx512-inl.h"
 
-using V = Floats;
-
-#include "lane_kernels.h"
+#define SPARSEMAE_VECTOR Floats
+#include "lane_kernels-inl.h"
 
 constexpr sparsemae::Kernels kTable = lanes::table("avx512");
 

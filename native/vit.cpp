@@ -1,5 +1,5 @@
-// The forward. One image at a time: by all threads together, stage by stage, or, where a batch has as many images as there are threads,
-// by one thread each without any barrier (its activations stay in its own cache).
+// The forward. One image at a time: shared by all threads, stage by stage, or, where a batch has as many images as
+// there are threads, by one thread each without any barrier (its activations stay in its own cache).
 #include "vit.h"
 
 #include <algorithm>
@@ -9,29 +9,32 @@
 
 namespace sparsemae {
 
-constexpr std::size_t kPieces = 8;  // of a linear layer, per thread
+constexpr std::size_t kTasksPerThread = 8;  // of a linear layer
 
-// A stage is a number of units, ordered by tokens or by heads. Each thread starts with its own share of them, the same part of the image in
-// stage after stage, so that what it reads is mostly what it wrote, in its own cache. When it is done it helps the others, one of whom
-// may be held up.
+// A stage is a number of units, ordered by tokens or by heads. Each thread starts with its own part of them, the same
+// part of the image in stage after stage, so that what it reads is mostly what it wrote, in its own cache. When it is
+// done it helps the others, one of whom may be held up.
 //
-// Only attention looks at other tokens. Where the kernels have at least as many parts of tokens as there are threads, each thread takes
-// its own parts from one attention to the next, and nobody waits or fetches what is in another core's cache.
+// Only attention looks at other tokens. Where the kernels have at least as many parts of tokens as there are threads,
+// each thread takes its own parts from one attention to the next, and nobody waits or fetches what is in another core's
+// cache.
 struct Vit::Stages {
-  ThreadPool* pool;  // null: this thread has the image for itself
+  ThreadPool* pool;                      // null: this thread has the image for itself
   std::atomic<std::uint32_t>* counters;  // [threads][stages]
   std::size_t count, thread, stage = 0;
-  bool apart = false;
-  std::size_t first_part = 0, last_part = 0, first_token = 0, last_token = 0;  // of this thread, if apart
+  bool token_partitioned = false;
+  std::size_t first_part = 0, last_part = 0, first_token = 0, last_token = 0;  // of this thread, if token_partitioned
 
   template <class F>
   void run(std::size_t units, std::size_t chunk, const F& work) {
     if (!pool) return work(std::size_t{0}, units);
     const std::size_t threads = pool->size();
     for (std::size_t i = 0; i < threads; ++i) {
-      const std::size_t owner = (thread + i) % threads, end = units * (owner + 1) / threads, begin = units * owner / threads;
+      const std::size_t owner = (thread + i) % threads, end = units * (owner + 1) / threads,
+                        begin = units * owner / threads;
       auto& counter = counters[owner * count + stage];
-      for (std::size_t first; (first = begin + counter.fetch_add(static_cast<std::uint32_t>(chunk), std::memory_order_relaxed)) < end;)
+      for (std::size_t first;
+           (first = begin + counter.fetch_add(static_cast<std::uint32_t>(chunk), std::memory_order_relaxed)) < end;)
         work(first, std::min(first + chunk, end));
     }
     ++stage;
@@ -40,16 +43,18 @@ struct Vit::Stages {
   // work(first, last) for all tokens.
   template <class F>
   void run_tokens(const Geometry& g, const F& work) {
-    if (apart) return work(first_token, last_token);
-    run(g.padded_tokens / kTokenUnit, 1, [&](std::size_t first, std::size_t last) { work(first * kTokenUnit, last * kTokenUnit); });
+    if (token_partitioned) return work(first_token, last_token);
+    run(g.padded_tokens / kTokenUnit, 1,
+        [&](std::size_t first, std::size_t last) { work(first * kTokenUnit, last * kTokenUnit); });
   }
   // Before a stage that reads what other threads have written.
-  void meet() {
-    if (apart) pool->barrier();
+  void barrier() {
+    if (token_partitioned) pool->barrier();
   }
-  // In how many ranges of rows a layer is cut when its tokens are in so many parts: enough pieces to even out between the threads.
+  // In how many ranges of rows a layer is cut when its tokens are in so many parts: enough pieces to even out between
+  // the threads.
   std::size_t ranges(std::size_t blocks, std::size_t parts) const {
-    return std::min(blocks, (kPieces * pool->size() + parts - 1) / parts);
+    return std::min(blocks, (kTasksPerThread * pool->size() + parts - 1) / parts);
   }
 };
 
@@ -62,9 +67,14 @@ Vit::Workspace& Vit::workspace(std::size_t index) {
     w->normed = aligned_array<char>(kernels_->activation_bytes(g.width, g));
     w->attended = aligned_array<char>(kernels_->activation_bytes(g.width, g));
     w->hidden = aligned_array<char>(kernels_->activation_bytes(config_.mlp_hidden, g));
-    // at most as long as the activation itself, and a scale per token
-    if (kernels_->quantise)
-      w->quantised = aligned_array<char>(kernels_->activation_bytes(std::max(g.width, config_.mlp_hidden), g) + g.padded_tokens * 4);
+    if (kernels_->quantize) {
+      // an int8 copy is at most as long as the activation itself, and has a scale per token
+      const auto quantized_bytes = [&](std::size_t features) {
+        return kernels_->activation_bytes(features, g) + g.padded_tokens * sizeof(float);
+      };
+      w->quantized = aligned_array<char>(quantized_bytes(g.width));
+      w->quantized_hidden = aligned_array<char>(quantized_bytes(config_.mlp_hidden));
+    }
     w->pooled.resize(2 * g.width);
     workspaces_.push_back(std::move(w));
   }
@@ -72,7 +82,7 @@ Vit::Workspace& Vit::workspace(std::size_t index) {
 }
 
 void Vit::forward(const float* images, std::size_t batch, float* out, bool features) {
-  const std::lock_guard lock(mutex_);
+  const auto lock = pool_.acquire();
   const Geometry& g = geometry_;
   const std::size_t image_size = g.channels * g.image_height * g.image_width;
   const std::size_t out_size = features ? g.tokens * g.width : outputs();
@@ -80,47 +90,49 @@ void Vit::forward(const float* images, std::size_t batch, float* out, bool featu
     Vit* model;
     const float* images;
     float* out;
-    std::size_t image_size, out_size, batch, alone;
+    std::size_t image_size, out_size, batch, per_image;
     bool features;
     std::atomic<std::size_t> next{0};
   } call{this, images, out, image_size, out_size, batch, threads() > 1 ? batch - batch % threads() : batch, features};
   // A lone thread, or one image per thread: nothing is shared.
-  for (std::size_t t = 0; t < (call.alone ? threads() : 1); ++t) workspace(t);
-  const auto alone = [](void* context, std::size_t thread) {
+  for (std::size_t t = 0; t < (call.per_image ? threads() : 1); ++t) workspace(t);
+  const auto per_image = [](void* context, std::size_t thread) {
     auto& c = *static_cast<Call*>(context);
     c.model->kernels_->thread_begin();
-    for (std::size_t i; (i = c.next.fetch_add(1)) < c.alone;) {
+    for (std::size_t i; (i = c.next.fetch_add(1)) < c.per_image;) {
       Stages stages{};
-      c.model->forward_image(*c.model->workspaces_[thread], stages, c.images + i * c.image_size, c.out + i * c.out_size, c.features,
-                             c.model->scratch_[thread].get());
+      c.model->forward_image(*c.model->workspaces_[thread], stages, c.images + i * c.image_size, c.out + i * c.out_size,
+                             c.features, c.model->scratch_[thread].get());
     }
     c.model->kernels_->thread_end();
   };
-  const auto together = [](void* context, std::size_t thread) {
+  const auto shared = [](void* context, std::size_t thread) {
     auto& c = *static_cast<Call*>(context);
     c.model->kernels_->thread_begin();
     const Geometry& g = c.model->geometry_;
     const Kernels& kernels = *c.model->kernels_;
     const std::size_t parts = kernels.token_parts(g), threads = c.model->threads();
     Stages stages{&c.model->pool_, c.model->counters_.data(), c.model->counters_.size() / threads, thread};
-    stages.apart = threads > 1 && parts >= threads;
+    stages.token_partitioned = threads > 1 && parts >= threads;
     stages.first_part = parts * thread / threads;
     stages.last_part = parts * (thread + 1) / threads;
     stages.first_token = kernels.part_begin(g, stages.first_part);
     stages.last_token = kernels.part_begin(g, stages.last_part);
-    c.model->forward_image(*c.model->workspaces_[0], stages, c.images, c.out, c.features, c.model->scratch_[thread].get());
+    c.model->forward_image(*c.model->workspaces_[0], stages, c.images, c.out, c.features,
+                           c.model->scratch_[thread].get());
     c.model->kernels_->thread_end();
   };
-  if (call.alone) pool_.run(alone, &call);
-  for (std::size_t i = call.alone; i < batch; ++i) {
+  if (call.per_image) pool_.run(per_image, &call);
+  for (std::size_t i = call.per_image; i < batch; ++i) {
     for (auto& counter : counters_) counter.store(0, std::memory_order_relaxed);
     call.images = images + i * image_size;
     call.out = out + i * out_size;
-    pool_.run(together, &call);
+    pool_.run(shared, &call);
   }
 }
 
-void Vit::forward_image(Workspace& w, Stages& stages, const float* image, float* out, bool features, void* scratch) const {
+void Vit::forward_image(Workspace& w, Stages& stages, const float* image, float* out, bool features,
+                        void* scratch) const {
   const Geometry& g = geometry_;
   const std::size_t token_units = g.padded_tokens / kTokenUnit;
   stages.run(token_units, 1, [&](std::size_t first, std::size_t last) {
@@ -131,22 +143,22 @@ void Vit::forward_image(Workspace& w, Stages& stages, const float* image, float*
   run_linear(stages, *embedding_, embed_, w.patches.get(), Output::residual, w.residual.get(), scratch);
   if (norm_pre_)
     stages.run_tokens(g, [&](std::size_t first, std::size_t last) {
-      kernels_->norm_residual(g, w.residual.get(), norm_pre_->weight.data(), norm_pre_->bias.data(), config_.norm_eps, w.residual.get(),
-                              first, last);
+      kernels_->norm_residual(g, w.residual.get(), norm_pre_->weight.data(), norm_pre_->bias.data(), config_.norm_eps,
+                              w.residual.get(), first, last);
     });
   for (const Block& block : blocks_) forward_block(w, stages, block, scratch);
-  finish(w, stages, out, features);
+  run_head(w, stages, out, features);
 }
 
-void Vit::run_linear(Stages& stages, const Kernels& kernels, const Layer& layer, const void* input, Output kind, void* output,
-                     void* scratch) const {
+void Vit::run_linear(Stages& stages, const Kernels& kernels, const Layer& layer, const void* input, Output kind,
+                     void* output, void* scratch) const {
   const Geometry& g = geometry_;
   const std::size_t parts = kernels.token_parts(g), blocks = layer.view.rows / kRowBlock;
   const auto multiply = [&](std::size_t first_part, std::size_t last_part, std::size_t first, std::size_t last) {
     kernels.linear(g, layer.view, input, kind, output, first_part, last_part, first, last, scratch);
   };
   if (!stages.pool) return multiply(0, parts, 0, blocks);
-  if (stages.apart && &kernels == kernels_) return multiply(stages.first_part, stages.last_part, 0, blocks);
+  if (stages.token_partitioned && &kernels == kernels_) return multiply(stages.first_part, stages.last_part, 0, blocks);
   const std::size_t ranges = stages.ranges(blocks, parts);
   stages.run(parts * ranges, 1, [&](std::size_t first, std::size_t last) {
     for (std::size_t unit = first; unit < last; ++unit) {
@@ -160,46 +172,49 @@ void Vit::forward_block(Workspace& w, Stages& stages, const Block& block, void* 
   const Geometry& g = geometry_;
   const auto norm = [&](const Norm& n, const Layer& next) {
     stages.run_tokens(g, [&](std::size_t first, std::size_t last) {
-      kernels_->norm(g, w.residual.get(), n.weight.data(), n.bias.data(), config_.norm_eps, w.normed.get(), first, last);
-      if (next.view.int8) kernels_->quantise(g, g.width, w.normed.get(), w.quantised.get(), first, last);
+      kernels_->norm(g, w.residual.get(), n.weight.data(), n.bias.data(), config_.norm_eps, w.normed.get(), first,
+                     last);
+      if (next.view.quantize) kernels_->quantize(g, g.width, w.normed.get(), w.quantized.get(), first, last);
     });
-    return next.view.int8 ? w.quantised.get() : w.normed.get();
+    return next.view.quantize ? w.quantized.get() : w.normed.get();
   };
-  const auto quantised = [&](const Layer& next, char* activation) {
-    if (!next.view.int8) return activation;
+  const auto quantized = [&](const Layer& next, const Aligned<char>& activation, const Aligned<char>& copy) {
+    if (!next.view.quantize) return activation.get();
     stages.run_tokens(g, [&](std::size_t first, std::size_t last) {
-      kernels_->quantise(g, next.view.columns, activation, w.quantised.get(), first, last);
+      kernels_->quantize(g, next.view.columns, activation.get(), copy.get(), first, last);
     });
-    return w.quantised.get();
+    return copy.get();
   };
   const auto linear = [&](const Layer& layer, const void* input, Output kind, void* output) {
     run_linear(stages, *kernels_, layer, input, kind, output, scratch);
   };
   const char* normed = norm(block.norm1, block.qkv);
-  stages.meet();
+  stages.barrier();
   stages.run(g.heads, 1, [&](std::size_t first, std::size_t last) {
-    for (std::size_t head = first; head < last; ++head)
-      kernels_->attention(g, block.qkv.view, normed, w.attended.get(), head, scratch);
+    for (std::size_t head = first; head < last; ++head) {
+      kernels_->project_head(g, block.qkv.view, normed, head, scratch);
+      kernels_->attend_head(g, w.attended.get(), head, scratch);
+    }
   });
-  linear(block.proj, quantised(block.proj, w.attended.get()), Output::residual, w.residual.get());
+  linear(block.proj, quantized(block.proj, w.attended, w.quantized), Output::residual, w.residual.get());
   linear(block.fc1, norm(block.norm2, block.fc1), Output::gelu, w.hidden.get());
-  linear(block.fc2, quantised(block.fc2, w.hidden.get()), Output::residual, w.residual.get());
+  linear(block.fc2, quantized(block.fc2, w.hidden, w.quantized_hidden), Output::residual, w.residual.get());
 }
 
-void Vit::finish(Workspace& w, Stages& stages, float* out, bool features) const {
+void Vit::run_head(Workspace& w, Stages& stages, float* out, bool features) const {
   const Geometry& g = geometry_;
   const auto at = [&](std::size_t token, std::size_t d) { return w.residual[residual_index(*kernels_, g, token, d)]; };
   if (norm_) {
     const bool all = features || config_.average_pool || config_.all_tokens;
-    const auto normalise = [&](std::size_t first, std::size_t last) {
-      kernels_->norm_residual(g, w.residual.get(), norm_->weight.data(), norm_->bias.data(), config_.norm_eps, w.residual.get(), first,
-                              last);
+    const auto normalize = [&](std::size_t first, std::size_t last) {
+      kernels_->norm_residual(g, w.residual.get(), norm_->weight.data(), norm_->bias.data(), config_.norm_eps,
+                              w.residual.get(), first, last);
     };
-    if (all) stages.run_tokens(g, normalise);
-    stages.meet();
-    if (!all) stages.run(1, 1, [&](std::size_t, std::size_t) { normalise(0, kTokenUnit); });
+    if (all) stages.run_tokens(g, normalize);
+    stages.barrier();
+    if (!all) stages.run(1, 1, [&](std::size_t, std::size_t) { normalize(0, kTokenUnit); });
   } else {
-    stages.meet();
+    stages.barrier();
   }
   if (features) {
     stages.run(g.tokens, kTokenUnit, [&](std::size_t first, std::size_t last) {

@@ -7,7 +7,6 @@
 #include <cstdint>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
@@ -18,13 +17,15 @@
 namespace sparsemae {
 
 struct VitConfig {
-  std::size_t embed_dim, depth, num_heads, mlp_hidden, patch_size, image_height, image_width, in_chans, num_classes, reg_tokens;
-  bool class_token, no_embed_class, pre_norm, final_norm, fc_norm, layer_scale, qkv_bias, proj_bias, patch_bias, pool_include_prefix;
+  std::size_t embed_dim, depth, num_heads, mlp_hidden, patch_size, image_height, image_width, in_chans, num_classes,
+      reg_tokens;
+  bool class_token, no_embed_class, pre_norm, final_norm, fc_norm, patch_bias, pool_include_prefix;
   bool average_pool, all_tokens;  // neither: the class token
   float norm_eps;
 };
 
-// A weight matrix as stored in the file; the pointers are only used while the model is built. n = 0: dense float values.
+// A weight matrix as stored in the file; the pointers are only used while the model is built. n = 0: dense float
+// values.
 struct Weights {
   std::size_t rows = 0, columns = 0;
   unsigned n = 0, m = 0;
@@ -34,7 +35,7 @@ struct Weights {
   const std::uint16_t* bf16 = nullptr;
   const std::int8_t* int8 = nullptr;
   const float* row_scale = nullptr;  // with int8
-  bool integers = false;             // int8 values that may be multiplied as such
+  bool quantize = false;             // with int8: multiply as int8 where the kernels can, rounding the inputs
 
   std::size_t kept() const { return n ? columns / m * n : columns; }  // values of a row
   float value(std::size_t at) const {
@@ -50,16 +51,19 @@ struct FreeAligned {
 template <class T>
 using Aligned = std::unique_ptr<T[], FreeAligned>;
 
+struct KernelTiming;
+
 class Vit {
  public:
-  // `weights` by timm's names (…weight of every linear layer and of the patch embedding, flattened to two dimensions);
-  // `vectors` holds everything else. Both are complete and of the right shapes: the caller has checked the file.
-  // Throws std::invalid_argument for codes out of range or an unknown instruction set.
-  Vit(const VitConfig&, const std::map<std::string, Weights>&, const std::map<std::string, std::vector<float>>&, std::size_t threads,
-      const std::string& isa);
+  // `weights` by timm's names (<layer>.weight of every linear layer and of the patch embedding, flattened to two
+  // dimensions); `vectors` holds everything else. Both are complete and of the right shapes: the caller has checked the
+  // file. Throws std::invalid_argument for codes out of range or an unknown instruction set.
+  Vit(const VitConfig&, const std::map<std::string, Weights>&, const std::map<std::string, std::vector<float>>&,
+      std::size_t threads, const std::string& isa);
   ~Vit();
 
-  // images [batch][in_chans][H][W]; out [batch][outputs()], or [batch][tokens()][embed_dim] with `features`. Serialised by a mutex.
+  // images [batch][in_chans][H][W]; out [batch][outputs()], or [batch][tokens()][embed_dim] with `features`. Calls
+  // are serialized.
   void forward(const float* images, std::size_t batch, float* out, bool features);
 
   std::size_t outputs() const { return config_.num_classes ? config_.num_classes : config_.embed_dim; }
@@ -67,6 +71,8 @@ class Vit {
   const VitConfig& config() const { return config_; }
   const Kernels& kernels() const { return *kernels_; }
   std::size_t threads() const { return pool_.size(); }
+
+  friend std::vector<KernelTiming> time_kernels(Vit&, std::size_t rounds);
 
  private:
   struct Layer {
@@ -86,20 +92,19 @@ class Vit {
   struct Stages;     // how the threads of one image share its stages
 
   using Vectors = std::map<std::string, std::vector<float>>;
-  Layer build_layer(const Kernels&, const Weights&, const std::vector<std::int64_t>& rows, const std::vector<float>* bias,
-                    const std::vector<float>* gain, float input_bound) const;
+  Layer build_layer(const Kernels&, const Weights&, const std::vector<std::int64_t>& rows,
+                    const std::vector<float>* bias, const std::vector<float>* gain, float input_bound) const;
   void build_base(const Vectors&);
   Workspace& workspace(std::size_t index);
   void forward_image(Workspace&, Stages&, const float* image, float* out, bool features, void* scratch) const;
   void forward_block(Workspace&, Stages&, const Block&, void* scratch) const;
   void run_linear(Stages&, const Kernels&, const Layer&, const void* input, Output, void* output, void* scratch) const;
-  void finish(Workspace&, Stages&, float* out, bool features) const;
+  void run_head(Workspace&, Stages&, float* out, bool features) const;
 
   VitConfig config_;
   Geometry geometry_;
   const Kernels *kernels_, *embedding_;  // of the blocks, and of the patch embedding
   ThreadPool pool_;
-  std::mutex mutex_;
   Layer embed_;
   std::optional<Norm> norm_pre_, norm_, fc_norm_;
   std::vector<Block> blocks_;
@@ -107,7 +112,7 @@ class Vit {
   Aligned<float> base_;  // the residual before the patches are added: positions, biases, class and register tokens
   std::size_t residual_size_ = 0;
   std::vector<std::unique_ptr<Workspace>> workspaces_;
-  std::vector<Aligned<char>> scratch_;  // one per thread
+  std::vector<Aligned<char>> scratch_;                // one per thread
   std::vector<std::atomic<std::uint32_t>> counters_;  // [threads][stages]
 };
 

@@ -1,4 +1,5 @@
-// Building a model: codes to positions, rows to the layout of the chosen kernels, constants folded into scales and biases.
+// Building a model: codes to positions, rows to the layout of the chosen kernels, constants folded into scales and
+// biases.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -21,18 +22,19 @@ namespace {
 
 constexpr const char* kEmbedding = "patch_embed.proj.weight";
 
-// Rows of a weight matrix in the order of the kernels' physical rows. The rows of one block are decoded when it is first asked for.
-class Reader {
+// Rows of a weight matrix in the order of the kernels' physical rows. The rows of one block are decoded when it is
+// first asked for.
+class RowDecoder {
  public:
-  // `largest`: how large the sum of a row's magnitudes may become; 0: values are handed on as they are.
-  Reader(const Weights& weights, const std::vector<std::int64_t>& rows, float largest)
-      : weights_(weights), rows_(rows), largest_(largest), scale_(rows.size()) {
+  // `max_row_sum`: how large the sum of a row's magnitudes may become; 0: values are passed on as they are.
+  RowDecoder(const Weights& weights, const std::vector<std::int64_t>& rows, float max_row_sum)
+      : weights_(weights), rows_(rows), max_row_sum_(max_row_sum), scale_(rows.size()) {
     if (weights.n)
-      positions_ = decode_positions(weights.codes, weights.code_bytes, weights.rows * (weights.columns / weights.m), weights.n,
-                                    weights.m);
+      positions_ = decode_positions(weights.codes, weights.code_bytes, weights.rows * (weights.columns / weights.m),
+                                    weights.n, weights.m);
   }
   RowSource source() {
-    return {this, [](void* self, std::size_t row) { return static_cast<Reader*>(self)->row(row); }};
+    return {this, [](void* self, std::size_t row) { return static_cast<RowDecoder*>(self)->row(row); }};
   }
   // What the values of a physical row, which has been read, are to be multiplied by.
   float scale(std::size_t physical) const { return scale_[physical]; }
@@ -61,24 +63,24 @@ class Reader {
     for (std::size_t g = 0, i = 0; g < groups; ++g)
       for (std::size_t j = 0; j < per_group; ++j, ++i)
         index[i] = static_cast<std::uint32_t>(weights_.n ? g * weights_.m + positions_[first + i] : j);
-    for (std::size_t i = 0; i < count; ++i)
-      value[i] = weights_.value(first + i);
+    for (std::size_t i = 0; i < count; ++i) value[i] = weights_.value(first + i);
     scale_[physical] = weights_.row_scale ? weights_.row_scale[rows_[physical]] : 1.0f;
-    if (largest_ > 0.0f) enlarge(value, scale_[physical]);
+    if (max_row_sum_ > 0.0f) scale_up(value, scale_[physical]);
   }
 
-  // Multiplies with the scale and a power of two, which becomes the scale. It is limited, so that fp16 can hold its inverse.
-  void enlarge(std::vector<float>& values, float& scale) const {
+  // Multiplies with the scale and a power of two, which becomes the scale. It is limited, so that fp16 can hold its
+  // inverse.
+  void scale_up(std::vector<float>& values, float& scale) const {
     float sum = 0.0f;
     for (const float v : values) sum += std::abs(v * scale);
-    const int exponent = sum > 0.0f ? std::min(14, std::ilogb(largest_ / sum)) : 0;
+    const int exponent = sum > 0.0f ? std::min(14, std::ilogb(max_row_sum_ / sum)) : 0;
     for (float& v : values) v = std::ldexp(v * scale, exponent);
     scale = std::ldexp(1.0f, -exponent);
   }
 
   const Weights& weights_;
   const std::vector<std::int64_t>& rows_;
-  const float largest_;
+  const float max_row_sum_;
   std::vector<float> scale_;
   std::vector<std::uint8_t> positions_;
   std::size_t block_ = static_cast<std::size_t>(-1);
@@ -129,20 +131,21 @@ void run_all(ThreadPool& pool, const std::vector<std::function<void()>>& tasks) 
 
 Vit::Layer Vit::build_layer(const Kernels& kernels, const Weights& weights, const std::vector<std::int64_t>& rows,
                             const std::vector<float>* bias, const std::vector<float>* gain, float input_bound) const {
-  // the weights themselves stay below the limit, too
-  Reader reader(weights, rows, kernels.limit / std::max(1.0f, input_bound));
-  const RowSource source = reader.source();
+  // the weights themselves stay below the bound, too
+  RowDecoder decoder(weights, rows, kernels.max_magnitude / std::max(1.0f, input_bound));
+  const RowSource source = decoder.source();
   Layer layer;
   const std::size_t blocks = rows.size() / kRowBlock;
   layer.view.columns = weights.columns;
-  layer.view.int8 = weights.integers && kernels.quantise;
+  layer.view.quantize = weights.quantize && kernels.quantize;
   layer.view.exact = weights.fp32;
   layer.view.dense = weights.n == 0;
   std::size_t total = 0, capacity = 0;
   for (std::size_t block = 0; block < blocks; ++block) {  // one at a time, so that its rows are decoded once
     const std::size_t bytes = kernels.pack_block(source, layer.view, block, nullptr);
     if (total + bytes > capacity) {
-      capacity = block ? 2 * (total + bytes) : bytes * blocks;  // blocks are alike: the first guess is nearly always right
+      capacity =
+          block ? 2 * (total + bytes) : bytes * blocks;  // blocks are alike: the first guess is nearly always right
       auto larger = aligned_array<char>(capacity);
       std::copy_n(layer.data.get(), total, larger.get());
       layer.data = std::move(larger);
@@ -157,11 +160,12 @@ Vit::Layer Vit::build_layer(const Kernels& kernels, const Weights& weights, cons
     if (rows[r] < 0) continue;
     const auto from = static_cast<std::size_t>(rows[r]);
     const float factor = gain ? (*gain)[from] : 1.0f;
-    layer.scale[r] = reader.scale(r) * factor;
+    layer.scale[r] = decoder.scale(r) * factor;
     layer.bias[r] = bias ? (*bias)[from] * factor : 0.0f;
   }
   layer.view.rows = rows.size();
-  layer.view.used = static_cast<std::size_t>(std::find_if(rows.rbegin(), rows.rend(), [](auto r) { return r >= 0; }).base() - rows.begin());
+  layer.view.used = static_cast<std::size_t>(
+      std::find_if(rows.rbegin(), rows.rend(), [](auto r) { return r >= 0; }).base() - rows.begin());
   layer.view.data = layer.data.get();
   layer.view.offsets = layer.offsets.data();
   layer.view.scale = layer.scale.data();
@@ -190,9 +194,9 @@ void Vit::build_base(const Vectors& vectors) {
     }
 }
 
-Vit::Vit(const VitConfig& config, const std::map<std::string, Weights>& weights, const Vectors& vectors, std::size_t threads,
-         const std::string& isa)
-    : config_(config), pool_(threads), counters_(threads * (kStagesPerImage + kStagesPerBlock * config.depth)) {
+Vit::Vit(const VitConfig& config, const std::map<std::string, Weights>& weights, const Vectors& vectors,
+         std::size_t threads, const std::string& isa)
+    : config_(config), pool_(threads), counters_(pool_.size() * (kStagesPerImage + kStagesPerBlock * config.depth)) {
   Geometry& g = geometry_;
   g.width = config.embed_dim;
   g.heads = config.num_heads;
@@ -209,20 +213,22 @@ Vit::Vit(const VitConfig& config, const std::map<std::string, Weights>& weights,
   for (const auto& [name, w] : weights) {
     if (name == kEmbedding) continue;
     needs.exact = needs.exact || (w.n && w.fp32);
-    needs.integers = needs.integers || w.integers;
+    needs.quantize = needs.quantize || w.quantize;
     needs.density = std::max(needs.density, w.n ? static_cast<float>(w.n) / static_cast<float>(w.m) : 1.0f);
   }
   std::vector<InputBounds> bounds;
   for (std::size_t i = 0; i < config.depth; ++i) {
     bounds.push_back(input_bounds(weights, vectors, "blocks." + std::to_string(i) + ".", g.width));
-    needs.largest = std::max(needs.largest, bounds.back().largest());
+    needs.max_input = std::max(needs.max_input, bounds.back().max());
   }
   kernels_ = choose_kernels(isa, needs);
   embedding_ = kernels_->embedding ? kernels_->embedding() : kernels_;
   g.padded_head_dim = round_up(g.head_dim, kernels_->head_step);
   residual_size_ = g.padded_tokens / kTokenUnit * residual_unit(g);
 
-  const auto norm = [&](const std::string& name) { return Norm{vectors.at(name + ".weight"), vectors.at(name + ".bias")}; };
+  const auto norm = [&](const std::string& name) {
+    return Norm{vectors.at(name + ".weight"), vectors.at(name + ".bias")};
+  };
   const auto optional_vector = [&](const std::string& name) {
     const auto found = vectors.find(name);
     return found == vectors.end() ? nullptr : &found->second;
@@ -236,7 +242,8 @@ Vit::Vit(const VitConfig& config, const std::map<std::string, Weights>& weights,
   layers.emplace_back([&] { embed_ = build_layer(*embedding_, weights.at(kEmbedding), wide, nullptr, nullptr, 0.0f); });
   for (std::size_t i = 0; i < config.depth; ++i) {
     const std::string block = "blocks." + std::to_string(i) + ".";
-    const auto layer = [&](Layer& to, const std::string& name, const auto& rows, const std::vector<float>* gain, float bound) {
+    const auto layer = [&](Layer& to, const std::string& name, const auto& rows, const std::vector<float>* gain,
+                           float bound) {
       layers.emplace_back([&to, &rows, gain, bound, name = block + name, &weights, &optional_vector, this] {
         try {
           to = build_layer(*kernels_, weights.at(name + ".weight"), rows, optional_vector(name + ".bias"), gain, bound);
@@ -258,7 +265,8 @@ Vit::Vit(const VitConfig& config, const std::map<std::string, Weights>& weights,
   if (config.final_norm) norm_ = norm("norm");
   if (config.fc_norm) fc_norm_ = norm("fc_norm");
   if (config.num_classes) head_weight_ = vectors.at("head.weight"), head_bias_ = vectors.at("head.bias");
-  for (std::size_t t = 0; t < threads; ++t) scratch_.push_back(aligned_array<char>(kernels_->scratch_bytes(g)));
+  workspaces_.reserve(pool_.size());  // a fork while one is added must not find the others moved
+  for (std::size_t t = 0; t < pool_.size(); ++t) scratch_.push_back(aligned_array<char>(kernels_->scratch_bytes(g)));
 }
 
 Vit::~Vit() = default;

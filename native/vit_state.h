@@ -20,13 +20,15 @@ Aligned<T> aligned_array(std::size_t count) {
 }
 
 inline std::size_t residual_index(const Kernels& kernels, const Geometry& g, std::size_t token, std::size_t feature) {
-  return kernels.by_units ? residual_at(g, token, feature) : token * g.width + feature;
+  return kernels.blocked_residual ? residual_at(g, token, feature) : token * g.width + feature;
 }
 
 struct Vit::Workspace {
   Aligned<float> residual;
   Aligned<char> patches, normed, attended, hidden;
-  Aligned<char> quantised;  // the input of an int8 layer
+  // Inputs of int8 layers; of fc2 by itself, because where threads keep to their own tokens, one may already round the
+  // inputs of fc1 while another is still at fc2, and the two are of different lengths.
+  Aligned<char> quantized, quantized_hidden;
   std::vector<float> pooled;
 };
 

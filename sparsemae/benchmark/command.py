@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from sparsemae.benchmark import packed
@@ -23,6 +24,13 @@ def benchmark(config: BenchmarkConfig) -> Sequence[Any]:
 
         rows = saving.measure(config.step_batch, config.threads, config.runs, config.artifacts)
         print(saving.table(rows))
+    elif config.section == "kernels":
+        from sparsemae.benchmark import kernels
+
+        rows = kernels.measure(config.runs)
+        print(kernels.table(rows))
+        if config.readme:
+            kernels.refresh(Path(config.readme), rows)
     else:
         from sparsemae.benchmark import training  # loads torch, which packed files do not want
 

@@ -93,7 +93,7 @@ class _Worker:
         exported = engine.startswith(("packed", "torch")) or any(folder.glob(f"{model} {engine}.*"))
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         answer: list[float] = []
-        # exported and quantised beforehand, by a process of its own: that is no part of a cold start
+        # exported and quantized beforehand, by a process of its own: that is no part of a cold start
         for job in ("run",) if exported else ("export", "run"):
             if not self.row.error:
                 argv = [

@@ -120,10 +120,11 @@ class ReportConfig:
 class BenchmarkConfig:
     """Measure packed models against dense ones in other engines, training against timm's, or what saving costs."""
 
-    section: Literal["packed", "training", "saving"] = "packed"
+    section: Literal["packed", "training", "saving", "kernels"] = "packed"
     """packed: latency, throughput, memory and cold start of packed files and their rivals; training: images per second
     of the input pipeline and of optimizer steps, beside timm's loader and its dense ViT-B; saving: what a checkpoint of
-    ViT-B with AdamW's state costs the loop, beside a save that blocks it."""
+    ViT-B with AdamW's state costs the loop, beside a save that blocks it; kernels: every instruction set's linear
+    layers, attention and norm, one by one, on one thread."""
     files: list[str] = field(default_factory=list, metadata=READ)
     """Packed files; none: SparseMAE-T and -S at ViT-B/16 size with random weights, bf16 and int8."""
     engines: list[str] = field(
@@ -144,9 +145,11 @@ class BenchmarkConfig:
     threads: int = 2
     """Threads of every engine, and of a step."""
     runs: int = 5
-    """Timed runs of each subject, in turn with the others, of which the median counts."""
+    """Timed runs of each subject, in turn with the others, of which the median counts; of kernels the shortest."""
     artifacts: str = ""
     """Folder that keeps exported models for the next time, or on whose disk checkpoints are written; none: a temporary
     one."""
+    readme: str = ""
+    """Markdown file with a table of the kernels section, in which this processor's rows are replaced."""
     json: str = ""
     """File to write all figures to."""

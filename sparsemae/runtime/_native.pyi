@@ -20,7 +20,7 @@ class Builder:
         codes: NDArray[np.uint8],
         values: NDArray[Any],
         scale: NDArray[np.float32] | None,
-        integers: bool,
+        quantize: bool,
     ) -> None: ...
     def build(self, threads: int, isa: str) -> Vit: ...
 
@@ -30,5 +30,14 @@ class Vit:
     threads: int
     def __call__(self, images: NDArray[np.float32], features: bool) -> NDArray[np.float32]: ...
 
+class KernelTiming:
+    kernel: str
+    seconds: float
+    instructions: str
+    peak: float
+    zeros: bool
+
+def time_kernels(model: Vit, rounds: int) -> list[KernelTiming]: ...
+def processor() -> tuple[str, list[str]]: ...
 def usable_isas() -> list[str]: ...
 def decode_positions(codes: NDArray[np.uint8], groups: int, n: int, m: int) -> bytes: ...

@@ -1,14 +1,13 @@
 """A packed model ready to run: reads the file, hands its tensors to the native library, and names what comes out.
 
 Which instruction set is used is chosen when a model is loaded: the fastest that the processor has, or the one that
-`SPARSEMAE_ISA` names (avx512fp16, amx, avx512bf16, avx512, avx2, portable). A file with fp32 weights is computed in
-fp32 everywhere; bf16 and int8 weights are multiplied as fp16 or bf16 where the processor can, else as fp32.
+`SPARSEMAE_ISA` names (avx512fp16, amx, avx512vnni, avx512bf16, avx512, avx2, portable). A file with fp32 weights is
+computed in fp32 everywhere; bf16 and int8 weights are multiplied as int8, fp16 or bf16 where the processor can, else as
+fp32.
 """
 
 import os
-import warnings
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,9 @@ from sparsemae.packing.metadata import PackedConfig, parse_pattern
 from sparsemae.predictor import Prediction, rank
 from sparsemae.runtime._native import Builder, Vit
 from sparsemae.runtime.preprocess import transform
+
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUP = Path("/proc/self/cgroup")
 
 
 class Model:
@@ -113,9 +115,11 @@ def load(path: str | Path, threads: int | None = None, quantize: bool = True) ->
     """Load a packed file.
 
     Args:
-        threads: how many to compute with; default: the processors this process may use.
-        quantize: of int8 files, on processors that multiply int8 (amx): round the inputs of every sparse layer to int8
-            with a scale per token, for about 1.5 times the speed; off, the int8 weights are multiplied as bf16.
+        threads: how many to compute with, fewer where the system lets no more start; default: the processors this
+            process may use, within its cgroup's quota, as far as the model has work for them.
+        quantize: of int8 files, on processors that multiply int8 (amx, avx512vnni): round the inputs of every sparse
+            layer to int8 with a scale per token, for about 1.5 times the speed; off, the int8 weights are multiplied as
+            bf16.
 
     Raises:
         ValueError: it is no packed model that can be used (one line, naming it), or `SPARSEMAE_ISA` cannot be had here.
@@ -124,22 +128,39 @@ def load(path: str | Path, threads: int | None = None, quantize: bool = True) ->
     packed = read(path)
     isa = os.environ.get("SPARSEMAE_ISA", "")
     try:
-        native = _build(packed, processors() if threads is None else threads, isa, quantize)
+        native = _build(
+            packed, _default_threads(packed.config.vit.tokens) if threads is None else threads, isa, quantize
+        )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if native.isa == "portable":
-        _warn_that_portable_is_slow()
     return Model(packed.config, native)
 
 
-@cache
-def _warn_that_portable_is_slow() -> None:
-    warnings.warn("the portable kernels are slow: they use no vector instructions by name", stacklevel=3)
+def _default_threads(tokens: int) -> int:
+    """The processors this process may use, within its cgroup's quota; no more than there are units of 16 tokens."""
+    return min(processors(), _quota() or processors(), -(-tokens // 16))
 
 
 def processors() -> int:
     """How many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _quota() -> int | None:
+    """Processors that the process's cgroup (version 2) and those above it leave, rounded up; None: no limit."""
+    try:
+        own = OWN_CGROUP.read_text().partition("0::/")[2].split("\n")[0]
+    except OSError:
+        return None
+    quotas = []
+    for group in (CGROUPS / own, *(CGROUPS / own).parents):
+        try:
+            quota, period = (group / "cpu.max").read_text().split()
+        except OSError:
+            continue
+        if quota != "max":
+            quotas.append(-(-int(quota) // int(period)))
+    return min(quotas, default=None)
 
 
 def _build(packed: PackedModel, threads: int, isa: str, quantize: bool = True) -> Vit:

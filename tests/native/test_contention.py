@@ -13,8 +13,6 @@ import reference
 from sparsemae.packing.format import write
 from sparsemae.runtime import Model, load
 
-pytestmark = pytest.mark.filterwarnings("ignore:the portable kernels are slow")
-
 SHAPE = {
     "embed_dim": 384, "num_heads": 6, "mlp_hidden": 1536, "depth": 12,
     "patch_size": 16, "image_height": 224, "image_width": 224,

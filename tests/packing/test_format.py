@@ -17,8 +17,6 @@ from sparsemae.packing.format import PackedModel, from_bf16, read, to_bf16, unpa
 from sparsemae.packing.metadata import parse_pattern
 from sparsemae.runtime import load
 
-pytestmark = pytest.mark.filterwarnings("ignore:the portable kernels are slow")
-
 
 @pytest.fixture
 def packed(tmp_path: Path) -> Path:

@@ -16,8 +16,6 @@ from sparsemae.packing.format import read, unpack  # noqa: E402
 from sparsemae.packing.pack import pack  # noqa: E402
 from sparsemae.runtime import load  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:the portable kernels are slow")
-
 
 def outputs(path: Path, model: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Of the packed and of the dense model, for random images."""

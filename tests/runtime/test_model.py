@@ -1,6 +1,5 @@
 """The public runtime: load, call, features, predict; small, quick to import, and without torch."""
 
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,8 +12,6 @@ from PIL import Image
 
 from sparsemae.packing.format import PackedModel, write
 from sparsemae.runtime import Prediction, _native, load
-
-pytestmark = pytest.mark.filterwarnings("ignore:the portable kernels are slow")
 
 VIT_BASE = {
     "embed_dim": 768, "depth": 12, "num_heads": 12, "mlp_hidden": 3072, "patch_size": 16, "image_height": 224,
@@ -37,15 +34,9 @@ def sparsemae_t(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A fresh Python."""
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | environment)
-
-
 def run(code: str) -> str:
     """Standard output of a fresh Python."""
-    return run_process(code).stdout
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
 
 def test_predict_names_the_best_classes(packed: Path, tmp_path: Path) -> None:
@@ -86,14 +77,10 @@ def test_encoder_has_no_classes(tmp_path: Path) -> None:
 
 
 @pytest.mark.holds("packed.5")
-def test_isa_is_forced_and_portable_says_once_that_it_is_slow(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_isa_is_forced(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for isa in _native.usable_isas():
         monkeypatch.setenv("SPARSEMAE_ISA", isa)
         assert load(packed).isa == isa
-    code = f"import sparsemae.runtime as r; print(r.load({str(packed)!r}).isa, r.load({str(packed)!r}).isa)"
-    done = run_process(code, SPARSEMAE_ISA="portable")
-    assert done.stdout == "portable portable\n"
-    assert done.stderr.count("the portable kernels are slow") == 1
     monkeypatch.setenv("SPARSEMAE_ISA", "sse9")
     with pytest.raises(ValueError, match=r"model\.safetensors: .*(ISA|instruction set).*sse9"):
         load(packed)

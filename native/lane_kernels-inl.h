@@ -1,8 +1,25 @@
 // fp32 kernels with tokens in the lanes, written once over a vector type V and compiled once per instruction set.
 //
-// The residual is by units; q, k and v of a head are [features][padded tokens]; activations are in the chunks of lane_products.h. So layer
-// norm, softmax and GELU need no sum across lanes. The including file defines, in its own anonymous namespace, `V` with what
-// lane_products.h asks for, Number being float, and set, upper, operator+ - *, max, div, rsqrt, shift_add.
+// The residual is by units; q, k and v of a head are [features][padded tokens]; activations are in the chunks of
+// lane_products-inl.h. So layer norm, softmax and GELU need no sum across lanes. The including file names its vector
+// type in SPARSEMAE_VECTOR: V with what lane_products-inl.h asks for, Number being float, and set, upper, operator+ -
+// *, max, div, rsqrt, shift_add,
+// and kMultiplyAdd, the instruction that fma is.
+#ifndef SPARSEMAE_LANE_KERNELS_INL_H
+#define SPARSEMAE_LANE_KERNELS_INL_H
+
+#ifndef SPARSEMAE_VECTOR
+#error "lane_kernels-inl.h needs SPARSEMAE_VECTOR"
+#endif
+
+#include "lane_products-inl.h"
+#include "layer_norm-inl.h"
+
+namespace lanes {
+
+using sparsemae::kTokenUnit;
+using sparsemae::Output;
+using sparsemae::residual_at;
 
 struct KeptFloat {
   float value;
@@ -28,15 +45,6 @@ struct KeptBf16 {
   std::size_t offset() const { return std::size_t{8} * (bits & 0xFFFFu); }
 };
 
-#include "lane_products.h"
-#include "layer_norm.h"
-
-namespace lanes {
-
-using sparsemae::Output;
-using sparsemae::kTokenUnit;
-using sparsemae::residual_at;
-
 // exp(x) for x <= 0 or small: 2^n times a polynomial; relative error below 2e-7, 0 below about -87.
 inline V exponential(V x) {
   const V magic = V::set(12582912.0f);
@@ -53,7 +61,8 @@ inline V exponential(V x) {
   return V::shift_add(p, shifted);
 }
 
-// x * Phi(x), with Phi - 1/2 as c times a polynomial in c^2 on [-5, 5], in a variable on [-1, 1]: absolute error below 2e-6.
+// x * Phi(x), with Phi - 1/2 as c times a polynomial in c^2 on [-5, 5], in a variable on [-1, 1]: absolute error below
+// 2e-6.
 inline V gelu(V x) {
   const V c = V::max(V::min(x, V::set(5.0f)), V::set(-5.0f));
   const V u = V::fma(c * c, V::set(0.08f), V::set(-1.0f));
@@ -75,7 +84,9 @@ inline V gelu(V x) {
 
 // The sums of a pass; q, k and v; the scores of two vectors of queries, and what they mix of the values.
 inline size_t scratch_bytes(const Geometry& g) {
-  return sums_bytes() + (3 * g.padded_head_dim * g.padded_tokens + 2 * V::kLanes * (g.padded_tokens + g.padded_head_dim)) * sizeof(float);
+  return sums_bytes() +
+         (3 * g.padded_head_dim * g.padded_tokens + 2 * V::kLanes * (g.padded_tokens + g.padded_head_dim)) *
+             sizeof(float);
 }
 
 inline void patches(const Geometry& g, const float* image, void* activation, size_t first) {
@@ -94,41 +105,43 @@ inline void patches(const Geometry& g, const float* image, void* activation, siz
   }
 }
 
-// Normalises tokens [first, last), by units as far as they go. place(t) is where feature 0 of the vector of token t goes; the others follow at
-// distances of `step`.
-template <class Place>
-inline void normalise_tokens(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps, size_t first,
-                             size_t last, size_t step, const Place& place) {
+// Normalizes tokens [first, last), by units as far as they go. dst(t) is where feature 0 of the vector of token t
+// goes; the others follow at distances of `step`.
+template <class Dst>
+inline void normalize_tokens(const Geometry& g, const float* residual, const float* weight, const float* bias,
+                             float eps, size_t first, size_t last, size_t step, const Dst& dst) {
   constexpr size_t count = kTokenUnit / V::kLanes;
   for (size_t t = first; t < last && t < g.tokens;) {
     const float* x = residual + residual_at(g, t, 0);
     if (t % kTokenUnit == 0 && last - t >= kTokenUnit) {
       float* to[count];
-      for (size_t i = 0; i < count; ++i) to[i] = place(t + i * V::kLanes);
-      normalise<V, count>(x, kTokenUnit, g.width, weight, bias, eps, [&](size_t d, size_t i, V y) {
+      for (size_t i = 0; i < count; ++i) to[i] = dst(t + i * V::kLanes);
+      normalize<V, count>(x, kTokenUnit, g.width, weight, bias, eps, [&](size_t d, size_t i, V y) {
         if (to[i]) V::store(to[i] + d * step, y);
       });
       t += kTokenUnit;
     } else {
-      float* to = place(t);
-      normalise<V, 1>(x, kTokenUnit, g.width, weight, bias, eps, [&](size_t d, size_t, V y) { V::store(to + d * step, y); });
+      float* to = dst(t);
+      normalize<V, 1>(x, kTokenUnit, g.width, weight, bias, eps,
+                      [&](size_t d, size_t, V y) { V::store(to + d * step, y); });
       t += V::kLanes;
     }
   }
 }
 
-inline void norm(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps, void* activation,
-                 size_t first, size_t last) {
+inline void norm(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps,
+                 void* activation, size_t first, size_t last) {
   const Chunks chunks(g);
-  normalise_tokens(g, residual, weight, bias, eps, first, last, kLine, [&](size_t t) -> float* {
+  normalize_tokens(g, residual, weight, bias, eps, first, last, kLine, [&](size_t t) -> float* {
     const size_t vector = t / V::kLanes;  // the last unit has some that no token is in
     return vector < chunks.all ? static_cast<float*>(activation) + chunks.at(vector, g.width) : nullptr;
   });
 }
 
-inline void norm_residual(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps, float* out,
-                          size_t first, size_t last) {
-  normalise_tokens(g, residual, weight, bias, eps, first, last, kTokenUnit, [&](size_t t) { return out + residual_at(g, t, 0); });
+inline void norm_residual(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps,
+                          float* out, size_t first, size_t last) {
+  normalize_tokens(g, residual, weight, bias, eps, first, last, kTokenUnit,
+                   [&](size_t t) { return out + residual_at(g, t, 0); });
 }
 
 // c[a][N vectors] = sum over k of A(a, k) * b[k][N vectors], for R rows; A(a, k) = A[a * row + k * column].
@@ -160,12 +173,12 @@ struct Products<N, std::index_sequence<R...>> {
 };
 
 template <size_t N>
-inline void product_rows(size_t rows, const float* A, size_t row, size_t column, size_t depth, const float* b, size_t b_stride,
-                         float* c, size_t c_stride) {
+inline void product_rows(size_t rows, const float* A, size_t row, size_t column, size_t depth, const float* b,
+                         size_t b_stride, float* c, size_t c_stride) {
   constexpr size_t most = kProductSums / N;
   for (size_t a = 0; a < rows; a += most)
-    Products<N, std::make_index_sequence<most>>::run[(rows - a < most ? rows - a : most) - 1](A + a * row, row, column, depth, b, b_stride,
-                                                                                           c + a * c_stride, c_stride);
+    Products<N, std::make_index_sequence<most>>::run[(rows - a < most ? rows - a : most) - 1](
+        A + a * row, row, column, depth, b, b_stride, c + a * c_stride, c_stride);
 }
 
 // A dense layer has its rows as they are: blocks of [kRowBlock][columns] floats.
@@ -181,8 +194,8 @@ inline size_t pack_any_block(const RowSource& source, const Linear& l, size_t bl
 
 // As multiply, for a dense layer.
 template <class Sink>
-inline void multiply_dense(const Geometry& g, const Linear& l, const float* x, size_t first_chunk, size_t last_chunk, size_t first,
-                           size_t last, V* sums, const Sink& sink) {
+inline void multiply_dense(const Geometry& g, const Linear& l, const float* x, size_t first_chunk, size_t last_chunk,
+                           size_t first, size_t last, V* sums, const Sink& sink) {
   const Chunks chunks(g);
   for (; first < last; ++first)
     for (size_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
@@ -200,8 +213,8 @@ inline void multiply_dense(const Geometry& g, const Linear& l, const float* x, s
 
 // sink(row, chunk, j, y) for all rows of blocks [first, last) and chunks [first, last) of tokens.
 template <class Sink>
-inline void multiply_rows(const Geometry& g, const Linear& l, const void* input, size_t first_chunk, size_t last_chunk, size_t first,
-                          size_t last, V* sums, const Sink& sink) {
+inline void multiply_rows(const Geometry& g, const Linear& l, const void* input, size_t first_chunk, size_t last_chunk,
+                          size_t first, size_t last, V* sums, const Sink& sink) {
   const auto* x = static_cast<const float*>(input);
   const auto finish = [&](size_t block, size_t chunk, size_t vectors, const V* sum) {
     for (size_t row = block; row < block + kRowBlock; ++row, sum += kVectors) {
@@ -222,66 +235,81 @@ inline void linear(const Geometry& g, const Linear& l, const void* input, Output
   auto* sums = static_cast<V*>(scratch);
   if (kind == Output::residual) {
     const Chunks chunks(g);
-    multiply_rows(g, l, input, first_chunk, last_chunk, first_block, last_block, sums, [&](size_t row, size_t chunk, size_t j, V y) {
-      float* to = static_cast<float*>(output) + residual_at(g, chunks.first_token(chunk) + j * V::kLanes, row);
-      if (row < l.used) V::store(to, y + V::load(to));
-    });
+    multiply_rows(g, l, input, first_chunk, last_chunk, first_block, last_block, sums,
+                  [&](size_t row, size_t chunk, size_t j, V y) {
+                    float* to =
+                        static_cast<float*>(output) + residual_at(g, chunks.first_token(chunk) + j * V::kLanes, row);
+                    if (row < l.used) V::store(to, y + V::load(to));
+                  });
     return;
   }
-  multiply_rows(g, l, input, first_chunk, last_chunk, first_block, last_block, sums, [&](size_t row, size_t chunk, size_t j, V y) {
-    float* to = static_cast<float*>(output) + (chunk * l.used + row) * kLine + j * V::kLanes;
-    if (row < l.used) V::store(to, kind == Output::gelu ? gelu(y) : y);
-  });
+  multiply_rows(g, l, input, first_chunk, last_chunk, first_block, last_block, sums,
+                [&](size_t row, size_t chunk, size_t j, V y) {
+                  float* to = static_cast<float*>(output) + (chunk * l.used + row) * kLine + j * V::kLanes;
+                  if (row < l.used) V::store(to, kind == Output::gelu ? gelu(y) : y);
+                });
 }
 
 // q, k and v of a head, and what its attention needs beside them.
-struct HeadSpace {
-  float *q, *k, *v, *scores, *mixed;  // scores and mixed for two vectors of queries
+struct HeadScratch {
+  float *q, *k, *v, *scores, *context;  // scores and context for two vectors of queries
 };
 
 // Attention of N vectors of queries, from token `at` on.
 template <size_t N>
-inline void attend(const Geometry& g, const HeadSpace& s, size_t at, size_t head, float* output) {
+inline void attend(const Geometry& g, const HeadScratch& s, size_t at, size_t head, float* output) {
   constexpr size_t width = N * V::kLanes;
   product_rows<N>(g.tokens, s.k, 1, g.padded_tokens, g.head_dim, s.q + at, g.padded_tokens, s.scores, width);
-  V top[2][N], sum[N];  // two maxima at a time, because one alone waits for itself
+  V maximum[2][N], sum[N];  // two maxima at a time, because one alone waits for itself
   for (size_t n = 0; n < N; ++n) {
-    top[0][n] = top[1][n] = V::load(s.scores + n * V::kLanes);
+    maximum[0][n] = maximum[1][n] = V::load(s.scores + n * V::kLanes);
     sum[n] = V::set(0.0f);
   }
   for (size_t j = 1; j < g.tokens; ++j)
-    for (size_t n = 0; n < N; ++n) top[j % 2][n] = V::max(top[j % 2][n], V::load(s.scores + j * width + n * V::kLanes));
-  for (size_t n = 0; n < N; ++n) top[0][n] = V::max(top[0][n], top[1][n]);
+    for (size_t n = 0; n < N; ++n)
+      maximum[j % 2][n] = V::max(maximum[j % 2][n], V::load(s.scores + j * width + n * V::kLanes));
+  for (size_t n = 0; n < N; ++n) maximum[0][n] = V::max(maximum[0][n], maximum[1][n]);
   for (size_t j = 0; j < g.tokens; ++j)
     for (size_t n = 0; n < N; ++n) {
       float* score = s.scores + j * width + n * V::kLanes;
-      const V e = exponential(V::load(score) - top[0][n]);
+      const V e = exponential(V::load(score) - maximum[0][n]);
       sum[n] = sum[n] + e;
       V::store(score, e);
     }
-  product_rows<N>(g.head_dim, s.v, g.padded_tokens, 1, g.tokens, s.scores, width, s.mixed, width);
+  product_rows<N>(g.head_dim, s.v, g.padded_tokens, 1, g.tokens, s.scores, width, s.context, width);
   const Chunks chunks(g);
   for (size_t n = 0; n < N; ++n) {
     const V inverse = V::div(V::set(1.0f), sum[n]);
     float* out = output + chunks.at(at / V::kLanes + n, g.width) + head * g.head_dim * kLine;
-    for (size_t d = 0; d < g.head_dim; ++d) V::store(out + d * kLine, V::load(s.mixed + d * width + n * V::kLanes) * inverse);
+    for (size_t d = 0; d < g.head_dim; ++d)
+      V::store(out + d * kLine, V::load(s.context + d * width + n * V::kLanes) * inverse);
   }
 }
 
-inline void attention(const Geometry& g, const Linear& qkv, const void* input, void* output, size_t head, void* scratch) {
-  const size_t stride = g.padded_tokens, plane = g.padded_head_dim * stride;
-  HeadSpace s;
+inline HeadScratch layout_head_scratch(const Geometry& g, void* scratch) {
+  const size_t plane = g.padded_head_dim * g.padded_tokens;
+  HeadScratch s;
   s.q = reinterpret_cast<float*>(static_cast<char*>(scratch) + sums_bytes());
   s.k = s.q + plane;
   s.v = s.k + plane;
   s.scores = s.v + plane;
-  s.mixed = s.scores + stride * 2 * V::kLanes;
+  s.context = s.scores + g.padded_tokens * 2 * V::kLanes;
+  return s;
+}
+
+inline void project_head(const Geometry& g, const Linear& qkv, const void* input, size_t head, void* scratch) {
+  float* q = layout_head_scratch(g, scratch).q;
   const size_t blocks = 3 * g.padded_head_dim / kRowBlock, origin = head * 3 * g.padded_head_dim;
   const Chunks chunks(g);
   multiply_rows(g, qkv, input, 0, chunks.count, head * blocks, (head + 1) * blocks, static_cast<V*>(scratch),
                 [&](size_t row, size_t chunk, size_t j, V y) {
-                  V::store(s.q + (row - origin) * stride + chunks.first_token(chunk) + j * V::kLanes, y);
+                  V::store(q + (row - origin) * g.padded_tokens + chunks.first_token(chunk) + j * V::kLanes, y);
                 });
+}
+
+inline void attend_head(const Geometry& g, void* output, size_t head, void* scratch) {
+  const HeadScratch s = layout_head_scratch(g, scratch);
+  const Chunks chunks(g);
   size_t vector = 0;
   for (; vector + 2 <= chunks.all; vector += 2) attend<2>(g, s, vector * V::kLanes, head, static_cast<float*>(output));
   if (vector < chunks.all) attend<1>(g, s, vector * V::kLanes, head, static_cast<float*>(output));
@@ -294,7 +322,8 @@ inline void dense_rows(const float* weight, const float* bias, const float* x, s
     V sum[4] = {V::set(0.0f), V::set(0.0f), V::set(0.0f), V::set(0.0f)};
     size_t k = 0;
     for (; k + 4 * V::kLanes <= columns; k += 4 * V::kLanes)
-      for (size_t j = 0; j < 4; ++j) sum[j] = V::fma(V::load(w + k + j * V::kLanes), V::load(x + k + j * V::kLanes), sum[j]);
+      for (size_t j = 0; j < 4; ++j)
+        sum[j] = V::fma(V::load(w + k + j * V::kLanes), V::load(x + k + j * V::kLanes), sum[j]);
     float parts[V::kLanes];
     V::store(parts, (sum[0] + sum[1]) + (sum[2] + sum[3]));
     float total = 0.0f;
@@ -306,10 +335,42 @@ inline void dense_rows(const float* weight, const float* bias, const float* x, s
 
 inline void no_thread_state() {}
 
+inline sparsemae::Peak peak(sparsemae::Product, size_t rounds, float* sink) {
+  V sums[kProductSums];
+  for (V& sum : sums) sum = V::set(0.0f);
+  const V one = V::set(1.0f);
+  for (size_t round = 0; round < rounds; ++round)
+#pragma GCC unroll 12
+    for (size_t i = 0; i < kProductSums; ++i) sums[i] = V::fma(one, sums[i], one);
+  for (size_t i = 1; i < kProductSums; ++i) sums[0] = sums[0] + sums[i];
+  V::store(sink, sums[0]);
+  return {V::kMultiplyAdd, rounds * kProductSums * V::kLanes};
+}
+
 constexpr sparsemae::Kernels table(const char* name) {
-  return {name,       "fp32",          true,            false,   kRowBlock, 1.0f,          0.0f,    nullptr,     activation_bytes, scratch_bytes,
-          pack_any_block, no_thread_state, no_thread_state, patches, norm,      norm_residual, nullptr, token_parts, part_begin, linear, attention,
-          dense_rows};
+  return {
+      .name = name,
+      .math = "fp32",
+      .blocked_residual = true,
+      .head_step = kRowBlock,
+      .activation_bytes = activation_bytes,
+      .scratch_bytes = scratch_bytes,
+      .pack_block = pack_any_block,
+      .thread_begin = no_thread_state,
+      .thread_end = no_thread_state,
+      .patches = patches,
+      .norm = norm,
+      .norm_residual = norm_residual,
+      .token_parts = token_parts,
+      .part_begin = part_begin,
+      .linear = linear,
+      .project_head = project_head,
+      .attend_head = attend_head,
+      .dense_rows = dense_rows,
+      .peak = peak,
+  };
 }
 
 }  // namespace lanes
+
+#endif  // SPARSEMAE_LANE_KERNELS_INL_H

@@ -1,27 +1,37 @@
-// Products of sparse weights with tokens in the lanes, over a vector type V. Included inside the anonymous namespace of a file of kernels.
+// Products of sparse weights with tokens in the lanes, over a vector type V. Included inside the anonymous namespace of
+// a file of kernels.
 //
-// Activations are cut into chunks of up to kVectors vectors of tokens, [chunk][feature][kVectors]: a kept weight is one broadcast and one
-// multiply-add per vector, whatever n:m is. Inputs are taken in slabs, so that a slab of a chunk stays in the first-level cache, and each
-// slab is used by up to kPassRows rows before the next: their sums come and go through the second-level cache, which costs less than
-// fetching slabs again. kRows rows at a time, because the sums of one row alone wait for their own multiply-adds.
+// Activations are cut into chunks of up to kVectors vectors of tokens, [chunk][feature][kVectors]: a kept weight is one
+// broadcast and one multiply-add per vector, whatever n:m is. Inputs are taken in slabs, so that a slab of a chunk
+// stays in the first-level cache, and each slab is used by up to kPassRows rows before the next: their sums come and go
+// through the second-level cache, which costs less than fetching slabs again. kRows rows at a time, because the sums of
+// one row alone wait for their own multiply-adds.
 //
-// V has kLanes, kVectors, kRows, load, store, fma(a, b, c), zero and Number (of a token). A type Kept is a weight and the offset of its input
-// from the slab's first, in bytes, as they are stored: of(weight, offset), read() from memory, weight() as a V, offset().
+// SPARSEMAE_VECTOR names V, which has kLanes, kVectors, kRows, load, store, fma(a, b, c), zero and Number (of a token).
+// A type Kept is a weight and the offset of its input from the slab's first, in bytes, as they are stored: of(weight,
+// offset), read() from memory, weight() as a V, offset().
+#ifndef SPARSEMAE_LANE_PRODUCTS_INL_H
+#define SPARSEMAE_LANE_PRODUCTS_INL_H
+
+#ifndef SPARSEMAE_VECTOR
+#error "lane_products-inl.h needs SPARSEMAE_VECTOR"
+#endif
 
 namespace lanes {
 
 using sparsemae::Geometry;
+using sparsemae::kRowBlock;
 using sparsemae::Linear;
+using sparsemae::round_up;
 using sparsemae::Row;
 using sparsemae::RowSource;
-using sparsemae::kRowBlock;
-using sparsemae::round_up;
 using std::size_t;
+using V = SPARSEMAE_VECTOR;
 
 constexpr size_t kVectors = V::kVectors;
 constexpr size_t kRows = V::kRows;
 constexpr size_t kGroups = kRowBlock / kRows;
-constexpr size_t kLine = kVectors * V::kLanes;  // numbers of one feature of a chunk
+constexpr size_t kLine = kVectors * V::kLanes;                                    // numbers of one feature of a chunk
 constexpr size_t kSlab = 36864 / (kLine * sizeof(typename V::Number)) / 32 * 32;  // whole groups of the usual sizes
 constexpr size_t kPassBlocks = 12;
 constexpr size_t kPassRows = kPassBlocks * kRowBlock;
@@ -39,7 +49,8 @@ struct Chunks {
   size_t size(size_t chunk) const { return vectors + (chunk < larger ? 1 : 0); }
   size_t first(size_t chunk) const { return chunk * vectors + (chunk < larger ? chunk : larger); }
   size_t first_token(size_t chunk) const { return first(chunk) * V::kLanes; }
-  // Where feature 0 of a vector of tokens is, in an activation of so many features; the others follow at distances of kLine.
+  // Where feature 0 of a vector of tokens is, in an activation of so many features; the others follow at distances of
+  // kLine.
   size_t at(size_t vector, size_t features) const {
     const size_t head = larger * (vectors + 1);
     const size_t chunk = vector < head ? vector / (vectors + 1) : larger + (vector - head) / vectors;
@@ -48,7 +59,9 @@ struct Chunks {
 };
 
 inline size_t token_parts(const Geometry& g) { return Chunks(g).count; }
-inline size_t part_begin(const Geometry& g, size_t part) { return part < token_parts(g) ? Chunks(g).first_token(part) : g.padded_tokens; }
+inline size_t part_begin(const Geometry& g, size_t part) {
+  return part < token_parts(g) ? Chunks(g).first_token(part) : g.padded_tokens;
+}
 
 inline size_t activation_bytes(size_t features, const Geometry& g) {
   return Chunks(g).count * features * kLine * sizeof(typename V::Number);
@@ -63,8 +76,8 @@ struct Step {
 inline size_t slabs_of(size_t columns) { return (columns + kSlab - 1) / kSlab; }
 inline size_t header_bytes(size_t columns) { return round_up(slabs_of(columns) * kGroups * sizeof(std::uint16_t), 64); }
 
-// Block: the number of steps of every slab and group of rows (uint16), then the steps in this order. The shorter rows of a group are
-// filled up with zeros.
+// Block: the number of steps of every slab and group of rows (uint16), then the steps in this order. The shorter rows
+// of a group are filled up with zeros.
 template <class Kept>
 inline size_t pack_block(const RowSource& source, const Linear& l, size_t block, void* out) {
   const size_t columns = l.columns;
@@ -89,7 +102,8 @@ inline size_t pack_block(const RowSource& source, const Linear& l, size_t block,
           const Row& row = rows[group + r];
           const size_t at = cursor[group + r] + i;
           const bool real = i < kept[r];
-          step->kept[r] = real ? Kept::of(row.value[at], row.index[at] % kSlab * kLine * sizeof(typename V::Number)) : Kept::of(0.0f, 0);
+          step->kept[r] = real ? Kept::of(row.value[at], row.index[at] % kSlab * kLine * sizeof(typename V::Number))
+                               : Kept::of(0.0f, 0);
         }
       for (size_t r = 0; r < kRows; ++r) cursor[group + r] += kept[r];
       total += steps;
@@ -97,10 +111,11 @@ inline size_t pack_block(const RowSource& source, const Linear& l, size_t block,
   return round_up(header_bytes(columns) + total * sizeof(Step<Kept>), 64);
 }
 
-// sums[kRowBlock][kVectors] += the weights of a block's slab times their inputs, of which x is the first. Returns the end of the steps.
+// sums[kRowBlock][kVectors] += the weights of a block's slab times their inputs, of which x is the first. Returns the
+// end of the steps.
 template <class Kept, size_t J>
-inline const Step<Kept>* accumulate(const Step<Kept>* step, const std::uint16_t* counts, const typename V::Number* x, V* sums,
-                                    bool fresh) {
+inline const Step<Kept>* accumulate(const Step<Kept>* step, const std::uint16_t* counts, const typename V::Number* x,
+                                    V* sums, bool fresh) {
   const auto* bytes = reinterpret_cast<const char*>(x);
   for (size_t group = 0; group < kGroups; ++group, sums += kRows * kVectors) {
     V sum[kRows][J];
@@ -130,11 +145,12 @@ static_assert(kRowBlock % kRows == 0);
 
 inline size_t sums_bytes() { return kPassRows * kVectors * sizeof(V); }
 
-// Multiplies blocks [first, last) of a layer with chunks [first chunk, last chunk) of the tokens. sink(row, chunk, vectors, sums) gets the
-// sums of kRowBlock rows from `row` on, [rows][kVectors], for the vectors of a chunk. `sums` has sums_bytes(), aligned.
+// Multiplies blocks [first, last) of a layer with chunks [first chunk, last chunk) of the tokens. sink(row, chunk,
+// vectors, sums) gets the sums of kRowBlock rows from `row` on, [rows][kVectors], for the vectors of a chunk. `sums`
+// has sums_bytes(), aligned.
 template <class Kept, class Sink>
-inline void multiply(const Geometry& g, const Linear& l, const typename V::Number* x, size_t first_chunk, size_t last_chunk,
-                     size_t first, size_t last, V* sums, const Sink& sink) {
+inline void multiply(const Geometry& g, const Linear& l, const typename V::Number* x, size_t first_chunk,
+                     size_t last_chunk, size_t first, size_t last, V* sums, const Sink& sink) {
   const Chunks chunks(g);
   const size_t slabs = slabs_of(l.columns);
   const Step<Kept>* next[kPassBlocks];
@@ -148,7 +164,8 @@ inline void multiply(const Geometry& g, const Linear& l, const typename V::Numbe
           const char* data = static_cast<const char*>(l.data) + l.offsets[first + b];
           if (s == 0) next[b] = reinterpret_cast<const Step<Kept>*>(data + header_bytes(l.columns));
           V* to = sums + b * kRowBlock * kVectors;
-          next[b] = run(next[b], reinterpret_cast<const std::uint16_t*>(data) + s * kGroups, x + (chunk * l.columns + s * kSlab) * kLine, to, s == 0);
+          next[b] = run(next[b], reinterpret_cast<const std::uint16_t*>(data) + s * kGroups,
+                        x + (chunk * l.columns + s * kSlab) * kLine, to, s == 0);
           if (s + 1 == slabs) sink((first + b) * kRowBlock, chunk, vectors, to);
         }
     }
@@ -156,3 +173,5 @@ inline void multiply(const Geometry& g, const Linear& l, const typename V::Numbe
 }
 
 }  // namespace lanes
+
+#endif  // SPARSEMAE_LANE_PRODUCTS_INL_H

@@ -1,13 +1,17 @@
-// Layer norm of tokens in the lanes, feature-major, over a vector type. Included inside the anonymous namespace of a file of kernels.
+// Layer norm of tokens in the lanes, feature-major, over a vector type. Included inside the anonymous namespace of a
+// file of kernels.
 
 // Mean and inverse deviation of kCount vectors of tokens.
+#ifndef SPARSEMAE_LAYER_NORM_INL_H
+#define SPARSEMAE_LAYER_NORM_INL_H
+
 template <class V, std::size_t kCount>
 struct Moments {
   V mean[kCount], scale[kCount];
 };
 
-// In one reading: features are taken in parts that fit the registers, and the moments of the parts are joined (Chan, Golub and LeVeque's
-// formula), which is as exact as two readings.
+// In one reading: features are taken in parts that fit the registers, and the moments of the parts are joined (Chan,
+// Golub and LeVeque's formula), which is as exact as two readings.
 template <class V, std::size_t kCount>
 inline Moments<V, kCount> moments(const float* x, std::size_t stride, std::size_t width, float eps) {
   constexpr std::size_t kPart = 8;
@@ -30,8 +34,8 @@ inline Moments<V, kCount> moments(const float* x, std::size_t stride, std::size_
       }
       const V mean = (sum[0] + sum[1]) * V::set(1.0f / kPart);
       for (std::size_t p = 0; p < kPart; ++p) {
-        const V centred = part[p] - mean;
-        deviations[p % 2] = V::fma(centred, centred, deviations[p % 2]);
+        const V centered = part[p] - mean;
+        deviations[p % 2] = V::fma(centered, centered, deviations[p % 2]);
       }
       squares[i] = squares[i] + (deviations[0] + deviations[1]);
       join(i, d, kPart, mean);
@@ -43,12 +47,14 @@ inline Moments<V, kCount> moments(const float* x, std::size_t stride, std::size_
   return m;
 }
 
-// write(d, i, y) for the normalised features of kCount vectors of tokens, the first of them at x.
+// write(d, i, y) for the normalized features of kCount vectors of tokens, the first of them at x.
 template <class V, std::size_t kCount, class Write>
-inline void normalise(const float* x, std::size_t stride, std::size_t width, const float* weight, const float* bias, float eps,
-                      const Write& write) {
+inline void normalize(const float* x, std::size_t stride, std::size_t width, const float* weight, const float* bias,
+                      float eps, const Write& write) {
   const auto m = moments<V, kCount>(x, stride, width, eps);
   for (std::size_t d = 0; d < width; ++d, x += stride)
     for (std::size_t i = 0; i < kCount; ++i)
       write(d, i, V::fma((V::load(x + i * V::kLanes) - m.mean[i]) * m.scale[i], V::set(weight[d]), V::set(bias[d])));
 }
+
+#endif  // SPARSEMAE_LAYER_NORM_INL_H

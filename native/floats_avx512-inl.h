@@ -1,8 +1,15 @@
-// Sixteen floats: the vector type of the fp32 kernels for AVX-512F, and of the layer norm of the AMX and fp16 kernels. Included inside the
-// anonymous namespace of a file of kernels.
+// Sixteen floats: the vector type of the fp32 kernels for AVX-512F, and of the layer norm of the AMX and fp16 kernels.
+// Included inside the anonymous namespace of a file of kernels.
+#ifndef SPARSEMAE_FLOATS_AVX512_INL_H
+#define SPARSEMAE_FLOATS_AVX512_INL_H
+
+#ifndef __AVX512F__
+#error "floats_avx512-inl.h needs __AVX512F__"
+#endif
 
 struct Floats {
   using Number = float;
+  static constexpr const char* kMultiplyAdd = "vfmadd231ps";
   static constexpr std::size_t kLanes = 16, kVectors = 4, kRows = 4;
   __m512 x;
 
@@ -29,3 +36,5 @@ struct Floats {
 inline Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.x, b.x)}; }
 inline Floats operator-(Floats a, Floats b) { return {_mm512_sub_ps(a.x, b.x)}; }
 inline Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.x, b.x)}; }
+
+#endif  // SPARSEMAE_FLOATS_AVX512_INL_H

@@ -1,7 +1,18 @@
-// Products of expanded sparse weights with all tokens of an image on AMX tiles. Included inside the anonymous namespace of kernels_amx.cpp,
-// where the layouts are described.
+// Products of expanded sparse weights with all tokens of an image on AMX tiles. Included inside the anonymous namespace
+// of kernels_amx.cpp, where the layouts are described.
+#ifndef SPARSEMAE_AMX_PRODUCTS_INL_H
+#define SPARSEMAE_AMX_PRODUCTS_INL_H
 
-constexpr size_t kSlab = 8;     // tiles of 32 inputs expanded at once: two buffers of 16 KB stay in the first-level cache
+#ifndef __AMX_INT8__
+#error "amx_products-inl.h needs __AMX_INT8__"
+#endif
+#ifndef __AVX512VBMI2__
+#error "amx_products-inl.h needs __AVX512VBMI2__"
+#endif
+
+#include "amx_tiles-inl.h"
+
+constexpr size_t kSlab = 8;  // tiles of 32 inputs expanded at once: two buffers of 16 KB stay in the first-level cache
 constexpr size_t kPanel = kSlab * 2 * kTile;
 
 size_t activation_bytes(size_t features, const Geometry& g) { return token_blocks(g) * tiles(features) * kTile; }
@@ -12,15 +23,16 @@ struct Scratch {
   char* panels;    // 2 x kPanel: expanded weights
   float* partial;  // [token blocks + 1][2 tiles]: sums of the slabs so far
   float* result;   // 2 x 4 tiles
-  Head head;
+  HeadScratch head;
   size_t bytes;
 };
 
-Scratch carve(const Geometry& g, void* base) {
-  const size_t partial = 2 * kPanel, result = partial + (token_blocks(g) + 1) * 2 * kTile, head = result + 2 * 4 * kTile;
+Scratch layout_scratch(const Geometry& g, void* base) {
+  const size_t partial = 2 * kPanel, result = partial + (token_blocks(g) + 1) * 2 * kTile,
+               head = result + 2 * 4 * kTile;
   auto* from = static_cast<char*>(base);
   Scratch s;
-  s.head = carve_head(g, base ? from + head : nullptr);
+  s.head = layout_head_scratch(g, base ? from + head : nullptr);
   s.bytes = head + s.head.bytes;
   if (!base) return s;
   s.panels = from;
@@ -29,7 +41,7 @@ Scratch carve(const Geometry& g, void* base) {
   return s;
 }
 
-size_t scratch_bytes(const Geometry& g) { return carve(g, nullptr).bytes; }
+size_t scratch_bytes(const Geometry& g) { return layout_scratch(g, nullptr).bytes; }
 
 // What a tile row of 64 bytes holds: 32 bf16 or 64 int8 inputs.
 struct Bf16 {
@@ -37,14 +49,18 @@ struct Bf16 {
   using Value = std::uint16_t;
   static constexpr size_t kInputs = 32;
   static Value value(float x) { return to_bf16(x); }
-  static __m512i expand(Mask mask, const Value* from) { return _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(from)); }
+  static __m512i expand(Mask mask, const Value* from) {
+    return _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(from));
+  }
 };
 struct Int8 {
   using Mask = std::uint64_t;
   using Value = std::int8_t;
   static constexpr size_t kInputs = 64;
   static Value value(float x) { return static_cast<Value>(x); }
-  static __m512i expand(Mask mask, const Value* from) { return _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(from)); }
+  static __m512i expand(Mask mask, const Value* from) {
+    return _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(from));
+  }
 };
 
 template <class T>
@@ -78,7 +94,7 @@ size_t pack_rows(const Row* rows, size_t columns, void* out) {
 size_t pack_block(const RowSource& source, const Linear& l, size_t block, void* out) {
   Row rows[kRowBlock];
   for (size_t r = 0; r < kRowBlock; ++r) rows[r] = source.row(source.context, block * kRowBlock + r);
-  return l.int8 ? pack_rows<Int8>(rows, l.columns, out) : pack_rows<Bf16>(rows, l.columns, out);
+  return l.quantize ? pack_rows<Int8>(rows, l.columns, out) : pack_rows<Bf16>(rows, l.columns, out);
 }
 
 // Expands one tile row after the other; a tile is 16 of them.
@@ -99,8 +115,9 @@ struct Expander {
   }
 };
 
-// Two token blocks times 32 rows over `count` tiles of inputs, into the sums in tiles 0 to 3. What else has to be done, work(), is
-// called between the products: the tile unit takes 16 cycles for each, in which the rest of the core is free.
+// Two token blocks times 32 rows over `count` tiles of inputs, into the sums in tiles 0 to 3. What else has to be done,
+// work(), is called between the products: the tile unit takes 16 cycles for each, in which the rest of the core is
+// free.
 template <class T, bool kTwo, class Work>
 inline void multiply(const char* weights, const char* x0, const char* x1, size_t count, const Work& work) {
   for (size_t t = 0; t < count; ++t, weights += 2 * kTile) {
@@ -127,29 +144,33 @@ inline void multiply(const char* weights, const char* x0, const char* x1, size_t
   }
 }
 
-constexpr size_t kFinish = 8;  // rows finished at a time
+constexpr size_t kEpilogueRows = 8;  // rows finished at a time
 
 // Finished sums whose scaling, bias, GELU and storing are still to be done.
 template <class Sink>
-struct Finisher {
+struct Epilogue {
   const Sink& sink;
   const float* sums = nullptr;  // tiles of rows 0 and 16 of the first token block, then of the second
   size_t row = 0, token_block = 0, next = 0, parts = 0;
 
   void run(size_t count) {
     for (; count && next < parts; --count, ++next)
-      sink(row + next % 4 * kFinish, token_block + next / 4, sums + next * kFinish * 16);
+      sink(row + next % 4 * kEpilogueRows, token_block + next / 4, sums + next * kEpilogueRows * 16);
   }
 };
 
-// Multiplies blocks [first, last) of a layer with all tokens. sink(row, token block, sums) gets finished sums of kFinish rows x 16 tokens.
+// Multiplies blocks [first, last) of a layer with all tokens. sink(row, token block, sums) gets finished sums of
+// kEpilogueRows rows x 16 tokens.
 template <class T, class Sink>
-void multiply_tiles(const Geometry& g, const Linear& l, const char* x, size_t first, size_t last, const Scratch& s, const Sink& sink) {
+void multiply_tiles(const Geometry& g, const Linear& l, const char* x, size_t first, size_t last, const Scratch& s,
+                    const Sink& sink) {
   const size_t depth = depth_of<T>(l.columns), slabs = (depth + kSlab - 1) / kSlab, blocks = token_blocks(g);
   const size_t slab_tiles = (depth + slabs - 1) / slabs;
-  const auto tiles_of = [&](size_t slab) { return depth - slab * slab_tiles < slab_tiles ? depth - slab * slab_tiles : slab_tiles; };
+  const auto tiles_of = [&](size_t slab) {
+    return depth - slab * slab_tiles < slab_tiles ? depth - slab * slab_tiles : slab_tiles;
+  };
   Expander<T> next{};
-  Finisher<Sink> finisher{sink};
+  Epilogue<Sink> epilogue{sink};
   size_t buffer = 0, result = 0;
   const auto begin_block = [&](size_t block) {
     next.mask = reinterpret_cast<const typename T::Mask*>(static_cast<const char*>(l.data) + l.offsets[block]);
@@ -178,7 +199,7 @@ void multiply_tiles(const Geometry& g, const Linear& l, const char* x, size_t fi
       const size_t parts = slab + 1 < slabs ? 0 : (8 + count - 1) / count;
       const auto work = [&] {
         next.run(share);
-        finisher.run(parts);
+        epilogue.run(parts);
       };
       for (size_t t = 0; t < blocks; t += 2) {
         const bool two = t + 1 < blocks;
@@ -193,34 +214,36 @@ void multiply_tiles(const Geometry& g, const Linear& l, const char* x, size_t fi
           store_sums(partial);
           continue;
         }
-        finisher.run(8);
+        epilogue.run(8);
         result ^= 1;
-        finisher.sums = s.result + result * 4 * 256;
-        finisher.row = block * kRowBlock;
-        finisher.token_block = t;
-        finisher.next = 0;
-        finisher.parts = two ? 8 : 4;
+        epilogue.sums = s.result + result * 4 * 256;
+        epilogue.row = block * kRowBlock;
+        epilogue.token_block = t;
+        epilogue.next = 0;
+        epilogue.parts = two ? 8 : 4;
         store_sums(s.result + result * 4 * 256);
       }
       next.run(next.left);
     }
-  finisher.run(8);
+  epilogue.run(8);
 }
 
-// y = sums * scale + bias of kFinish rows of 16 tokens.
-using Rows = __m512[kFinish];
+// y = sums * scale + bias of kEpilogueRows rows of 16 tokens.
+using Rows = __m512[kEpilogueRows];
 
 // sink(first row, token block, y) for all rows of blocks [first, last).
 template <class Sink>
 void multiply_blocks(const Geometry& g, const Linear& l, const void* input, size_t first, size_t last, const Scratch& s,
                      const Sink& sink) {
-  if (!l.int8) {
-    multiply_tiles<Bf16>(g, l, static_cast<const char*>(input), first, last, s, [&](size_t row, size_t t, const float* sums) {
-      Rows y;
-      for (size_t r = 0; r < kFinish; ++r)
-        y[r] = _mm512_fmadd_ps(_mm512_load_ps(sums + r * 16), _mm512_set1_ps(l.scale[row + r]), _mm512_set1_ps(l.bias[row + r]));
-      sink(row, t, y);
-    });
+  if (!l.quantize) {
+    multiply_tiles<Bf16>(g, l, static_cast<const char*>(input), first, last, s,
+                         [&](size_t row, size_t t, const float* sums) {
+                           Rows y;
+                           for (size_t r = 0; r < kEpilogueRows; ++r)
+                             y[r] = _mm512_fmadd_ps(_mm512_load_ps(sums + r * 16), _mm512_set1_ps(l.scale[row + r]),
+                                                    _mm512_set1_ps(l.bias[row + r]));
+                           sink(row, t, y);
+                         });
     return;
   }
   const auto* token_scale = static_cast<const float*>(input);
@@ -228,10 +251,12 @@ void multiply_blocks(const Geometry& g, const Linear& l, const void* input, size
   multiply_tiles<Int8>(g, l, x, first, last, s, [&](size_t row, size_t t, const float* sums) {
     const __m512 scale = _mm512_loadu_ps(token_scale + t * 16);
     Rows y;
-    for (size_t r = 0; r < kFinish; ++r) {
+    for (size_t r = 0; r < kEpilogueRows; ++r) {
       const __m512 real = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums + r * 16)), scale);
       y[r] = _mm512_fmadd_ps(real, _mm512_set1_ps(l.scale[row + r]), _mm512_set1_ps(l.bias[row + r]));
     }
     sink(row, t, y);
   });
 }
+
+#endif  // SPARSEMAE_AMX_PRODUCTS_INL_H

@@ -1,6 +1,13 @@
 // Vector functions that both bf16 instruction sets use. Included inside the anonymous namespace of a file of kernels.
 
 // 2^n times a polynomial of degree 4: relative error below 4e-6, far under bf16's. x <= 0.
+#ifndef SPARSEMAE_BF16_MATH_INL_H
+#define SPARSEMAE_BF16_MATH_INL_H
+
+#ifndef __AVX512BW__
+#error "bf16_math-inl.h needs __AVX512BW__"
+#endif
+
 inline __m512 exponential(__m512 x) {
   const __m512 t = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f));
   const __m512 n = _mm512_roundscale_ps(t, 0);
@@ -13,7 +20,8 @@ inline __m512 exponential(__m512 x) {
   return _mm512_scalef_ps(p, n);
 }
 
-// x * Phi(x) with Phi as an odd polynomial on [-3.9, 3.9]: absolute error below 1.5e-4, under the rounding of a bf16 result.
+// x * Phi(x) with Phi as an odd polynomial on [-3.9, 3.9]: absolute error below 1.5e-4, under the rounding of a bf16
+// result.
 inline __m512 gelu(__m512 x) {
   const __m512 bound = _mm512_set1_ps(3.9f);
   const __m512 c = _mm512_max_ps(_mm512_min_ps(x, bound), _mm512_sub_ps(_mm512_setzero_ps(), bound));
@@ -50,8 +58,10 @@ inline void transpose16(const std::uint32_t* from, std::size_t from_step, std::u
     a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
   }
   for (int c = 0; c < 4; ++c) {
-    const __m512i low01 = _mm512_shuffle_i32x4(a[c], a[c + 4], 0x44), high01 = _mm512_shuffle_i32x4(a[c], a[c + 4], 0xEE);
-    const __m512i low23 = _mm512_shuffle_i32x4(a[c + 8], a[c + 12], 0x44), high23 = _mm512_shuffle_i32x4(a[c + 8], a[c + 12], 0xEE);
+    const __m512i low01 = _mm512_shuffle_i32x4(a[c], a[c + 4], 0x44),
+                  high01 = _mm512_shuffle_i32x4(a[c], a[c + 4], 0xEE);
+    const __m512i low23 = _mm512_shuffle_i32x4(a[c + 8], a[c + 12], 0x44),
+                  high23 = _mm512_shuffle_i32x4(a[c + 8], a[c + 12], 0xEE);
     const auto at = [&](int row) { return to + static_cast<std::size_t>(row + c) * to_step; };
     _mm512_storeu_si512(at(0), _mm512_shuffle_i32x4(low01, low23, 0x88));
     _mm512_storeu_si512(at(4), _mm512_shuffle_i32x4(low01, low23, 0xDD));
@@ -60,8 +70,8 @@ inline void transpose16(const std::uint32_t* from, std::size_t from_step, std::u
   }
 }
 
-inline void dense_rows(const float* weight, const float* bias, const float* x, std::size_t columns, float* out, std::size_t first,
-                       std::size_t last) {
+inline void dense_rows(const float* weight, const float* bias, const float* x, std::size_t columns, float* out,
+                       std::size_t first, std::size_t last) {
   for (std::size_t r = first; r < last; ++r) {
     const float* w = weight + r * columns;
     __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
@@ -69,8 +79,12 @@ inline void dense_rows(const float* weight, const float* bias, const float* x, s
       for (std::size_t j = 0; j < 4 && k + j * 16 < columns; ++j) {
         const std::size_t left = columns - k - j * 16;
         const __mmask16 mask = static_cast<__mmask16>(left < 16 ? (1u << left) - 1u : 0xFFFFu);
-        sum[j] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, w + k + j * 16), _mm512_maskz_loadu_ps(mask, x + k + j * 16), sum[j]);
+        sum[j] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, w + k + j * 16),
+                                 _mm512_maskz_loadu_ps(mask, x + k + j * 16), sum[j]);
       }
-    out[r] = _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3]))) + bias[r];
+    out[r] =
+        _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3]))) + bias[r];
   }
 }
+
+#endif  // SPARSEMAE_BF16_MATH_INL_H

@@ -1,8 +1,18 @@
-// What both tables that use AMX tiles share: tile layouts, layer norm, and the attention of a head. Included inside the anonymous
-// namespace of a file of kernels, after bf16_math.h. The residual is by units; tokens are in the columns of a tile.
+// What both tables that use AMX tiles share: tile layouts, layer norm, and the attention of a head. Included inside the
+// anonymous namespace of a file of kernels. The residual is by units; tokens are in the columns of a tile.
+#ifndef SPARSEMAE_AMX_TILES_INL_H
+#define SPARSEMAE_AMX_TILES_INL_H
 
-#include "floats_avx512.h"
-#include "layer_norm.h"
+#ifndef __AMX_TILE__
+#error "amx_tiles-inl.h needs __AMX_TILE__"
+#endif
+#ifndef __AVX512BF16__
+#error "amx_tiles-inl.h needs __AVX512BF16__"
+#endif
+
+#include "bf16_math-inl.h"
+#include "floats_avx512-inl.h"
+#include "layer_norm-inl.h"
 
 constexpr size_t kTile = 1024;  // bytes
 
@@ -15,8 +25,9 @@ inline char* pair_address(void* activation, size_t block_tiles, size_t pair, siz
 }
 
 inline __m512i interleave(__m512 low, __m512 high) {
-  alignas(64) static constexpr std::uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  alignas(64) static constexpr std::uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                           21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                           11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), (__m512i)_mm512_cvtne2ps_pbh(high, low));
 }
 
@@ -56,14 +67,14 @@ inline void store_sums(float* to) {
 }
 
 // One thread's memory for a head: q, k and probabilities as B operands, v as A operand.
-struct Head {
+struct HeadScratch {
   char *q, *k, *v, *p;
   float* scores;  // [padded tokens][32]
   float* result;  // 4 tiles
   size_t bytes;
 };
 
-Head carve_head(const Geometry& g, void* base) {
+HeadScratch layout_head_scratch(const Geometry& g, void* base) {
   size_t offset = 0;
   const auto take = [&](size_t bytes) {
     char* here = base ? static_cast<char*>(base) + offset : nullptr;
@@ -71,7 +82,7 @@ Head carve_head(const Geometry& g, void* base) {
     return here;
   };
   const size_t blocks = token_blocks(g), key_tiles = tiles(g.padded_tokens), head_tiles = g.padded_head_dim / 32;
-  Head s;
+  HeadScratch s;
   s.q = take(blocks * head_tiles * kTile);
   s.k = take(blocks * head_tiles * kTile);
   s.v = take(2 * head_tiles * key_tiles * kTile);
@@ -82,40 +93,44 @@ Head carve_head(const Geometry& g, void* base) {
   return s;
 }
 
-// Rows `row` and `row` + 1 of a head, counted from its first (q, k, v one after the other), for 16 tokens; `row` is even.
-inline void store_projected(const Geometry& g, const Head& s, size_t row, size_t token_block, __m512 low, __m512 high) {
+// Rows `row` and `row` + 1 of a head, counted from its first (q, k, v one after the other), for 16 tokens; `row` is
+// even.
+inline void store_projected(const Geometry& g, const HeadScratch& s, size_t row, size_t token_block, __m512 low,
+                            __m512 high) {
   const size_t d = row % g.padded_head_dim, part = row / g.padded_head_dim;
   if (part == 2) {
     char* to = s.v + (d / 16 * tiles(g.padded_tokens) + token_block / 2) * kTile + d % 16 * 64 + token_block % 2 * 32;
     _mm256_store_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(low));
     _mm256_store_si256(reinterpret_cast<__m256i*>(to + 64), (__m256i)_mm512_cvtneps_pbh(high));
   } else {
-    _mm512_store_si512(pair_address(part == 0 ? s.q : s.k, g.padded_head_dim / 32, d / 2, token_block), interleave(low, high));
+    _mm512_store_si512(pair_address(part == 0 ? s.q : s.k, g.padded_head_dim / 32, d / 2, token_block),
+                       interleave(low, high));
   }
 }
 
 // p[key pairs][16 queries of each half] = exp(score - max), bf16; returns 1 / sum per query.
 inline void softmax(const Geometry& g, const float* scores, char* p, __m512 inverse[2]) {
   const size_t key_tiles = tiles(g.padded_tokens), pairs = key_tiles * 16;
-  __m512 top[4], sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-  for (int i = 0; i < 4; ++i) top[i] = _mm512_load_ps(scores + i % 2 * 16);
+  __m512 maximum[4], sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  for (int i = 0; i < 4; ++i) maximum[i] = _mm512_load_ps(scores + i % 2 * 16);
   for (size_t j = 1; j < g.tokens; ++j)
     for (size_t half = 0; half < 2; ++half)
-      top[j % 2 * 2 + half] = _mm512_max_ps(top[j % 2 * 2 + half], _mm512_load_ps(scores + j * 32 + half * 16));
-  for (size_t half = 0; half < 2; ++half) top[half] = _mm512_max_ps(top[half], top[half + 2]);
+      maximum[j % 2 * 2 + half] = _mm512_max_ps(maximum[j % 2 * 2 + half], _mm512_load_ps(scores + j * 32 + half * 16));
+  for (size_t half = 0; half < 2; ++half) maximum[half] = _mm512_max_ps(maximum[half], maximum[half + 2]);
   for (size_t pair = 0; pair < pairs; ++pair)
     for (size_t half = 0; half < 2; ++half) {
       const float* from = scores + pair * 64 + half * 16;
       __m512 e0 = _mm512_setzero_ps(), e1 = e0;
-      if (2 * pair < g.tokens) e0 = exponential(_mm512_sub_ps(_mm512_load_ps(from), top[half]));
-      if (2 * pair + 1 < g.tokens) e1 = exponential(_mm512_sub_ps(_mm512_load_ps(from + 32), top[half]));
+      if (2 * pair < g.tokens) e0 = exponential(_mm512_sub_ps(_mm512_load_ps(from), maximum[half]));
+      if (2 * pair + 1 < g.tokens) e1 = exponential(_mm512_sub_ps(_mm512_load_ps(from + 32), maximum[half]));
       sum[half] = _mm512_add_ps(sum[half], _mm512_add_ps(e0, e1));
       _mm512_store_si512(p + (half * key_tiles + pair / 16) * kTile + pair % 16 * 64, interleave(e0, e1));
     }
   for (size_t half = 0; half < 2; ++half) inverse[half] = _mm512_div_ps(_mm512_set1_ps(1.0f), sum[half]);
 }
 
-// 2 x 2 tiles of a product whose operands are tiles already: A tiles `a_step` bytes apart, two rows of tiles; B likewise.
+// 2 x 2 tiles of a product whose operands are tiles already: A tiles `a_step` bytes apart, two rows of tiles; B
+// likewise.
 inline void tile_product(const char* a0, const char* a1, const char* b0, const char* b1, size_t count) {
   load_sums(nullptr, true);
   for (size_t t = 0; t < count; ++t) {
@@ -130,10 +145,10 @@ inline void tile_product(const char* a0, const char* a1, const char* b0, const c
   }
 }
 
-// Attention of a head that is projected; its keys become the A operand. write(d, token block, low, high) gets features d and d + 1 of the
-// head for 16 tokens.
+// Attention of a head that is projected; its keys become the A operand. write(d, token block, low, high) gets features
+// d and d + 1 of the head for 16 tokens.
 template <class Write>
-inline void attend(const Geometry& g, const Head& s, const Write& write) {
+inline void attend(const Geometry& g, const HeadScratch& s, const Write& write) {
   const size_t head_tiles = g.padded_head_dim / 32, key_tiles = tiles(g.padded_tokens), blocks = token_blocks(g);
   for (size_t tile = 0; tile < blocks * head_tiles; ++tile) {
     auto* key = reinterpret_cast<std::uint32_t*>(s.k + tile * kTile);
@@ -168,9 +183,11 @@ inline void attend(const Geometry& g, const Head& s, const Write& write) {
   }
 }
 
-void norm_residual(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps, float* out,
-                   size_t first, size_t last) {
+void norm_residual(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps,
+                   float* out, size_t first, size_t last) {
   for (; first < last; first += 16)
-    normalise<Floats, 1>(residual + residual_at(g, first, 0), 16, g.width, weight, bias, eps,
+    normalize<Floats, 1>(residual + residual_at(g, first, 0), 16, g.width, weight, bias, eps,
                          [&](size_t d, size_t, Floats y) { Floats::store(out + residual_at(g, first, d), y); });
 }
+
+#endif  // SPARSEMAE_AMX_TILES_INL_H

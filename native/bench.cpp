@@ -1,0 +1,106 @@
+#include "bench.h"
+
+#include <algorithm>
+#include <chrono>
+#include <functional>
+#include <limits>
+#include <optional>
+
+#include "vit_state.h"
+
+namespace sparsemae {
+namespace {
+
+double seconds_of(const std::function<void()>& work) {
+  const auto start = std::chrono::steady_clock::now();
+  work();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+}  // namespace
+
+std::vector<KernelTiming> time_kernels(Vit& model, std::size_t rounds) {
+  const Geometry& g = model.geometry_;
+  const Kernels& kernels = *model.kernels_;
+  const Vit::Block& block = model.blocks_.at(0);
+  std::vector<float> image(g.channels * g.image_height * g.image_width), out(g.tokens * g.width);
+  model.forward(image.data(), 1, out.data(), true);  // activations that are not all zero
+  const auto lock = model.pool_.acquire();
+  Vit::Workspace& w = model.workspace(0);
+  void* scratch = model.scratch_[0].get();
+
+  // What a layer reads: the activation itself, or its int8 copy, rounded before.
+  const auto copy_of = [&](const Aligned<char>& activation) {
+    return &activation == &w.hidden ? w.quantized_hidden.get() : w.quantized.get();
+  };
+  const auto input = [&](const Vit::Layer& layer, const Aligned<char>& activation) {
+    return layer.view.quantize ? copy_of(activation) : activation.get();
+  };
+  const auto round = [&](const Vit::Layer& layer, const Aligned<char>& activation) {
+    if (layer.view.quantize)
+      kernels.quantize(g, layer.view.columns, activation.get(), copy_of(activation), 0, g.padded_tokens);
+  };
+  const auto linear = [&](const Vit::Layer& layer, const Aligned<char>& activation, Output kind, void* output) {
+    kernels.linear(g, layer.view, input(layer, activation), kind, output, 0, kernels.token_parts(g), 0,
+                   layer.view.rows / kRowBlock, scratch);
+  };
+  const auto norm = [&] {
+    kernels.norm(g, w.residual.get(), block.norm1.weight.data(), block.norm1.bias.data(), model.config_.norm_eps,
+                 w.normed.get(), 0, g.padded_tokens);
+    round(block.qkv, w.normed);
+  };
+  const auto qkv = [&] {
+    for (std::size_t head = 0; head < g.heads; ++head)
+      kernels.project_head(g, block.qkv.view, input(block.qkv, w.normed), head, scratch);
+  };
+  const auto attention = [&] {
+    for (std::size_t head = 0; head < g.heads; ++head) kernels.attend_head(g, w.attended.get(), head, scratch);
+  };
+  const auto proj = [&] {
+    round(block.proj, w.attended);
+    linear(block.proj, w.attended, Output::residual, w.residual.get());
+  };
+  const auto fc1 = [&] { linear(block.fc1, w.normed, Output::gelu, w.hidden.get()); };
+  const auto fc2 = [&] {
+    round(block.fc2, w.hidden);
+    linear(block.fc2, w.hidden, Output::residual, w.residual.get());
+  };
+  struct Subject {
+    const char* kernel;
+    std::optional<Product> product;
+    std::function<void()> run;
+  };
+  const auto product_of = [](const Vit::Layer& layer) { return layer.view.quantize ? Product::int8 : Product::sparse; };
+  const Subject subjects[] = {
+      {"norm", std::nullopt, norm},
+      {"qkv", product_of(block.qkv), qkv},
+      {"attention", Product::dense, attention},
+      {"proj", product_of(block.proj), proj},
+      {"fc1", product_of(block.fc1), fc1},
+      {"fc2", product_of(block.fc2), fc2},
+  };
+
+  std::vector<KernelTiming> timings;
+  for (const Subject& subject : subjects) {
+    timings.emplace_back().kernel = subject.kernel;
+    timings.back().seconds = std::numeric_limits<double>::infinity();
+  }
+  constexpr std::size_t kPeakRounds = 10000;
+  kernels.thread_begin();
+  for (std::size_t i = 0; i < rounds; ++i)
+    for (std::size_t s = 0; s < timings.size(); ++s) {
+      KernelTiming& timing = timings[s];
+      timing.seconds = std::min(timing.seconds, seconds_of(subjects[s].run));
+      if (!subjects[s].product) continue;
+      alignas(64) float sink[16] = {};
+      Peak peak{};
+      const double seconds = seconds_of([&] { peak = kernels.peak(*subjects[s].product, kPeakRounds, sink); });
+      timing.instructions = peak.instructions;
+      timing.peak = std::max(timing.peak, static_cast<double>(peak.multiply_adds) / seconds);
+      timing.zeros = peak.zeros;
+    }
+  kernels.thread_end();
+  return timings;
+}
+
+}  // namespace sparsemae

@@ -1,0 +1,57 @@
+"""The kernel benchmark measures every table, and its table in a file keeps the rows of other processors."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import reference
+
+from sparsemae.benchmark import kernels
+from sparsemae.benchmark.command import BenchmarkConfig, benchmark
+from sparsemae.runtime import _native
+
+SMALL = reference.vit_shape(depth=1)
+
+
+def test_every_table_is_measured() -> None:
+    rows = kernels.measure(1, SMALL)
+    assert [row.isa for row in rows if row.weights == "2:32 bf16"] == _native.usable_isas()
+    for row in rows:
+        assert set(row.milliseconds) == {"norm", "qkv", "attention", "proj", "fc1", "fc2"}
+        assert min(row.milliseconds.values()) > 0
+        assert row.share > 0
+        assert row.attention_share > 0
+        assert row.instructions
+        multiply_adds = SMALL.tokens * (4 * 64 * 64 + 2 * 64 * 128) * int(row.weights[0]) / 32
+        linears = sum(row.milliseconds[name] for name in ("qkv", "proj", "fc1", "fc2"))
+        assert row.gmacs == pytest.approx(multiply_adds / linears / 1e6)
+
+
+def test_own_rows_are_replaced_and_others_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (row, *_) = kernels.measure(1, SMALL)
+    other = replace(row, processor="GenuineIntel 6/143/8 (Sapphire Rapids): avx2 amx")
+    file = tmp_path / "README.md"
+    file.write_text("before\n<!-- table of make kernels -->\n<!-- end -->\nafter\n")
+    kernels.refresh(file, [other])
+    monkeypatch.setattr(kernels, "measure", lambda runs: [replace(row, gmacs=float(runs))])
+    for runs in (111, 222):
+        benchmark(BenchmarkConfig(section="kernels", runs=runs, readme=str(file)))
+    text = file.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("<!-- end -->\nafter\n")
+    assert text.count("GenuineIntel 6/143/8 (Sapphire Rapids): avx2 amx | ") == 1
+    assert text.count(kernels.processor()) == 1
+    assert " 222 " in text
+    assert " 222 " in capsys.readouterr().out
+    (tmp_path / "none.md").write_text("no table")
+    with pytest.raises(ValueError, match=r"none\.md: wanted a table between"):
+        kernels.refresh(tmp_path / "none.md", [row])
+
+
+def test_processor_is_named_by_its_numbers() -> None:
+    name, features = _native.processor()
+    assert name == "" or len(name.split()[1].split("/")) == 3
+    assert ("avx2" in features) == ("avx2" in _native.usable_isas())
+    assert kernels.processor().endswith(" ".join(features) or "none by name")

@@ -1,0 +1,105 @@
+"""Threads that a fork leaves behind, and threads that cannot start."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference
+
+from sparsemae.packing.format import write
+from sparsemae.runtime import load, model
+
+CHILDREN = 40
+SECONDS = 60
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("calling", [False, True], ids=["idle", "during another thread's call"])
+def test_a_forked_child_answers(calling: bool, tmp_path: Path) -> None:
+    write(tmp_path / "m", reference.random_model(reference.TINY))
+    packed = load(tmp_path / "m", threads=2)
+    images = np.random.default_rng(0).standard_normal((3, 3, 16, 16), np.float32)
+    wanted = packed(images)
+    done = threading.Event()
+
+    def call() -> None:
+        while calling and not done.is_set():
+            packed(images)
+
+    caller = threading.Thread(target=call)
+    caller.start()
+    try:
+        codes = []
+        for _ in range(CHILDREN):
+            child = os.fork()
+            if child == 0:
+                same = (packed(images) == wanted).all() and packed.threads == 2
+                os._exit(0 if same else 1)
+            codes.append(wait(child))
+    finally:
+        done.set()
+        caller.join()
+    assert codes == [0] * CHILDREN
+    assert (packed(images) == wanted).all()
+
+
+def wait(child: int) -> int:
+    """The child's exit code; a child that hangs is killed, its code is negative."""
+    for _ in range(10 * SECONDS):
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.1)
+    os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_threads_that_cannot_start_are_done_without(tmp_path: Path) -> None:
+    """Stacks of 256 MB, and memory for a few of them: a limit on processes does not hold root."""
+    write(tmp_path / "m", reference.random_model(reference.TINY))
+    code = (
+        "import resource, numpy as np, sparsemae.runtime as r\n"
+        "x = np.zeros((5, 3, 16, 16), np.float32)\n"
+        f"wanted = r.load({str(tmp_path / 'm')!r}, threads=1)(x)\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))\n"
+        f"m = r.load({str(tmp_path / 'm')!r}, threads=64)\n"
+        "print(m.threads, (m(x) == wanted).all())"
+    )
+    command = ["bash", "-c", 'ulimit -s 262144; exec "$@"', "-", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    threads, same = done.stdout.split()
+    assert 1 <= int(threads) < 6
+    assert same == "True"
+
+
+def test_the_default_is_no_more_than_quota_and_model_have_use_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = tmp_path / "cgroup"
+    (groups / "pod/box").mkdir(parents=True)
+    (tmp_path / "self").write_text("0::/pod/box\n")
+    monkeypatch.setattr(model, "CGROUPS", groups)
+    monkeypatch.setattr(model, "OWN_CGROUP", tmp_path / "self")
+    assert model._quota() is None
+    (groups / "pod/box/cpu.max").write_text("max 100000\n")
+    assert model._quota() is None
+    (groups / "pod/cpu.max").write_text("250000 100000\n")
+    assert model._quota() == 3
+    (groups / "pod/box/cpu.max").write_text("50000 100000\n")
+    assert model._quota() == 1
+    (tmp_path / "self").unlink()
+    assert model._quota() is None
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    write(tmp_path / "m", reference.random_model(reference.vit_shape(image_height=32, image_width=32)))
+    assert load(tmp_path / "m").threads == 5  # 65 tokens
+    assert load(tmp_path / "m", threads=7).threads == 7
