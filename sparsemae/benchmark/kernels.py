@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sparsemae.files import write_atomic
 from sparsemae.packing.codec import encode_mask
 from sparsemae.packing.format import DTYPES, LINEARS, dense_shapes, to_bf16
 from sparsemae.packing.metadata import VitShape, parse_pattern
@@ -106,7 +107,7 @@ def refresh(file: Path, rows: Sequence[KernelRow]) -> None:
     kept = [line for line in lines[1:] if line[2:].split(":")[0] not in own]
     lines = ["| " + " | ".join(_HEAD) + " |", "|---" * 3 + "|---:" * (len(_HEAD) - 3) + "|", *kept]
     lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
-    file.write_text(_MARKS.sub(lambda match: match[1] + "\n" + "\n".join(lines) + "\n\n" + match[2], text))
+    write_atomic(file, _MARKS.sub(lambda match: match[1] + "\n" + "\n".join(lines) + "\n\n" + match[2], text))
 
 
 def _cells(row: KernelRow) -> list[str]:
