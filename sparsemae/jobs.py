@@ -5,11 +5,9 @@ The function is looked up when the command runs, so that ``--help`` does not loa
 
 from collections.abc import Callable
 from pkgutil import resolve_name
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from sparsemae import options
-
-T = TypeVar("T")
 
 
 class Job(NamedTuple):
@@ -54,7 +52,7 @@ JOBS = {
 }  # fmt: skip
 
 
-def resolve(reference: str | T) -> T:
+def resolve(reference: Any) -> Any:
     """What ``module:name`` names; anything else is itself."""
     return resolve_name(reference) if isinstance(reference, str) else reference
 

@@ -131,24 +131,19 @@ class _Worker:
 
 def _random_files(folder: Path) -> list[str]:
     """SparseMAE-T and -S with random weights: packed ViT-B/16 of 1,000 classes."""
-    import torch
     from timm import create_model
 
-    from sparsemae.packing.format import LINEARS
     from sparsemae.packing.pack import pack
+    from sparsemae.sparsity import freeze, sparsify
 
     files = []
-    for name, kept in (("SparseMAE-T", 2), ("SparseMAE-S", 4)):
-        model: Any = create_model(DENSE["B"], global_pool="avg").eval()
-        patterns = {f"blocks.{i}.{layer}": f"{kept}:32" for i in range(len(model.blocks)) for layer in LINEARS}
-        with torch.no_grad():
-            for layer in patterns:
-                weight = model.get_submodule(layer).weight
-                groups = weight.reshape(-1, 32)
-                groups.scatter_(1, torch.rand_like(groups).topk(32 - kept, dim=1).indices, 0.0)
+    for name, pattern in (("SparseMAE-T", "2:32"), ("SparseMAE-S", "4:32")):
+        model = create_model(DENSE["B"], global_pool="avg").eval()
+        sparsify(model, pattern)
+        freeze(model)
         for dtype in ("bf16", "int8"):
             files.append(str(folder / f"{name} {dtype}.safetensors"))
-            pack(model, files[-1], dtype=dtype, patterns=patterns)
+            pack(model, files[-1], dtype=dtype)
     return files
 
 

@@ -8,7 +8,6 @@ Formulas per layer would be shorter, and wrong at the next change of a layer.
 """
 
 import weakref
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,13 +59,13 @@ def step_memory(task: Task[Any], model: nn.Module, batches: BatchPlan, precision
         precision: bf16 (autocast), fp32 or fp64, as in the trainer.
     """
     config = task.config
-    autocast: AbstractContextManager[Any] = (
-        torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
-    )
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
     if precision == "fp64":  # Fabric turns a batch's floats into doubles, too
         model.register_forward_pre_hook(lambda _, batch: tuple(x.double() if torch.is_tensor(x) else x for x in batch))
     with FakeTensorMode():
-        _make_fake(model, torch.float64 if precision == "fp64" else torch.float32)
+        dtype = torch.float64 if precision == "fp64" else torch.float32
+        # fake CPU tensors in the places of meta ones: autocast knows no meta device
+        model._apply(lambda t: torch.empty(t.shape, dtype=dtype if isinstance(t, nn.Parameter) else t.dtype))
         model.train()
         with _Live(model) as live:
             optimizer = make_optimizer(model, config.optim)
@@ -91,18 +90,6 @@ def step_memory(task: Task[Any], model: nn.Module, batches: BatchPlan, precision
     peak = live.peak
     rest = peak.total - weights - peak.gradients - peak.optimizer - peak.masks
     return StepMemory(weights, peak.gradients + buckets, peak.optimizer, peak.masks, rest)
-
-
-def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:
-    """Put fake CPU tensors in the places of meta ones: autocast knows no meta device."""
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                fake = torch.empty(parameter.shape, dtype=dtype)
-                module._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 def _bytes(tensor: Tensor) -> int:

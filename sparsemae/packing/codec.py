@@ -61,7 +61,7 @@ def encode_mask(mask: NDArray[np.bool_], n: int, m: int) -> NDArray[np.uint8]:
         raise ValueError(f"row {row}, group {group}: wanted {n} of {m} kept, got {kept[bad]}")
     if bits == 0:
         return np.zeros(0, np.uint8)
-    if _is_bitmap(n, m):
+    if bits == m:  # a bitmap: a rank takes fewer bits
         return np.packbits(groups, bitorder="little")
     parts = []
     for start in range(0, len(groups), _CHUNK):
@@ -96,7 +96,7 @@ def decode_positions(codes: NDArray[np.uint8], groups: int, n: int, m: int) -> N
     for start in range(0, groups, _CHUNK):
         count = min(_CHUNK, groups - start)
         chunk = codes[start * bits // 8 : ((start + count) * bits + 7) // 8]
-        if _is_bitmap(n, m):
+        if bits == m:  # a bitmap: a rank takes fewer bits
             bitmap = np.unpackbits(chunk, count=count * m, bitorder="little").reshape(count, m)
             kept = bitmap.sum(axis=1, dtype=np.int64)
             if (kept != n).any():
@@ -122,10 +122,6 @@ def decode_mask(codes: NDArray[np.uint8], rows: int, columns: int, n: int, m: in
     mask = np.zeros((rows * columns // m, m), np.bool_)
     np.put_along_axis(mask, decode_positions(codes, len(mask), n, m).astype(np.int64), True, axis=1)
     return mask.reshape(rows, columns)
-
-
-def _is_bitmap(n: int, m: int) -> bool:
-    return (comb(m, n) - 1).bit_length() > 64
 
 
 @cache
@@ -170,7 +166,5 @@ def _pack_bits(values: NDArray[np.uint64], bits: int) -> NDArray[np.uint8]:
 
 def _unpack_bits(stream: NDArray[np.uint8], count: int, bits: int) -> NDArray[np.uint64]:
     table = np.unpackbits(stream, count=count * bits, bitorder="little").reshape(count, bits)
-    octets = np.zeros((count, 8), np.uint8)
     packed = np.packbits(table, axis=1, bitorder="little")
-    octets[:, : packed.shape[1]] = packed
-    return octets.view("<u8").reshape(-1).astype(np.uint64)
+    return np.pad(packed, ((0, 0), (0, 8 - packed.shape[1]))).view("<u8").reshape(-1).astype(np.uint64)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sparsemae.files import write_atomic
@@ -61,37 +60,37 @@ def _lines(file: Path) -> list[dict[str, Any]]:
 
 def _curve(records: Mapping[str, list[dict[str, Any]]], name: str) -> str:
     """One quantity over the epochs, a line per run; nothing if no run has it."""
-    figure = Figure(figsize=(4.6, 3.0))
+    figure = Figure(figsize=(4.6, 3.0), layout="tight")
     axes = figure.subplots()
     for run, rows in records.items():
         points = [(row["epoch"], row[name]) for row in rows if name in row]
         axes.plot(*zip(*points, strict=True), label=run, linewidth=1.2, marker="." if len(points) < 40 else "")
     if not axes.lines:
         return ""
-    axes.set(title=name.replace("_", " "), xlabel="epoch", yscale="log" if name == "flip_rate" else "linear")
+    axes.set_title(name.replace("_", " "), fontsize=10)
+    axes.set(xlabel="epoch", yscale="log" if name == "flip_rate" else "linear")
     if len(axes.lines) > 1:
         axes.legend(fontsize=7)
-    return _drawn(figure, axes)
+    return _drawn(figure)
 
 
 def _layers(run: str, rows: list[dict[str, Any]]) -> str:
     """Flip rate of every layer over the epochs, as an image: where and when the mask still moves."""
     names, first, last = list(rows[-1]["layers"]), rows[0]["epoch"], rows[-1]["epoch"]
-    figure = Figure(figsize=(9.2, 1.2 + 0.14 * len(names)))
+    figure = Figure(figsize=(9.2, 1.2 + 0.14 * len(names)), layout="tight")
     axes = figure.subplots()
     image = axes.imshow(
         [[row["layers"][name]["flip_rate"] for row in rows] for name in names],
         aspect="auto", extent=(first, max(last, first + 1e-3), len(names) - 0.5, -0.5),
     )  # fmt: skip
     axes.set_yticks(range(len(names)), names, fontsize=6)
-    axes.set(title=f"{run}: fraction of the mask that moved since the last epoch", xlabel="epoch")
+    axes.set_title(f"{run}: fraction of the mask that moved since the last epoch", fontsize=10)
+    axes.set_xlabel("epoch")
     figure.colorbar(image)
-    return _drawn(figure, axes)
+    return _drawn(figure)
 
 
-def _drawn(figure: Figure, axes: Axes) -> str:
-    axes.title.set_fontsize(10)
-    figure.tight_layout()
+def _drawn(figure: Figure) -> str:
     stream = io.StringIO()
     figure.savefig(stream, format="svg")
     _, tag, drawing = stream.getvalue().partition("<svg")  # without the XML prologue

@@ -48,7 +48,7 @@ def reconstruction_picture(
             "sparse weights": torch.where(masked, model.reconstruct(x, sparse), x),
             "full weights": torch.where(masked, model.reconstruct(x, full), x),
         }
-    figure = Figure(figsize=(images * 1.1, len(rows) * 1.2))
+    figure = Figure(figsize=(images * 1.1, len(rows) * 1.2), layout="tight")
     axes = figure.subplots(len(rows), images, squeeze=False)
     for axis_row, (title, row) in zip(axes, rows.items(), strict=True):
         for axis, image in zip(axis_row, _pixels(row, spec), strict=True):
@@ -57,7 +57,6 @@ def reconstruction_picture(
         axis_row[0].set_ylabel(title, fontsize=8)
     losses = f"loss {float(sparse.loss):.3f} sparse, {float(full.loss):.3f} full"
     figure.suptitle(f"{ratio:.0%} of the patches masked; {losses}", fontsize=9)
-    figure.tight_layout()
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=130, format="png")
 
