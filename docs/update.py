@@ -1,4 +1,4 @@
-"""Put measured tables (of `make results`, `segment`, `bench`, `reliability`) and tested code into README.md and docs/."""
+"""Put measured tables (make results, segment, bench, reliability) and tested code into README.md and docs/."""
 
 import json
 import re
