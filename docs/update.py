@@ -1,4 +1,4 @@
-"""Put measured tables into README.md and docs/: of `make results`, `segment`, `bench` and `reliability`."""
+"""Put measured tables (make results, segment, bench, reliability) and tested code into README.md and docs/."""
 
 import json
 import re
@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+TASK = re.compile(r"(```python\n)@dataclass\nclass BrightnessConfig.*?(```)", re.DOTALL)
 DOCS = (ROOT / "README.md", ROOT / "docs/results.md", ROOT / "docs/reliability.md")
 
 
 def main() -> None:
-    """Replace what stands between the marks, for each measurement whose file is there."""
+    """Replace what stands between the marks, for each measurement whose file is there; and the task of extending.md."""
+    page = ROOT / "docs/extending.md"
+    page.write_text(TASK.sub(lambda match: match[1] + tested_task() + match[2], page.read_text()))
     for target, folder in {"results": "runs/demo", "segment": "runs/demo-segment"}.items():
         if measured := read(f"{folder}/results.json"):
             rows = (ROOT / folder / "results.md").read_text()
@@ -24,6 +27,12 @@ def main() -> None:
     if told := read("runs/reliability.json"):
         put("reliability", fault_table(told["fault"]))
         put("reliability: resumed", resume_table(told["resume"]))
+
+
+def tested_task() -> str:
+    """The task that tests/tasks/test_new_task.py adds from outside."""
+    code = (ROOT / "tests/tasks/test_new_task.py").read_text()
+    return code.split("# the task: at most 80 lines, from here\n")[1].split("# to here")[0].strip() + "\n"
 
 
 def read(path: str) -> Any:

@@ -118,7 +118,7 @@ def test_a_data_source(tree: Path) -> None:
 def test_a_task_is_that_of_its_test(monkeypatch: pytest.MonkeyPatch) -> None:
     (file,) = (ROOT / "tests").rglob("test_new_task.py")
     tested = file.read_text().split("# the task: at most 80 lines, from here\n")[1].split("# to here")[0]
-    assert block("class Brightness(Task").strip() == tested.strip(), f"copy the task of {file} to {PAGE}"
+    assert block("class Brightness(Task").strip() == tested.strip(), f"{file} has another: run docs/update.py"
     monkeypatch.setitem(JOBS, "brightness", None)
     monkeypatch.setitem(TASKS, "brightness", None)
     exec(block('TASKS["brightness"]'), {"BrightnessConfig": int, "Brightness": str})
