@@ -70,6 +70,7 @@ def table(rows: list[Saving]) -> str:
 def _measure(name: str, subject: Subject, folder: Path, runs: int) -> Saving:
     model, optimizer, step = subject
     state = TrainingState(model, optimizer, None, MaskSchedule(model), Topology(model))
+    folder.mkdir()
     saver = Saver(folder, keep=1, max_failures=1, info=print)
     blocking, held, slowed, steps = [], [], [], []
     for turn in range(runs + 1):

@@ -65,7 +65,9 @@ def step_memory(task: Task[Any], model: nn.Module, batches: BatchPlan, precision
     with FakeTensorMode():
         dtype = torch.float64 if precision == "fp64" else torch.float32
         # fake CPU tensors in the places of meta ones: autocast knows no meta device
-        model._apply(lambda t: torch.empty(t.shape, dtype=dtype if isinstance(t, nn.Parameter) else t.dtype))
+        model._apply(  # type: ignore[no-untyped-call]
+            lambda t: torch.empty(t.shape, dtype=dtype if isinstance(t, nn.Parameter) else t.dtype)
+        )
         model.train()
         with _Live(model) as live:
             optimizer = make_optimizer(model, config.optim)
