@@ -42,7 +42,7 @@ class Options:
     """Of the fields' names in messages."""
 
     def __post_init__(self) -> None:
-        limits = {member.name: member.metadata.get("limits") for member in fields(self)}  # type: ignore[arg-type]
+        limits = {member.name: member.metadata.get("limits") for member in fields(self)}
         check_limits(self, self.prefix, **{name: wanted for name, wanted in limits.items() if wanted})
 
 

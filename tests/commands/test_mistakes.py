@@ -147,7 +147,7 @@ def test_predict(refused: Callable[..., str], tmp_path: Path, image_folder: Path
     assert "nowhere: no such file or folder" in refused("predict", str(tmp_path / "nowhere"), str(image_folder))
     assert "images" in refused("predict", str(tmp_path))
     main(tiny("finetune", tmp_path / "run", "--trainer.max_steps", "1"))
-    assert "images[0]: x.jpg: no such file or folder" in refused("predict", str(tmp_path / "run"), "x.jpg")
+    assert "images: x.jpg: no such file or folder" in refused("predict", str(tmp_path / "run"), "x.jpg")
     assert "top_k: wanted at least 1" in refused("predict", str(tmp_path / "run"), str(image_folder), "--top_k", "0")
 
 
