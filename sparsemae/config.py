@@ -62,13 +62,12 @@ def check_paths(config: Any) -> None:
 
 
 def _resolved(argv: Sequence[str]) -> list[str]:
-    """Recipes by their file, options with underscores (``--write-exclude`` is ``--write_exclude``)."""
-    result: list[str] = []
-    rest = iter(argv)
+    """Recipes by their file and before all else, which they must not override; options with underscores."""
+    recipes, result, rest = list[str](), list[str](), iter(argv)
     for word in rest:
         name, equals, value = word.partition("=")
         if name == "--config":
-            result += ["--config", _recipe(value if equals else next(rest, ""))]
+            recipes += ["--config", _recipe(value if equals else next(rest, ""))]
         elif word.startswith("--"):
             name = name[2:].replace("-", "_")
             if new := new_option(name):
@@ -76,7 +75,7 @@ def _resolved(argv: Sequence[str]) -> list[str]:
             result.append(f"--{name}{equals}{value}")
         else:
             result.append(word)
-    return result
+    return recipes + result
 
 
 def _recipe(name: str) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 OPTIONS = {
     "taps": "out_indices",
     "masks": "data",
+    "unlabelled": "task pretrain",
     "data.eval_crop": "data.crop_pct",
     "data.crop_max_share": "data.cat_max_ratio",
 }

@@ -43,7 +43,7 @@ def train(config: TrainingConfig) -> Path:
     card = replace(card, patterns={name: str(layer.pattern) for name, layer in iter_sparse(model)})
 
     masks = mask_schedule(model, sparse, trainer, plan)
-    metrics = fit(run, Subject(task, model, task.wrapped(model), dataset, card, masks))
+    metrics = fit(run, Subject(task, model, task.wrapped(model), dataset, card, masks, plan))
     frozen = task.freezes and sparse.pattern != "dense"
     if frozen:
         freeze(model)

@@ -1,6 +1,7 @@
 """Models from their files: built as the card says, filled, and ready to be used."""
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from sparsemae.models.weights import card_of, find_weights, load_weights, read_w
 from sparsemae.sparsity import densify, freeze, iter_sparse, sparsify
 from sparsemae.tasks import task_class
 from sparsemae.tasks.task import encoder_of, smallest_side
+
+BATCH = 8
+"""Images that a prediction looks at together."""
 
 
 class TorchPredictor:
@@ -35,6 +39,8 @@ class TorchPredictor:
     @torch.inference_mode()
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits of normalized images ``[B, 3, H, W]``: ``[B, C]``, or ``[B, C, H, W]`` of a segmenter."""
+        if self.card.task == "pretrain":
+            raise ValueError("wanted a finetuned model, got a pretrained one, which has features but no logits")
         output = self.model(torch.from_numpy(images))
         logits: NDArray[np.float32] = getattr(output, "logits", output).float().numpy()
         return logits
@@ -48,8 +54,10 @@ class TorchPredictor:
     @torch.inference_mode()
     def predict(self, images: Sequence[str | Path | Image.Image], top_k: int = 5) -> list[Any]:
         """One result for each image, in order: the ``top_k`` `Prediction` s, best first, or a segmenter's class map."""
-        rgb = [as_rgb(image, self.card.input.exif) for image in images]
-        return task_class(self.card.task).predict(self.model, self.card, rgb, top_k)
+        task, results, rest = task_class(self.card.task), list[Any](), iter(images)
+        while batch := [as_rgb(image, self.card.input.exif) for image in islice(rest, BATCH)]:
+            results += task.predict(self.model, self.card, batch, top_k)
+        return results
 
 
 def load_predictor(source: str | Path) -> TorchPredictor:

@@ -19,7 +19,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from sparsemae.data.loader import UnreadableImages, batches
-from sparsemae.data.sampling import STEP, BatchPlan, TrainingSampler, seed_all
+from sparsemae.data.sampling import STEP, TrainingSampler, seed_all
 from sparsemae.files import retried
 from sparsemae.models import use_plain_attention
 from sparsemae.sparsity import Topology, hold_masks, iter_sparse
@@ -76,7 +76,7 @@ class _Loop:
         if trainer.scale_lr:
             optim = scaled_to_batch(optim, trainer.global_batch)
         images = len(subject.dataset)
-        self.plan = BatchPlan.make(images, trainer.global_batch, trainer.device_batch, fabric.world_size)
+        self.plan = subject.batches
         self.total = trainer.schedule_steps(self.plan.steps_per_epoch)
         self.epochs = self.total / self.plan.steps_per_epoch
         optim = in_epochs(optim, self.plan.steps_per_epoch, self.total)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sparsemae.card import ModelCard
 from sparsemae.data.dataset import ImageDataset
+from sparsemae.data.sampling import BatchPlan
 from sparsemae.options import TrainingConfig
 from sparsemae.sparsity import MaskSchedule
 
@@ -41,3 +42,4 @@ class Subject:
     card: ModelCard
     """Goes into the weights files."""
     masks: MaskSchedule
+    batches: BatchPlan
