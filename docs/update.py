@@ -7,6 +7,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 TASK = re.compile(r"(```python\n)@dataclass\nclass BrightnessConfig.*?(```)", re.DOTALL)
+GPU_COLUMNS = ("batch", "share_of_peak", "peak_gib", "planned_gib", "compile_seconds")
 DOCS = (ROOT / "README.md", ROOT / "docs/results.md", ROOT / "docs/reliability.md")
 
 
@@ -24,6 +25,8 @@ def main() -> None:
         put("bench: training", training_table(measured))
     if measured := read("docs/benchmark-saving.json"):
         put("bench: saving", saving_table(measured))
+    if (lines := ROOT / "docs/gpu.jsonl").is_file():
+        put("gpu", gpu_table([json.loads(line) for line in lines.read_text().splitlines()]))
     if told := read("runs/reliability.json"):
         put("reliability", fault_table(told["fault"]))
         put("reliability: resumed", resume_table(told["resume"]))
@@ -52,6 +55,41 @@ def table(head: list[str], rows: list[list[str]], texts: int) -> str:
     """Markdown; the first ``texts`` columns hold words, the others numbers."""
     lines = [head, ["---" if i < texts else "---:" for i in range(len(head))], *rows]
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n" for cells in lines)
+
+
+def gpu_table(lines: list[dict[str, Any]]) -> str:
+    """Speeds of the recipes' steps, then what was held against a reference, as `tools/gpu.py` wrote them."""
+    machine = next(line for line in lines if line["part"] == "machine")
+    steps = [line for line in lines if "images_per_second" in line]
+    rows = [
+        [
+            line["part"], f"{line['images_per_second']:,.0f}", *(str(line.get(key, "")) for key in GPU_COLUMNS)
+        ]
+        for line in steps
+    ]  # fmt: skip
+    head = [
+        "step, bf16, compiled",
+        "images/s",
+        "batch",
+        "fraction of the peak",
+        "peak GiB",
+        "planned GiB",
+        "compiling, s",
+    ]
+    checks = [
+        [
+            line["part"], line["verdict"], line.get("largest_relative_difference", ""),
+            line.get("of_two_equal_runs", ""),
+        ]
+        for line in lines
+        if line["verdict"] in ("right", "WRONG")
+    ]  # fmt: skip
+    titles = ["held against a reference", "", "largest relative difference", "of two equal runs"]
+    peak = next(line["tera_multiply_adds"] for line in lines if "tera_multiply_adds" in line)
+    return (
+        f"{machine['device']}, torch {machine['torch']}, timm {machine['timm']}; peak: {peak} T multiply-adds/s, an "
+        f"8192 x 8192 x 8192 bf16 product.\n\n{table(head, rows, 1)}\n{table(titles, checks, 2)}"
+    )
 
 
 def benchmark_table(measured: dict) -> str:
