@@ -240,4 +240,4 @@ def test_item_16_an_unreachable_hub_is_asked_once(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(
         ValueError, match=r"^--init timm:vit_base_patch16_18x2_224: wanted the name of weights, got one"
     ):
-        start_from(classifier(), "timm:vit_base_patch16_18x2_224")
+        start_from(model, "timm:vit_base_patch16_18x2_224")
