@@ -12,7 +12,7 @@ from typing import Any
 
 from sparsemae.renamed import CARD, renamed
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,13 @@ class InputSpec:
     crop_pct: float = 1.0
     short_side: int | None = None
     long_side: int | None = None
-    exif: bool = False
-    """Turn images as their EXIF orientation says. timm does not: off agrees with its accuracy figures."""
+    exif: bool | None = False
+    """Turn images as their EXIF orientation says. timm does not: off agrees with its accuracy figures. None: a
+    segmenter that never saw one to turn."""
+    background: tuple[int, ...] | None = None
+    """RGB color that transparent images are drawn on; None: alpha is dropped, as models of before were trained."""
+    bits: int | None = None
+    """Of 16-bit gray, scaled to 8; None: values are clipped at 255, as models of before were trained."""
 
     @classmethod
     def of(cls, options: Any) -> InputSpec:
@@ -70,6 +75,9 @@ class ModelCard:
     """The run or checkpoint that it was packed from."""
     license: str = ""
     """License of the weights."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """Which images it was trained on: digests of their names and of where they lay, and the rule of the held-out part;
+    empty of a model of before."""
 
     def with_settings(self, **settings: Any) -> ModelCard:
         """The same with some of its task's settings changed."""
@@ -83,7 +91,7 @@ class ModelCard:
     def from_dict(cls, document: Mapping[str, Any]) -> ModelCard:
         """Raises ValueError if it is not what `to_dict`, or an earlier version of it, gives."""
         version = document.get("version")
-        if version not in (1, VERSION):
+        if version not in range(1, VERSION + 1):
             newer = isinstance(version, int) and version > VERSION
             raise ValueError(
                 f"wanted a sparsemae weights file of version 1 to {VERSION}, got "
@@ -106,5 +114,5 @@ class ModelCard:
 
 _KINDS: dict[str, type] = {
     "task": str, "architecture": str, "model_args": dict, "patterns": dict, "settings": dict, "frozen": bool,
-    "metrics": dict, "source": str, "license": str,
+    "metrics": dict, "source": str, "license": str, "data": dict,
 }  # fmt: skip

@@ -28,7 +28,8 @@ from sparsemae.config import read_config
 from sparsemae.data.dataset import ImageDataset
 from sparsemae.data.loader import batches
 from sparsemae.data.sampling import BatchPlan, TrainingSampler
-from sparsemae.data.sources import Source, open_source
+from sparsemae.data.sources import open_source
+from sparsemae.data.splits import Source
 from sparsemae.data.transforms import normalize, training_transform
 from sparsemae.jobs import training_jobs
 from sparsemae.models import use_plain_attention

@@ -4,18 +4,18 @@ Classes of images are reported here, masks in `check_masks`. In tars and other c
 that `Source.filename` gives it.
 """
 
-import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sparsemae.commands.check_masks import examine_masks
 from sparsemae.commands.check_records import Report, read_records
 from sparsemae.data.exclude import read_exclude, write_exclude
-from sparsemae.data.images import SUFFIXES
 from sparsemae.data.pairs import has_masks
-from sparsemae.data.sources import Source, Split, open_source, split_folders
+from sparsemae.data.sources import find_source, require_classes
+from sparsemae.data.splits import Source
+from sparsemae.data.tree import Split
 from sparsemae.options import CheckConfig, SourceConfig
 
 NO_FOLDER = "(in no class folder)"
@@ -25,10 +25,6 @@ NO_FOLDER = "(in no class folder)"
 class ClassReport(Report):
     """What `examine` found."""
 
-    empty_folders: list[str]
-    """Folders below the splits' without any file that training reads, relative to the root."""
-    ignored: dict[str, int]
-    """Files that training does not read, by their ending."""
     pretraining: bool
     """One class is enough."""
 
@@ -60,13 +56,6 @@ class ClassReport(Report):
         yield from super()._problems()
         for name, count in self.counts.items():
             yield from (f"no images: class {name or NO_FOLDER} in {split}" for split, n in count.items() if not n)
-        for folder in self.empty_folders:
-            yield f"no images: folder {folder}, which is no class for training"
-        if "" in self.class_names and len(self.class_names) > 1:
-            yield f"stray: images {NO_FOLDER} make a class of their own"
-        if self.ignored:
-            endings = ", ".join(f"{count:,} {ending or 'without ending'}" for ending, count in self.ignored.items())
-            yield f"not read by training: {endings} (it reads {', '.join(SUFFIXES)})"
 
 
 def check(config: CheckConfig) -> Report:
@@ -80,7 +69,7 @@ def check(config: CheckConfig) -> Report:
     if (config.task or _task_of(data)) == "segment":
         report = examine_masks(data, config.smallest or 1)
     else:
-        report = examine(data, config.smallest or 16, config.task == "pretrain")
+        report = examine(replace(data, exif=data.exif is not False), config.smallest or 16, config.task == "pretrain")
     print(report)
     hint = "leave files out with --write-exclude FILE and --data.exclude FILE"
     if target is not None:
@@ -99,7 +88,8 @@ def check(config: CheckConfig) -> Report:
 
 def _task_of(data: SourceConfig) -> str:
     """What images laid out like that are for; said."""
-    masks = data.source == "sceneparse" or (data.source == "folder" and has_masks(Path(data.root or ".")))
+    laid_out = data.source == "folder" and has_masks(Path(data.root or "."))
+    masks = data.source == "sceneparse" or data.classes is not None or laid_out
     task, layout = ("segment", "images with masks") if masks else ("classify", "images with classes")
     print(f"{data.root}: {layout}, checked as for --task {task}")
     return task
@@ -107,20 +97,9 @@ def _task_of(data: SourceConfig) -> str:
 
 def examine(data: SourceConfig, smallest: int = 16, pretraining: bool = False) -> ClassReport:
     """Read every image of both splits, with a progress display."""
-    sources: dict[Split, Source] = {"train": open_source(data, "train"), "val": open_source(data, "val")}
+    splits = find_source(data)
+    sources: dict[Split, Source] = {"train": splits.open("train"), "val": splits.open("val")}
     root, class_names = Path(data.root or "."), sources["train"].class_names
-    empty, ignored = _other_files(root) if data.source == "folder" else ([], {})
-    return ClassReport(root, *read_records(sources, data, smallest), class_names, empty, ignored, pretraining)
-
-
-def _other_files(root: Path) -> tuple[list[str], dict[str, int]]:
-    """Folders without images, and files that training passes over, by ending."""
-    folders = [folder for folder in split_folders(root).values() if folder is not None]
-    empty, ignored = [], Counter[str]()
-    for top in folders if split_folders(root)["train"] else [root]:
-        for parent, below, names in os.walk(top, followlinks=True):
-            others = [Path(name).suffix.lower() for name in names if Path(name).suffix.lower() not in SUFFIXES]
-            ignored.update(others)
-            if not below and len(others) == len(names):
-                empty.append(os.path.relpath(parent, root))
-    return sorted(empty), dict(ignored.most_common())
+    if not pretraining and (len(class_names) > 1 or getattr(sources["train"].reader, "no_classes", None)):
+        require_classes(sources["train"], str(root))
+    return ClassReport(root, *read_records(sources, data, smallest), class_names, splits.notes(), data, pretraining)

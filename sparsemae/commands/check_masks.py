@@ -9,7 +9,8 @@ import numpy as np
 from sparsemae.commands.check_records import USABLE, Report, read_records
 from sparsemae.data.masks import IGNORED
 from sparsemae.data.pairs import find_masks, unmatched
-from sparsemae.data.sources import Source, Split
+from sparsemae.data.splits import Source
+from sparsemae.data.tree import Split
 from sparsemae.options import SourceConfig
 
 
@@ -73,11 +74,13 @@ class MaskReport(Report):
 
 def examine_masks(data: SourceConfig, smallest: int = 1) -> MaskReport:
     """Read every pair of both splits, with a progress display."""
-    sources: dict[Split, Source] = {"train": find_masks(data, "train"), "val": find_masks(data, "val")}
+    splits = find_masks(data)
+    sources: dict[Split, Source] = {"train": splits.open("train"), "val": splits.open("val")}
     alone: dict[str, list[Path]] = {}
     for source in sources.values():
         for what, files in unmatched(source, data).items():
             alone[what] = list(dict.fromkeys(alone.get(what, []) + files))  # of one split that was cut in two
     records, legend = read_records(sources, data, smallest), sources["train"].legend
     assert legend is not None
-    return MaskReport(Path(data.root or "."), *records, legend.class_names, legend.reduce_zero_label, alone)
+    root = Path(data.root or ".")
+    return MaskReport(root, *records, legend.class_names, splits.notes(), data, legend.reduce_zero_label, alone)

@@ -10,6 +10,7 @@ import io
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +19,11 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from sparsemae.data.images import FORMATS, UNREADABLE, PixelRules, is_16_bit, orientation
 from sparsemae.data.masks import IGNORED, read_mask
-from sparsemae.data.sources import Source, Split
+from sparsemae.data.splits import Source
+from sparsemae.data.survey import Traits
+from sparsemae.data.tree import Split
 from sparsemae.options import SourceConfig
 from sparsemae.training.logs import RunLog
 
@@ -53,8 +57,20 @@ class FileRecord:
     """Of the image file's bytes; of the pixels where a source has no files."""
     values: frozenset[int] = frozenset()
     """Of an index mask."""
+    flat: bool = False
+    """All pixels have one value."""
+    turned: bool = False
+    """Its EXIF orientation is not upright."""
+    highest: int | None = None
+    """Largest value of 16-bit gray."""
     pixels: np.ndarray | int = 0
     """Per class of a mask ``[C]``; of an unusable one 0."""
+
+    def note_header(self, content: bytes) -> None:
+        """Note what the image file says of itself, if it can be opened."""
+        with suppress(*UNREADABLE), Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            self.turned = orientation(image) != 1
+            self.highest = int(np.asarray(image).max()) if is_16_bit(image) else None
 
 
 @dataclass
@@ -67,6 +83,9 @@ class Report:
     std: list[float]
     """Of the training split, per channel, for pixels in 0 to 1."""
     class_names: list[str]
+    notes: list[str]
+    """What training would say of the splits."""
+    rules: PixelRules
 
     @property
     def faulty(self) -> list[FileRecord]:
@@ -93,14 +112,24 @@ class Report:
         """What would break a run, in few words each with the first example; empty if nothing would."""
         by_fault = {fault: [file for file in self.files if file.fault == fault] for fault in FAULTS}
         found = [f"{FAULTS[fault]}: {len(files)} ({files[0].reason})" for fault, files in by_fault.items() if files]
+        flat = [file.path for file in self.files if file.flat]
+        if len(flat) > len(self.files) / 2:
+            found.append(f"one value in all of an image: {len(flat)} of {len(self.files)} ({flat[0]})")
         there = {file.split for file in self.files if file.fault in USABLE}
         return found + [f"no usable image in {split}" for split in ("train", "val") if split not in there]
 
     def __str__(self) -> str:
-        return "\n".join((*self._classes(), *self._pixels(), *self._problems()))
+        return "\n".join((*self.notes, *self._traits(), *self._classes(), *self._pixels(), *self._problems()))
 
     def _classes(self) -> Iterator[str]:
         raise NotImplementedError
+
+    def _traits(self) -> list[str]:
+        """What is to be said of the images' headers."""
+        turned = [file.path for file in self.files if file.turned]
+        wide = [file.highest for file in self.files if file.highest is not None]
+        traits = Traits(len(self.files), len(turned), len(wide), max(wide, default=0), turned[0] if turned else "")
+        return traits.notes(self.rules)
 
     def _pixels(self) -> Iterator[str]:
         sizes = np.array([file.size for file in self.files if not file.fault])
@@ -129,7 +158,7 @@ def read_records(
     sources: Mapping[Split, Source], data: SourceConfig, smallest: int
 ) -> tuple[list[FileRecord], list[float], list[float]]:
     """Read every image of the splits, with a progress display: records, and mean and standard deviation of train's."""
-    dataset = _Files(sources, smallest, data.exif)
+    dataset = _Files(sources, smallest, data)
     loader = DataLoader(dataset, batch_size=FILES_PER_TURN, num_workers=data.workers, collate_fn=list)
     turns = iter(loader)  # starts the processes, before the progress display starts its thread
     files, sums = [], np.zeros((2, 3), object)  # python's integers do not overflow
@@ -154,8 +183,8 @@ def read_records(
 class _Files(Dataset[Any]):
     """Every file of the splits: what it is, and its channels' sums and sums of squares ``[2, 3]``."""
 
-    def __init__(self, sources: Mapping[Split, Source], smallest: int, exif: bool) -> None:
-        self.sources, self.smallest, self.exif = sources, smallest, exif
+    def __init__(self, sources: Mapping[Split, Source], smallest: int, rules: PixelRules) -> None:
+        self.sources, self.smallest, self.rules = sources, smallest, rules
         self.keys = [(split, i) for split, source in sources.items() for i in range(len(source))]
 
     def __len__(self) -> int:
@@ -171,6 +200,7 @@ class _Files(Dataset[Any]):
         except (ValueError, ConnectionError) as error:
             record.fault, record.reason = record.fault or "unusable", str(error)
             return record, sums
+        record.flat = bool((np.ptp(np.asarray(image), axis=(0, 1)) == 0).all())
         histogram, values = np.array(image.histogram(), np.int64).reshape(3, 256), np.arange(256)
         return record, np.stack((histogram @ values, histogram @ values**2))
 
@@ -183,8 +213,10 @@ class _Files(Dataset[Any]):
             if not content:
                 record.fault = "empty"
                 raise ValueError(f"{path}: 0 bytes")
+            if not isinstance(file, Image.Image):
+                record.note_header(content)
             image, target = source.decode(
-                index, file if isinstance(file, Image.Image) else io.BytesIO(content), label, exif=self.exif
+                index, file if isinstance(file, Image.Image) else io.BytesIO(content), label, rules=self.rules
             )
         record.size = image.size
         if min(image.size) < self.smallest:
@@ -193,7 +225,7 @@ class _Files(Dataset[Any]):
         if source.legend is None:
             record.class_name = source.class_names[target]
             return image
-        values = read_mask(label)
+        values = read_mask(label, source.legend.colors is not None)
         if values.ndim == 2:
             record.values = frozenset(np.unique(values).tolist())
         counts = np.bincount(target.ravel(), minlength=IGNORED + 1)

@@ -1,5 +1,6 @@
 """Figures of a trained or packed model on a validation split, each image counted once."""
 
+import sys
 from dataclasses import asdict
 
 import torch
@@ -35,9 +36,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         inference = config.inference.applied_to(InferenceConfig(**card.settings["inference"]))
         inference.check(card.input.img_size)
         card = card.with_settings(inference=asdict(inference))
-    if config.data.exif and not card.input.exif:
+    if config.data.exif and card.input.exif is False:
         raise ValueError(f"data.exif: wanted what {config.model} was trained with, false, got true")
-    dataset = task.evaluation_set(card, config.data, predictor.smallest_side)
+    dataset, said = task.evaluation_set(card, config.data, predictor.smallest_side, config.split)
+    print(said, file=sys.stderr)
     with torch.inference_mode():
         network = _network(predictor, fabric)
         metrics = task.measure(fabric, network, card, dataset, config.data.workers, progress=True)

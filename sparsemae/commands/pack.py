@@ -73,6 +73,6 @@ def checked_images(data: SourceConfig | None, card: ModelCard) -> Iterator[torch
     if data is None:
         yield torch.randn(8, 3, spec.img_size, spec.img_size, generator=torch.Generator().manual_seed(0))
         return
-    dataset = task_class(card.task).evaluation_set(card, data, 1)
+    dataset, _ = task_class(card.task).evaluation_set(card, data, 1)
     for batch in batches(dataset, EvaluationSampler(len(dataset), _BATCH), data.workers):
         yield normalize(batch["image"], spec.mean, spec.std)

@@ -11,7 +11,8 @@ from PIL import Image
 
 import sparsemae
 from sparsemae.commands.overlays import Pictures
-from sparsemae.data.images import as_rgb, image_files
+from sparsemae.data.images import PixelRules, as_rgb
+from sparsemae.data.tree import image_files
 from sparsemae.options import PredictConfig
 from sparsemae.predictor import Prediction
 
@@ -27,7 +28,7 @@ def predict(config: PredictConfig) -> dict[str, Any]:
     files = [file for path in config.images for file in image_files(Path(path))]
     predictor = sparsemae.load(config.model)
     pictures = Pictures(predictor.card, files, Path(config.out)) if "palette" in predictor.card.settings else None
-    images = _Images(files, predictor.card.input.exif)
+    images = _Images(files, predictor.card.input)
     results: dict[str, Any] = {}
     rest = iter(images)
     while batch := list(islice(rest, 1 if pictures else BATCH)):
@@ -44,14 +45,14 @@ def predict(config: PredictConfig) -> dict[str, Any]:
 class _Images:
     """Image files, of which some may not be readable. One alone must be."""
 
-    def __init__(self, files: Sequence[Path], exif: bool) -> None:
-        self.files, self.exif, self.unreadable = files, exif, 0
+    def __init__(self, files: Sequence[Path], rules: PixelRules) -> None:
+        self.files, self.rules, self.unreadable = files, rules, 0
 
     def __iter__(self) -> Iterator[tuple[Path, Image.Image]]:
         """Files with their RGB image, or their names on stderr."""
         for file in self.files:
             try:
-                image = as_rgb(file, self.exif)
+                image = as_rgb(file, self.rules)
             except (ValueError, OSError) as error:
                 if len(self.files) == 1:
                     raise

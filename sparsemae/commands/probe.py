@@ -16,7 +16,7 @@ from sparsemae.card import InputSpec
 from sparsemae.data.dataset import ImageDataset
 from sparsemae.data.loader import batches
 from sparsemae.data.sampling import HOLDOUT, EvaluationSampler, stream
-from sparsemae.data.sources import open_source
+from sparsemae.data.sources import find_source
 from sparsemae.data.transforms import evaluation_transform, normalize
 from sparsemae.models import patch_side
 from sparsemae.options import SourceConfig
@@ -44,9 +44,10 @@ def probe(kind: str, model: str, data: SourceConfig, fabric: Fabric) -> dict[str
     encoder.to(fabric.device)
     spec, transform = card.input, evaluation_transform(card.input)
     features, targets, classes = {}, {}, {}
+    splits = find_source(data)
     for split in ("train", "val"):
-        source = open_source(data, split)
-        dataset = ImageDataset(source, transform, smallest=patch_side(encoder), exif=spec.exif)
+        source = splits.open(split)
+        dataset = ImageDataset(source, transform, smallest=patch_side(encoder), rules=spec)
         classes[split] = source.class_names
         features[split], targets[split] = encode(fabric, encoder, dataset, spec, data.workers)
     if classes["train"] != classes["val"]:

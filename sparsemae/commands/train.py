@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+from sparsemae.data.record import record
 from sparsemae.data.sampling import INIT, BatchPlan, seed_all
 from sparsemae.models.architecture import architecture_of
 from sparsemae.models.start import start_from
@@ -14,13 +15,13 @@ from sparsemae.tasks import task_class
 from sparsemae.tasks.sparse import make_sparse, mask_schedule
 from sparsemae.tasks.task import encoder_of
 from sparsemae.training.fit import fit
-from sparsemae.training.run import start
+from sparsemae.training.run import start, with_pixels_of_before
 from sparsemae.training.subject import Subject
 
 
 def train(config: TrainingConfig) -> Path:
     """Run (or continue) a training; returns the file of its weights, frozen where the task ends in a frozen model."""
-    config, notes = with_model_of_source(config)
+    config, notes = with_model_of_source(with_pixels_of_before(config))
     task = task_class(config.task)(config)
     task.open_data()
     card, sparse = task.card(), config.sparse
@@ -42,8 +43,8 @@ def train(config: TrainingConfig) -> Path:
     task.prepare(model, run.fabric, plan)
     card = replace(card, patterns={name: str(layer.pattern) for name, layer in iter_sparse(model)})
 
-    masks = mask_schedule(model, sparse, trainer, plan)
-    metrics = fit(run, Subject(task, model, task.wrapped(model), dataset, card, masks, plan))
+    masks, images = mask_schedule(model, sparse, trainer, plan), record(task.sources, config.data.root)
+    metrics = fit(run, Subject(task, model, task.wrapped(model), dataset, card, masks, plan, images))
     frozen = task.freezes and sparse.pattern != "dense"
     if frozen:
         freeze(model)

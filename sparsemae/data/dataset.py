@@ -15,9 +15,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from sparsemae.data.images import DEFAULT_RULES, PixelRules
 from sparsemae.data.masks import IGNORED
 from sparsemae.data.sampling import Key, epoch_order, seeding
-from sparsemae.data.sources import Source
+from sparsemae.data.splits import Source
 
 Transform = Callable[[Image.Image, Any], tuple[Tensor, Any]]
 """RGB image and target to uint8 ``[3, H, W]`` and target, drawing from the global CPU generators."""
@@ -43,7 +44,7 @@ class ImageDataset(Dataset[Any]):
     Args:
         patches: number L of patches to draw masking noise for; 0 for none.
         smallest: images with a shorter side (px) are refused.
-        exif: turn images as their EXIF orientation says.
+        rules: how files become RGB.
         max_unreadable: fraction of the images that a run tolerates to be unreadable.
     """
 
@@ -54,11 +55,11 @@ class ImageDataset(Dataset[Any]):
         seed: int = 0,
         patches: int = 0,
         smallest: int = 1,
-        exif: bool = False,
+        rules: PixelRules = DEFAULT_RULES,
         max_unreadable: float = 0.0,
     ) -> None:
         self.source, self.transform, self.seed = source, transform, seed
-        self.patches, self.smallest, self.exif = patches, smallest, exif
+        self.patches, self.smallest, self.rules = patches, smallest, rules
         self.tolerated = tolerated(len(source), max_unreadable)
 
     def __len__(self) -> int:
@@ -77,7 +78,7 @@ class ImageDataset(Dataset[Any]):
         failed: list[str] = []
         for index in self._candidates(epoch, index) if training else (index,):  # noqa: B020 the one used
             try:
-                image, target = self.source.read(index, self.smallest, self.exif)
+                image, target = self.source.read(index, self.smallest, self.rules)
                 break
             except ConnectionError as error:
                 return Unreadable(str(error), unreachable=True)

@@ -2,18 +2,24 @@
 
 import importlib.util
 import inspect
+import io
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torchvision.datasets
-from timm.data.readers import create_reader
 
-# The libraries' names for the two splits, best first.
-HFDS_SPLITS = {"train": ("train",), "val": ("validation", "val", "valid", "test")}
-TORCHVISION_SPLITS = {"train": ("train", "trainval", "train-standard"), "val": ("val", "valid", "validation", "test")}
+from sparsemae.data.folders import Openers
+from sparsemae.data.tree import Split, find_splits, natural_order
+
+PARTS: tuple[Split, Split] = ("train", "val")
+# torchvision's names for the two splits, best first.
+TORCHVISION_SPLITS: dict[str, tuple[str, ...]] = {
+    "train": ("train", "trainval", "train-standard"),
+    "val": ("val", "valid", "validation", "test"),
+}
 
 
 class NumberedReader:
@@ -33,10 +39,60 @@ class NumberedReader:
         return f"{self.name}/{index:07d}"
 
 
-Readers = dict[Literal["train", "val"], Callable[[], Any]]
+class HFReader(NumberedReader):
+    """Rows of an HF dataset; the image is decoded by us."""
+
+    def __init__(self, rows: Any, root: Path, split: str, image_column: str | None, label_column: str | None) -> None:
+        """Raises ValueError, naming the columns, if there is no one column of images, or of classes."""
+        import datasets
+
+        kinds, where = rows.features, f"{root}: {split}"
+        shown = ", ".join(f"{name} ({_kind(kind)})" for name, kind in kinds.items())
+
+        def column(option: str, wanted: str | None, usual: str, fit: Callable[[Any], bool], what: str) -> str:
+            fitting: list[str] = [name for name, kind in kinds.items() if fit(kind)]
+            if wanted is None and usual in fitting:
+                return usual
+            if wanted is None and len(fitting) == 1:
+                return fitting[0]
+            if wanted is None or wanted not in fitting:
+                got = f"{wanted} among {shown}" if wanted else shown
+                raise ValueError(f"{where}: wanted {what} (--data.{option} names it), got {got}")
+            return wanted
+
+        image = column(
+            "image_column", image_column, "image", lambda kind: isinstance(kind, datasets.Image), "a column of images"
+        )
+        label = column(
+            "label_column", label_column, "label", _is_class, "a column with the names of classes (ClassLabel or text)"
+        )
+        values, kind = rows.with_format(None)[label], kinds[label]
+        if isinstance(kind, datasets.ClassLabel):
+            class_names, self.labels = list(kind.names), np.array([-1 if v is None else v for v in values], np.int64)
+        else:
+            class_names = natural_order({str(value) for value in values if value is not None})
+            number = {name: i for i, name in enumerate(class_names)}
+            self.labels = np.array([number.get(value, -1) for value in values], np.int64)
+        if (missing := np.flatnonzero((self.labels < 0) | (self.labels >= len(class_names)))).size:
+            raise ValueError(f"{where}: row {missing[0]}: wanted a class in {label}, got {values[int(missing[0])]}")
+        super().__init__(rows.cast_column(image, datasets.Image(decode=False)), f"{root}/{split}", class_names)
+        self.image = image
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = self.items[index][self.image]
+        content = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+        return io.BytesIO(content), int(self.labels[index])
 
 
-def open_hfds(root: Path) -> Readers:
+def _is_class(kind: Any) -> bool:
+    return hasattr(kind, "names") or getattr(kind, "dtype", None) in ("string", "large_string")
+
+
+def _kind(kind: Any) -> str:
+    return type(kind).__name__ if type(kind).__name__ != "Value" else str(kind.dtype)
+
+
+def open_hfds(root: Path, image_column: str | None = None, label_column: str | None = None) -> Openers:
     """A folder that HF datasets loads. Raises ValueError naming it if it is none, or lacks a split or a column."""
     if importlib.util.find_spec("datasets") is None:
         raise ValueError("data.source: hfds wants the package datasets, which is not installed: pip install datasets")
@@ -47,28 +103,26 @@ def open_hfds(root: Path) -> Readers:
         )
     import datasets
 
+    failures = (ValueError, KeyError, OSError, datasets.exceptions.DatasetsError)
     try:
         there = datasets.get_dataset_split_names(str(root))
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+    except failures as error:
         raise ValueError(f"{root}: wanted a folder that datasets.load_dataset reads: {error}") from error
-    names = {split: next((name for name in HFDS_SPLITS[split] if name in there), None) for split in HFDS_SPLITS}
-    if names["train"] is None:
-        raise ValueError(f"{root}: wanted a split train, got {', '.join(there)}")
 
-    def opened(name: str) -> NumberedReader:
+    def opened(name: str) -> HFReader:
         try:
-            reader = create_reader(f"hfds/{root}", split=name)
-        except (ValueError, KeyError, OSError, datasets.exceptions.DatasetsError) as error:
-            raise ValueError(f"{root}: wanted the columns image and label in {name}: {error}") from error
-        if not reader.class_to_idx:
-            raise ValueError(f"{root}: wanted a column label with the names of its classes (ClassLabel) in {name}")
-        return NumberedReader(reader, f"{root}/{name}", list(reader.class_to_idx))
+            rows = datasets.load_dataset(str(root), split=name)
+        except failures as error:
+            raise ValueError(f"{root}: wanted images and classes in {name}: {error}") from error
+        return HFReader(rows, root, name, image_column, label_column)
 
-    readers: Readers = {"train": partial(opened, names["train"])}
-    return readers | ({"val": partial(opened, names["val"])} if names["val"] else {})
+    found = find_splits(root, there)
+    if "train" not in found:
+        raise ValueError(f"{root}: wanted a split train, got {', '.join(there)}")
+    return {split: (name, partial(opened, name)) for split, name in found.items()}
 
 
-def open_torchvision(root: str, name: str | None, download: bool) -> Readers:
+def open_torchvision(root: str, name: str | None, download: bool) -> Openers:
     """One of torchvision's sets. Raises ValueError naming the option or the set if it is none, or not there."""
     known = {cls: getattr(torchvision.datasets, cls) for cls in torchvision.datasets.__all__}
     if name == "ImageFolder":
@@ -101,7 +155,7 @@ def open_torchvision(root: str, name: str | None, download: bool) -> Readers:
         raise ValueError(f"data.name: {name} has no split for {split}: none of {', '.join(TORCHVISION_SPLITS[split])}")
 
     if "train" in takes:
-        return {"train": partial(opened, "train", train=True), "val": partial(opened, "val", train=False)}
+        return {split: (split, partial(opened, split, train=split == "train")) for split in PARTS}
     if "split" in takes:
-        return {"train": partial(by_word, "train"), "val": partial(by_word, "val")}
-    return {"train": partial(opened, "train")}
+        return {split: (split, partial(by_word, split)) for split in PARTS}
+    return {"train": ("", partial(opened, "train"))}

@@ -18,17 +18,20 @@ class UnreadableImages:
         images: in the training set.
         max_unreadable: fraction of them that is tolerated.
         info: writes a line to the run's log.
+        at_end: `synchronize` is called once, when all images have been looked at.
     """
 
-    def __init__(self, images: int, max_unreadable: float, info: Callable[[str], None] = lambda text: None) -> None:
-        self.images, self.max_unreadable, self.info = images, max_unreadable, info
+    def __init__(
+        self, images: int, max_unreadable: float, info: Callable[[str], None] = lambda text: None, at_end: bool = False
+    ) -> None:
+        self.images, self.max_unreadable, self.info, self.at_end = images, max_unreadable, info, at_end
         self.named: set[str] = set()
         self._new: list[str] = []
 
     def add(self, reasons: Sequence[str]) -> None:
         """Note what this process found; alone it synchronizes at once."""
         self._new += reasons
-        if self._new and not _several_processes():
+        if self._new and not self.at_end and not _several_processes():
             self.synchronize()
 
     def synchronize(self) -> None:
@@ -41,6 +44,9 @@ class UnreadableImages:
             found = [[] for _ in range(dist.get_world_size())]
             dist.all_gather_object(found, self._new)
         self._new = []
+        if self.at_end and (all_new := [reason for reasons in found for reason in reasons]):
+            hint = "sparsemae check --write-exclude FILE lists them all for data.exclude"
+            raise ValueError(f"{all_new[0]} ({len(all_new):,} of {self.images:,} images cannot be used: {hint})")
         for reason in dict.fromkeys(reason for reasons in found for reason in reasons):
             if reason in self.named:
                 continue

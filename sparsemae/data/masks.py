@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sparsemae.data.images import UNREADABLE, reason
+from sparsemae.data.images import FORMATS, UNREADABLE, reason
 
 IGNORED = 255
 MAX_CLASSES = 254
@@ -135,15 +135,20 @@ def _color_line(line: str) -> tuple[tuple[int, int, int], str] | None:
     return (red, green, blue), name
 
 
-def read_mask(file: str | Path) -> np.ndarray:
+def read_mask(file: str | Path, table: bool = False) -> np.ndarray:
     """An index mask's values ``[H, W]``, or a color mask's colors uint8 ``[H, W, 3]``.
+
+    Without a color ``table``, colors that are all gray are values.
 
     Raises ValueError naming the file if it is unreadable or neither.
     """
     try:
-        with Image.open(file) as image:
-            if image.mode in ("RGB", "RGBA"):
-                return np.asarray(image.convert("RGB"))
+        with Image.open(file, formats=FORMATS) as opened:
+            if opened.mode in ("RGB", "RGBA"):
+                colors = np.asarray(opened.convert("RGB"))
+                gray = (colors == colors[:, :, :1]).all()
+                return colors[:, :, 0].astype(np.int32) if gray and not table else colors
+            image = opened.getchannel("L") if opened.mode == "LA" else opened
             if image.mode in ("1", "L", "P", "I") or image.mode.startswith("I;16"):
                 return np.asarray(image).astype(np.int32)
             mode = image.mode

@@ -1,155 +1,71 @@
 """Where labeled images come from: folders, tars, WebDataset shards, HF datasets, torchvision's sets, or the package.
 
 Every source is random-access, so that an epoch's order, each image exactly once, and an exact resume are the same for
-all. Images are read through timm's reader interface, not timm's ``ImageDataset``, which silently replaces unreadable
-files.
+all. Images are read through timm's reader interface, by readers of our own: timm's order of classes whose natural-sort
+keys are equal is that of a set, and its ``ImageDataset`` silently replaces unreadable files.
 """
 
-import errno
-import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
-from PIL import Image
-from timm.data.readers import create_reader
+from typing import Any, NoReturn
 
 from sparsemae.data.embedded import EmbeddedReader
-from sparsemae.data.exclude import read_exclude
-from sparsemae.data.images import UNREADABLE, decode_rgb, reason
+from sparsemae.data.folders import Openers, open_folders
 from sparsemae.data.libraries import open_hfds, open_torchvision
-from sparsemae.data.masks import Legend, read_mask
-from sparsemae.data.sampling import HOLDOUT, stream
-from sparsemae.data.tars import read_shards, read_tars
+from sparsemae.data.shards import read_shards
+from sparsemae.data.splits import Source, Splits
+from sparsemae.data.tars import Member, class_reader, find_images, natural_order_of, read_tars, scan
+from sparsemae.data.tree import (
+    SPLIT_WORDS,
+    Split,
+    below_shared,
+    find_splits,
+    is_hidden,
+    is_image,
+    said_of_others,
+    split_of,
+    subfolders,
+)  # fmt: skip
 from sparsemae.options import SourceConfig
 
-Split = Literal["train", "val"]
-# The field's names for the two splits, best first.
-SPLIT_FOLDERS: dict[Split, tuple[str, ...]] = {"train": ("train", "training"), "val": ("val", "validation", "test")}
 # The options that each source of images with classes can use, beside those of all.
-_COMMON = {"source", "workers", "exif"}
+_COMMON = {"source", "workers", "exif", "background", "bits"}
 _ROOT = {"root", "exclude"}
 OPTIONS: dict[str, set[str]] = {
-    "embedded": set(), "folder": _ROOT, "tar": _ROOT, "wds": _ROOT, "hfds": _ROOT,
+    "embedded": set(), "folder": _ROOT, "tar": _ROOT, "wds": _ROOT, "hfds": {"image_column", "label_column", *_ROOT},
     "torchvision": {"name", "download", *_ROOT}, "fashion-mnist": {"download", *_ROOT},
 }  # fmt: skip
 _REQUIRED = {"root": "a folder", "classes": "a file with one class a line"}
 
 
-@dataclass(frozen=True)
-class Source:
-    """Images by index, each with its class or with the classes of its pixels."""
-
-    reader: Any
-    """timm's reader interface: ``reader[i]`` is (file or PIL image, label), ``reader.filename(i)``. Of images with
-    masks, the label is a mask file's path, or classes uint8 ``[H, W]``."""
-    class_names: list[str]
-    indices: np.ndarray
-    """Which of the reader's images belong to this split."""
-    labels: np.ndarray | None = None
-    """Number in ``class_names`` for each of the reader's labels; None: they are these numbers."""
-    legend: Legend | None = None
-    """What the values of the masks mean; None: each image has one class."""
-    one_size: bool = False
-    """All images have the same size."""
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def filename(self, index: int) -> str:
-        """Path of one image, for messages and lists; what lies inside a file as if that were a folder."""
-        return str(self.reader.filename(int(self.indices[index]), absolute=True))
-
-    def read(self, index: int, smallest: int = 1, exif: bool = False) -> tuple[Image.Image, Any]:
-        """An RGB image, and its class number or the classes of its pixels, uint8 ``[H, W]``.
-
-        Raises ValueError naming the file if it is unreadable or too small, ConnectionError if the source itself is
-        gone.
-        """
-        file, label = self.open(index)
-        return self.decode(index, file, label, smallest, exif)
-
-    def open(self, index: int) -> Any:
-        """What the reader has of one image: file or PIL image, and label. Raises as `read`."""
-        try:
-            return self.reader[int(self.indices[index])]
-        except UNREADABLE as error:  # torchvision's sets decode here
-            name = self.filename(index)
-            if isinstance(error, OSError) and _is_gone(error, name):
-                raise ConnectionError(f"{name}: {error.strerror}") from error
-            raise ValueError(f"{name}: unreadable image: {reason(error)}") from error
-
-    def decode(
-        self, index: int, file: Any, label: Any, smallest: int = 1, exif: bool = False
-    ) -> tuple[Image.Image, Any]:
-        """`read`, of what `open` gave."""
-        with file:
-            image = decode_rgb(file, self.filename(index), smallest, exif)
-        target = self.target(label)
-        if self.legend is None or image.size == target.shape[::-1]:
-            return image, target
-        (height, width), turned = target.shape, image.size == target.shape
-        raise ValueError(
-            f"{label}: wanted the size of its image, {image.width} x {image.height} px, got {width} x {height} px"
-            + f" (turned by the image's EXIF orientation? then data.exif {str(not exif).lower()})" * turned
-        )
-
-    def target(self, label: Any) -> Any:
-        """Class number, or classes of the pixels, of what the reader has for it. Raises ValueError naming the mask."""
-        if self.legend is None:
-            return int(label if self.labels is None else self.labels[label])
-        return self.legend.decode(read_mask(label), label) if isinstance(label, Path) else label
-
-
-# A broken link, or a file that is not ours to read; other errors are of the file system.
-_OF_ONE_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR)
-
-
-def _is_gone(error: OSError, name: str) -> bool:
-    """Whether the source itself is out of reach, rather than one image of it."""
-    folder = os.path.dirname(error.filename or name)
-    return error.errno is not None and (error.errno not in _OF_ONE_FILE or not os.path.isdir(folder))
-
-
-Readers = dict[Split, Callable[[], Any]]
-"""How to open a reader of each split there is: ``train`` always, ``val`` where the set has one. It knows its
-``class_names``, and with masks its ``legend``."""
-
-
 def open_source(data: SourceConfig, split: Split, limit: int | None = None) -> Source:
-    """Open one split of images with classes, or at most ``limit`` images of it.
+    """Open one split of images with classes, or at most ``limit`` images of it; raises as `find_source`."""
+    return find_source(data).open(split, limit)
 
-    Raises ValueError, naming the folder, if it is missing or empty, or its classes are not those of the training split;
-    or naming the option, if the source has no use for it, or wants it; or if ``data.exclude`` cannot be read, names
-    what the set does not hold, or leaves nothing.
+
+def find_source(data: SourceConfig) -> Splits:
+    """The splits of images with classes.
+
+    Raises ValueError, naming the folder, if it is missing, or it cannot be told which part of it is which split; or
+    naming the option, if the source has no use for it, or wants it.
     """
     check_options(data, OPTIONS, "images with classes")
-    return open_split(data, _readers(data), split, limit)
+    return Splits(data, _openers(data))
 
 
-def open_split(data: SourceConfig, readers: Readers, split: Split, limit: int | None) -> Source:
-    """One split, held out where there is but one, without what is excluded, and at most ``limit`` images of it."""
-    reader = readers[split if "val" in readers else "train"]()
-    legend, one_size = getattr(reader, "legend", None), getattr(reader, "one_size", False)
-    source = Source(reader, reader.class_names, np.arange(len(reader)), None, legend, one_size)
-    others = [opener for name, opener in readers.items() if name != split]
-    if "val" not in readers:
-        source = _held_out(source, split)
-    elif split == "val" and legend is None:
-        train = readers["train"]()
-        source, others = _with_classes_of(train.class_names, source, data), [lambda: train]
-    if data.exclude is not None:
-        source = _without(source, Path(data.root or "."), data.exclude, others)
-    if limit is None:
-        return source
-    if data.source in ("embedded", "fashion-mnist"):
-        return replace(source, indices=source.indices[:limit])
-    order = stream(0, HOLDOUT, 1).permutation(len(source))[:limit]  # sorted by class: the first ones would be of one
-    return replace(source, indices=np.sort(source.indices[order]))
+def require_classes(source: Source, root: str) -> None:
+    """Raises ValueError, naming what is amiss, if there are not two classes or more, or images beside their folders."""
+    names = source.class_names
+    if "" in names and len(names) > 1:
+        stray = next(i for i in range(len(source.reader)) if source.reader.labels[i] == names.index(""))
+        name = source.reader.filename(stray, absolute=True)
+        raise ValueError(f"{name}: wanted each image in the folder of its class, got one beside the class folders")
+    if len(names) < 2:
+        hint = getattr(source.reader, "no_classes", "")
+        raise ValueError(hint or f"{root}: wanted at least two class folders, got {names}")
 
 
 def check_options(data: SourceConfig, options: Mapping[str, set[str]], what: str) -> None:
@@ -167,32 +83,9 @@ def check_options(data: SourceConfig, options: Mapping[str, set[str]], what: str
             raise ValueError(f"data.{name}: wanted none for {what} with data.source={data.source}, got {value}{hint}")
 
 
-def split_folders(root: Path) -> dict[Split, Path | None]:
-    """The folders ``train`` and ``val`` of a data set under the names the field has for them; None: there is none."""
-    return {
-        split: next((root / name for name in names if (root / name).is_dir()), None)
-        for split, names in SPLIT_FOLDERS.items()
-    }
-
-
-def split_tars(root: Path) -> dict[Split, list[Path]]:
-    """Tar files of each split: those in ROOT/train, or those in ROOT named so; all of ROOT if none is (or ROOT)."""
-    if root.is_file():
-        return {"train": [root], "val": []}
-    found: dict[Split, list[Path]] = {"train": [], "val": []}
-    for split, folder in split_folders(root).items():
-        for name in SPLIT_FOLDERS[split]:
-            word = re.compile(rf"(?<![a-z]){name}(?![a-z])")
-            named = [file for file in root.glob("*.tar") if word.search(file.stem.lower())]
-            found[split] = found[split] or sorted(folder.glob("*.tar") if folder else named)
-    if not found["train"]:
-        found["train"] = sorted(set(root.glob("*.tar")) - set(found["val"]))
-    return found
-
-
-def _readers(data: SourceConfig) -> Readers:
+def _openers(data: SourceConfig) -> Openers:
     if data.source == "embedded":
-        return {"train": partial(EmbeddedReader, "train"), "val": partial(EmbeddedReader, "val")}
+        return {split: (split, partial(EmbeddedReader, split)) for split in ("train", "val")}
     assert data.root is not None
     if data.source == "fashion-mnist":
         return open_torchvision(data.root, "FashionMNIST", download=True)
@@ -203,69 +96,113 @@ def _readers(data: SourceConfig) -> Readers:
             f"data.root: wanted a local path, got {data.root}: images are read in any order, each once an epoch, and a "
             "resume continues exactly, which a remote stream cannot"
         )
+    if data.source in ("tar", "wds"):
+        return open_archives(data.root, data.source)
     root = Path(data.root)
-    if not root.is_dir() and not (root.is_file() and data.source in ("tar", "wds")):
+    if not root.is_dir():
         raise ValueError(f"{root}: no such folder")
-    if data.source == "hfds":
-        return open_hfds(root)
-    if data.source == "folder":
-        folders = split_folders(root)
-        readers: Readers = {"train": partial(_folder, folders["train"] or root)}
-        return readers | ({"val": partial(_folder, folders["val"])} if folders["val"] else {})
-    read = read_tars if data.source == "tar" else read_shards
+    return open_hfds(root, data.image_column, data.label_column) if data.source == "hfds" else open_folders(root)
+
+
+def open_archives(root: str, source: str) -> Openers:
+    """Readers of tars of class folders, or of WebDataset shards, of which one alone may hold several splits."""
     tars = split_tars(root)
-    if not tars["train"]:
-        raise ValueError(f"{root}: wanted .tar files in it, or in its folders train and val, found none")
-    return {split: partial(read, files) for split, files in tars.items() if files}
+    if source == "wds":
+        return {split: (_named(files, root), partial(read_shards, files)) for split, files in tars.items()}
+    if len(tars) > 1:
+        readers: dict[Split, Any] = {}
+
+        def opened(split: Split) -> Any:
+            if split not in readers:
+                known = opened("train").class_names if split != "train" and "train" in tars else ()
+                readers[split] = read_tars(tars[split], known)
+            return readers[split]
+
+        return {split: (_named(files, root), partial(opened, split)) for split, files in tars.items()}
+    ((split, files),) = tars.items()
+    images, others = find_images(files)
+    by_folder: dict[str, list[Member]] = {}
+    for image, path in zip(images, below_shared([image.path for image in images]), strict=True):
+        by_folder.setdefault(path.partition("/")[0] if "/" in path else "", []).append(image)
+    found = find_splits(root, by_folder) if len(by_folder) > 1 else {}
+    if not found:
+        return {split: (_named(files, root), lambda: class_reader(images, said_of_others(others)))}
+    strange = [name or "no folder" for name in by_folder if name not in found.values()]
+    if strange:
+        raise ValueError(f"{root}: wanted images in {', '.join(found.values())} alone, got others in {strange[0]}")
+    train = by_folder.get(found.get("train", ""), [])
+    known = class_reader(train).class_names if train else []
+    return {part: (name, partial(class_reader, by_folder[name], (), known)) for part, name in found.items()}
 
 
-def _folder(folder: Path) -> Any:
-    try:
-        reader = create_reader("", str(folder))
-    except RuntimeError as error:
-        raise ValueError(f"{folder}: wanted images in it or in its subfolders, found none") from error
-    reader.class_names = list(reader.class_to_idx)
-    return reader
+def split_tars(root: str) -> dict[Split, list[Path]]:
+    """Tar files of each split: those in ROOT/train, or those in ROOT named so; all of ROOT if none is (or ROOT).
+
+    Raises ValueError, naming the file, if it cannot be told which split one belongs to, or if there is none.
+    """
+    top = Path(root)
+    if top.is_file():
+        return {"train": [top]}
+    if "{" in root and not top.exists():
+        files = [Path(name) for name in expand_braces(root)]
+        if missing := [file for file in files if not file.is_file()]:
+            raise ValueError(f"{root}: no such file: {missing[0]}")
+        return _by_name(files)
+    if not top.is_dir():
+        raise ValueError(f"{root}: no such folder")
+    folders, files = {name: _tars_in(top / name) for name in subfolders(top)}, _tars_in(top)
+    found = find_splits(root, [name for name, inside in folders.items() if inside])
+    if not found:
+        return _by_name(files) if files else _no_tars(top)
+    strange = [str(inside[0]) for name, inside in folders.items() if inside and name not in found.values()]
+    if strange or files:
+        raise ValueError(f"{root}: wanted tars in {', '.join(found.values())} alone, got {[*strange, *files][0]}")
+    return {split: folders[name] for split, name in found.items()}
 
 
-def _held_out(source: Source, split: Split) -> Source:
-    """A tenth of the only split, the same tenth every time; or the rest."""
-    order = stream(0, HOLDOUT).permutation(len(source))
-    held_out = max(1, len(source) // 10)
-    return replace(source, indices=np.sort(order[:held_out] if split == "val" else order[held_out:]))
+def _no_tars(top: Path) -> NoReturn:
+    packed = next((file.name for file in top.rglob("*.tar.*") if not is_hidden(file.name)), None)
+    hint = f", got {packed}: unpack it to a plain tar, in which any image can be sought" if packed else ", found none"
+    raise ValueError(f"{top}: wanted .tar files in it, or in its folders train and val{hint}")
 
 
-def _with_classes_of(class_names: list[str], val: Source, data: SourceConfig) -> Source:
-    """The validation split, numbered as the training split numbers its classes, all of which it need not have."""
-    number = {name: i for i, name in enumerate(class_names)}
-    extra = [name for name in val.class_names if name not in number]
-    if extra:
-        raise ValueError(f"{data.root}: wanted in val the classes of train, got another: {', '.join(extra[:3])}")
-    return replace(val, class_names=class_names, labels=np.array([number[name] for name in val.class_names]))
+def _by_name(files: list[Path]) -> dict[Split, list[Path]]:
+    """Tars by the split that a word of their names says; without ``train`` those without such a word are it."""
+    by_split: dict[Split | None, list[Path]] = {}
+    for file in files:
+        splits = {split for word in re.findall(r"[a-z]+", file.stem.lower()) if (split := split_of(word))}
+        if len(splits) > 1:
+            raise ValueError(f"{file}: wanted a name that says one split, got {' and '.join(sorted(splits))}")
+        by_split.setdefault(splits.pop() if splits else None, []).append(file)
+    unnamed = by_split.pop(None, [])
+    if unnamed and "train" not in by_split:
+        by_split["train"], unnamed = unnamed, []
+    for file in unnamed:
+        if any(map(is_image, scan(file).names)):
+            words = ", ".join(word for words in SPLIT_WORDS.values() for word in words)
+            raise ValueError(f"{file}: wanted a name that says its split ({words}), as other tars here have, got none")
+    return {split: by_split[split] for split in SPLIT_WORDS if split in by_split}
 
 
-def _without(source: Source, root: Path, file: str, others: Sequence[Callable[[], Any]]) -> Source:
-    """A source without the images that a list names; the labels of the classes stay."""
-    listed, paths = read_exclude(file, root), _paths(source.reader)
-    unknown = listed.keys() - {*paths, *_unmatched(source.reader)}
-    if unknown:
-        unknown -= {path for other in others for reader in [other()] for path in _paths(reader) + _unmatched(reader)}
-    if unknown:
-        raise ValueError(
-            f"data.exclude: {file}: wanted images of {root}, one path a line relative to it, got {len(unknown)} that "
-            f"it does not hold: {', '.join(sorted(listed[path] for path in unknown)[:3])}"
-        )
-    kept = np.array([i for i in source.indices if paths[i] not in listed], np.int64)
-    if not len(kept):
-        raise ValueError(f"data.exclude: {file}: wanted some images left of {len(source)}, got none")
-    return replace(source, indices=kept)
+def _tars_in(folder: Path) -> list[Path]:
+    return natural_order_of(file for file in folder.glob("*.tar") if not is_hidden(file.name) and file.is_file())
 
 
-def _paths(reader: Any) -> list[str]:
-    """Of all the reader's images, both parts of a split that was cut in two."""
-    return [os.path.normpath(reader.filename(i, absolute=True)) for i in range(len(reader))]
+def _named(files: list[Path], root: str) -> str:
+    """A few files in a few words."""
+    if files == [Path(root)]:
+        return ""
+    return files[0].name + (f" and {len(files) - 1:,} more" if len(files) > 1 else "")
 
 
-def _unmatched(reader: Any) -> list[str]:
-    """What the reader found but cannot give: an image without a mask, a mask without an image."""
-    return [os.path.normpath(path) for files in getattr(reader, "unmatched", {}).values() for path in files]
+def expand_braces(pattern: str) -> list[str]:
+    """The names that a pattern of shards stands for, as bash expands it: ``{000..041}`` and ``{a,b}``."""
+    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    if not match:
+        return [pattern]
+    words = match[3].split(",") if match[3] is not None else []
+    if match[1] is not None:
+        first, last, width = int(match[1]), int(match[2]), len(match[1]) * match[1].startswith("0")
+        step = 1 if last >= first else -1
+        words = [f"{number:0{width}d}" for number in range(first, last + step, step)]
+    return [name for word in words for name in expand_braces(pattern[: match.start()] + word + pattern[match.end() :])]

@@ -1,33 +1,33 @@
-"""Images inside tar files, by index: plain tars of class folders, and WebDataset shards.
+"""Images inside tar files, by index: tars of class folders, and WebDataset shards.
 
 Each tar is scanned once for where its members lie (headers only: the pixels are skipped), so that any image is one seek
 away. WebDataset shards are thereby no stream: the order of an epoch, each image exactly once, and an exact resume are
 those of a folder. timm's tar reader reads every byte to scan, keeps a kilobyte per image, takes the order of several
 tars from the file system and shares one file position among forked workers; its stream reader for shards cannot resume.
-What an image is called and which class it has follows them.
+Images have the order of their tar.
 """
 
 import hashlib
 import io
 import os
-import re
+import posixpath
 import tarfile
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-from timm.utils.misc import natural_key
 
 from sparsemae.data.images import SUFFIXES
+from sparsemae.data.tree import below_shared, by_class, is_hidden, is_image, natural_order, said_of_others
 
 CACHE_SECONDS = 1.0
 """A scan that took longer is kept for the next time."""
-_WDS_NAME = re.compile(r"^((?:.*/)?[^.]+)\.([^/]*)$")
-_WDS_IMAGES = {"jpg", "jpeg", "png", "webp"}
+_CACHE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,33 @@ class Members:
     """Bytes."""
     classes: list[str]
     """What the members that end in .cls say; empty for the others."""
+    tars: list[str]
+    """Paths of the tars in it."""
+
+
+class Member(NamedTuple):
+    """One image in a tar."""
+
+    file: Path
+    name: str
+    path: str
+    """By which its class is found: tars in the tar are folders without their ending."""
+    offset: int
+    size: int
 
 
 class TarReader:
     """timm's reader interface over images in tar files."""
 
-    def __init__(self, images: Sequence[tuple[Path, str, int, int]], labels: Sequence[int], names: list[str]) -> None:
-        """``images``: tar, name, offset, size; ``labels``: numbers in ``names``, the classes."""
-        self.files = sorted({file for file, *_ in images})
+    def __init__(
+        self, images: Sequence[Member], labels: Sequence[int], names: list[str], notes: Sequence[str] = ()
+    ) -> None:
+        """``labels``: numbers in ``names``, the classes."""
+        self.files = natural_order_of({image.file for image in images})
         number = {file: i for i, file in enumerate(self.files)}
-        self.where = np.array([(number[file], offset, size) for file, _, offset, size in images], np.int64)
-        self.names, self.labels, self.class_names = [name for _, name, *_ in images], np.array(labels), names
+        self.where = np.array([(number[image.file], image.offset, image.size) for image in images], np.int64)
+        self.names, self.labels, self.class_names = [image.name for image in images], np.array(labels), names
+        self.notes, self.no_classes = list(notes), ""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -66,96 +82,155 @@ class TarReader:
         """The tar as if it were a folder."""
         return f"{self.files[self.where[index, 0]]}/{self.names[index]}"
 
+    def size(self, index: int) -> int:
+        """Bytes of an image."""
+        return int(self.where[index, 2])
 
-def read_tars(files: Sequence[Path]) -> TarReader:
-    """Images by class: the folder they lie in, or the tar where they lie in none (timm's rule).
 
-    Raises ValueError, naming the file, if one is no plain tar, or if there is no image.
-    """
-    images, found = [], []
+def natural_order_of(files: Iterable[Path]) -> list[Path]:
+    """Files in the order of their names."""
+    return [Path(name) for name in natural_order(map(str, files))]
+
+
+def find_images(files: Sequence[Path]) -> tuple[list[Member], Counter[str]]:
+    """All images in some tars, and the endings of what is none."""
+    images, others = [], Counter[str]()
     for file in files:
-        members = scan(file)
+        members, inner = scan(file), set[str]()
+        inner.update(members.tars)
         for name, offset, size in zip(members.names, members.offsets, members.sizes, strict=True):
-            path = PurePosixPath(name)
-            if path.suffix.lower() in SUFFIXES:
-                images.append((file, name, int(offset), int(size)))
-                found.append(PurePosixPath(path.parent.name).name.removesuffix(".tar") or _own_class(file, files))
+            if is_image(name):
+                images.append(Member(file, name, _as_folders(name, inner), int(offset), int(size)))
+            else:
+                others[posixpath.splitext(name)[1].lower()] += 1
     if not images:
         raise ValueError(f"{files[0]}: wanted images in it ({', '.join(SUFFIXES)}), found none")
-    class_names = sorted(set(found), key=natural_key)
-    number = {name: i for i, name in enumerate(class_names)}
-    return TarReader(images, [number[name] for name in found], class_names)
+    return images, others
 
 
-def read_shards(files: Sequence[Path]) -> TarReader:
-    """WebDataset samples: KEY.jpg (jpeg, png, webp) with its class in KEY.cls, an integer; or without any, no classes.
+def read_tars(files: Sequence[Path], known: Iterable[str] = ()) -> TarReader:
+    """Images by class: the first folder below those that all share, or the tar where they lie in none.
 
-    Raises ValueError, naming shard and member, as `read_tars`, or if a class is missing or no integer.
+    ``known`` classes are no shared folders. Raises ValueError, naming the file, if one is no plain tar, or holds no
+    image.
     """
-    images, found = [], []
-    for file in files:
-        members = scan(file)
-        split = [_WDS_NAME.match(name) for name in members.names]
-        classes = {m[1]: text for m, text in zip(split, members.classes, strict=True) if m and m[2].lower() == "cls"}
-        for match, offset, size in zip(split, members.offsets, members.sizes, strict=True):
-            if match and match[2].lower() in _WDS_IMAGES:
-                images.append((file, match[0], int(offset), int(size)))
-                found.append(classes.get(match[1]))
-    if not images:
-        raise ValueError(f"{files[0]}: wanted images in it ({', '.join(sorted(_WDS_IMAGES))}), found none")
-    if not any(found):
-        return TarReader(images, [0] * len(images), [""])
-    wrong = next((i for i, text in enumerate(found) if not (text and text.isdecimal())), None)
-    if wrong is not None:
-        name = f"{images[wrong][0]}/{images[wrong][1]}"
-        raise ValueError(f"{name}: wanted its class, an integer, in a member of that name ending in .cls, "
-                         f"got {found[wrong] or 'none'}")  # fmt: skip
-    labels = [int(text or 0) for text in found]
-    return TarReader(images, labels, [str(i) for i in range(max(labels) + 1)])
+    images, others = find_images(files)
+    return class_reader(images, said_of_others(others), known)
+
+
+def class_reader(images: Sequence[Member], notes: Sequence[str] = (), known: Iterable[str] = ()) -> TarReader:
+    """A reader of images in class folders."""
+    paths = below_shared([image.path for image in images], known)
+    if len({image.file for image in images}) > 1:
+        paths = [
+            path if "/" in path else f"{image.file.stem}/{path}" for path, image in zip(paths, images, strict=True)
+        ]
+    class_names, labels, said = by_class(paths)
+    return TarReader(images, labels, class_names, [*said, *notes])
+
+
+def _as_folders(name: str, tars: set[str]) -> str:
+    if not tars:
+        return name
+    parts = name.split("/")
+    return "/".join(
+        part.removesuffix(part[-4:]) if "/".join(parts[: i + 1]) in tars else part for i, part in enumerate(parts)
+    )
 
 
 def scan(file: Path) -> Members:
     """Where the members of a tar lie; from the user's cache if it was scanned before and has not changed since."""
     status, begin = file.stat(), time.monotonic()
-    key = hashlib.sha256(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsemae" / f"{key}.npz"
+    key = f"{_CACHE_VERSION} {file.resolve()} {status.st_size} {status.st_mtime_ns}"
+    name = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsemae" / f"{name}.npz"
     with suppress(OSError, ValueError, KeyError, EOFError), np.load(cache) as kept:
-        return Members(_split(kept["names"]), kept["offsets"], kept["sizes"], _split(kept["classes"]))
+        texts = {key: _split(kept[key]) for key in ("names", "classes", "tars")}
+        return Members(offsets=kept["offsets"], sizes=kept["sizes"], **texts)
+    found = _Scan()
     try:
         with tarfile.open(file, "r:") as archive:
-            rows = list(_members(archive, "", 0))
+            found.read(archive, "", 0)
+        found.follow_links()
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"{file}: wanted a whole, uncompressed tar file: {error}") from error
-    numbers = np.array([row[1:3] for row in rows], np.int64).reshape(-1, 2)
-    members = Members([row[0] for row in rows], numbers[:, 0], numbers[:, 1], [row[3] for row in rows])
+    except _RefusedError as error:
+        raise ValueError(f"{file}/{error}") from None
+    rows = found.rows
+    numbers = np.array([row[:2] for row in rows.values()], np.int64).reshape(-1, 2)
+    members = Members(list(rows), numbers[:, 0], numbers[:, 1], [row[2] for row in rows.values()], found.tars)
     if time.monotonic() - begin > CACHE_SECONDS:
         with suppress(OSError):  # a home that cannot be written to costs a scan each time
             cache.parent.mkdir(parents=True, exist_ok=True)
             temporary = cache.with_suffix(f".{os.getpid()}.npz")  # a run's processes scan at the same time
             np.savez(temporary, names=_join(members.names), offsets=members.offsets, sizes=members.sizes,
-                     classes=_join(members.classes))  # fmt: skip
+                     classes=_join(members.classes), tars=_join(members.tars))  # fmt: skip
             temporary.replace(cache)
     return members
 
 
-def _members(archive: tarfile.TarFile, folder: str, base: int) -> Iterator[tuple[str, int, int, str]]:
-    """Name, offset, size, and the content of a .cls, of each file in it and in the tars in it."""
-    while (member := archive.next()) is not None:
-        archive.members.clear()  # type: ignore[attr-defined]  # they would stay in memory, a kilobyte each
-        if not member.isreg():
-            continue
-        name, stream = os.path.normpath(folder + member.name), archive.extractfile(member)
+class _RefusedError(Exception):
+    """Names a member."""
+
+
+class _Scan:
+    """Offset, size, and the content of a .cls, of each file by its path; of two with one path the last, as in tar."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, tuple[int, int, str]] = {}
+        self.links: dict[str, str] = {}
+        self.tars: list[str] = []
+
+    def read(self, archive: tarfile.TarFile, folder: str, base: int) -> None:
+        """All members of a tar, and of the tars in it."""
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # type: ignore[attr-defined]  # they would stay in memory, a kilobyte each
+            parts = [part for part in member.name.split("/") if part not in ("", ".", "..")]
+            name = folder + "/".join(parts)
+            if member.isdir() or any(map(is_hidden, parts)):
+                continue
+            if member.islnk():
+                self.links[name] = folder + _normal(member.linkname)
+            elif member.issym():
+                outside = member.linkname.startswith("/")
+                target = _normal(posixpath.join(posixpath.dirname(name), member.linkname))
+                self.links[name] = member.linkname if outside else target
+            elif member.issparse():
+                raise _RefusedError(
+                    f"{name}: wanted its bytes in one piece, got a sparse member (tar without --sparse)"
+                )
+            elif member.isreg():
+                self._read_file(archive, member, name, base)
+            elif is_image(name):
+                raise _RefusedError(f"{name}: wanted a file, got a member of type {member.type!r}")
+
+    def _read_file(self, archive: tarfile.TarFile, member: tarfile.TarInfo, name: str, base: int) -> None:
+        stream = archive.extractfile(member)
         assert stream is not None
+        self.links.pop(name, None)
         if name.lower().endswith(".tar"):
+            self.tars.append(name)
             with tarfile.open(fileobj=stream, mode="r:") as inner:
-                yield from _members(inner, f"{name}/", base + member.offset_data)
+                self.read(inner, f"{name}/", base + member.offset_data)
         else:
             text = stream.read(64).decode(errors="replace").strip() if name.lower().endswith(".cls") else ""
-            yield name, base + member.offset_data, member.size, text
+            self.rows[name] = (base + member.offset_data, member.size, text)
+
+    def follow_links(self) -> None:
+        """Give each link what it points to, which may be another link."""
+        for name, first in self.links.items():
+            target, passed = first, {name}
+            while target in self.links and target not in passed:
+                passed.add(target)
+                target = self.links[target]
+            if target in self.rows:
+                self.rows[name] = self.rows[target]
+            elif is_image(name) or not posixpath.splitext(name)[1]:
+                raise _RefusedError(f"{name}: wanted a file, or a link to one in the same tar, got a link to {target}")
 
 
-def _own_class(file: Path, files: Sequence[Path]) -> str:
-    return file.stem if len(files) > 1 else ""
+def _normal(path: str) -> str:
+    return posixpath.normpath(path).lstrip("/")
 
 
 def _join(texts: list[str]) -> Any:

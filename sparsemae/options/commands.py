@@ -30,7 +30,10 @@ class EvaluateConfig:
     model: str = field(metadata=READ)
     """The model: a packed file, a run folder, or its model.safetensors."""
     data: SourceConfig = field(default_factory=SourceConfig)
-    """Where the validation split lies; preparation of the images comes from the model's file."""
+    """Where the images lie; their preparation comes from the model's file."""
+    split: Literal["train", "val", "test", "all"] | None = None
+    """What to evaluate on; None: the validation split, or, of a folder without splits, the part that the model's own
+    training held out, or all of it if the model was trained on another."""
     probe: Literal["knn", "linear"] | None = None
     """Instead of the model's own head: a k-nearest-neighbor vote, or a linear classifier, on its frozen features."""
     inference: InferenceChange = field(default_factory=InferenceChange)

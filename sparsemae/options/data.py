@@ -1,5 +1,6 @@
 """Where images lie, how they are prepared, and how they are augmented."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,7 +29,7 @@ class SourceConfig(Options):
     root: str | None = option(
         None,
         may_change=True,
-        must_exist=lambda data: data.source not in WITHOUT_ROOT and "://" not in (data.root or ""),
+        must_exist=lambda data: data.source not in WITHOUT_ROOT and not re.search("://|{", data.root or ""),
     )
     """Folder of the images (or the tar file); the embedded source has none."""
     name: str | None = None
@@ -40,8 +41,18 @@ class SourceConfig(Options):
     exclude: str | None = option(None, must_exist=True)
     """File of images to leave out, one path a line, relative to data.root (`sparsemae check --write-exclude` writes
     one)."""
-    exif: bool = False
-    """Turn images (not masks) as their EXIF orientation says, which the field does not. A model's file keeps it."""
+    image_column: str | None = None
+    """Of hfds: column of the images; None: image, or the only one there is."""
+    label_column: str | None = None
+    """Of hfds: column of the classes, ClassLabel or text; None: label, or the only one there is."""
+    exif: bool | None = None
+    """Turn images as their EXIF orientation says, with their masks; None: images with classes are turned, images with
+    masks refused if they have one. A model's file keeps it."""
+    background: tuple[int, int, int] | None = option((255, 255, 255), (0, 255))
+    """RGB color that transparent images are drawn on; None: alpha is dropped. A model's file keeps it."""
+    bits: int | None = option(16, (9, 16))
+    """Bits of 16-bit gray that are in use, 9 to 16: the largest such value becomes white; None: values are clipped at
+    255. A model's file keeps it."""
     classes: str | None = option(None, must_exist=True)
     """Of a folder with masks: text file with one class a line, in the order of the masks' values; for color masks
     R G B NAME."""
@@ -74,6 +85,8 @@ class DataConfig(SourceConfig):
 class ImageDataConfig(DataConfig):
     """Images with classes, their preparation and their augmentation."""
 
+    exif: bool | None = True
+    """Turn images as their EXIF orientation says. A model's file keeps it."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """Resampling of every resize."""
     crop: Literal["resized", "shift"] = "resized"

@@ -1,12 +1,13 @@
 """The metadata of a packed file: what a model is, beside its weights, and how its JSON is read without trusting it.
 
-The document of version 1 is older than `ModelCard` and has names of its own; they are translated here, and only here.
+The document is older than `ModelCard` and has names of its own; they are translated here, and only here.
 """
 
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from types import NoneType
 from typing import Any, get_type_hints
 
 from sparsemae.card import InputSpec, ModelCard
@@ -14,7 +15,7 @@ from sparsemae.limits import ABOVE_0, BELOW_1, check_limits
 from sparsemae.packing.codec import MAX_GROUP
 
 FORMAT = "sparsemae-packed"
-VERSION = 1
+VERSION = 2
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 
 
@@ -118,13 +119,16 @@ def write_metadata(config: PackedConfig) -> dict[str, str]:
             "std": [float(value) for value in spec.std],
             "interpolation": spec.interpolation,
             "crop_pct": float(spec.crop_pct),
-            "exif_transpose": spec.exif,
+            "exif_transpose": bool(spec.exif),
+            "background": None if spec.background is None else list(spec.background),
+            "bits": spec.bits,
         },
         "class_names": card.class_names,
         "source": card.source,
         "license": card.license,
         "patterns": card.patterns,
         "dtypes": config.dtypes,
+        "data": card.data,
     }
     metadata = {"format": FORMAT, "version": str(VERSION), "config": json.dumps(document)}
     read_metadata(metadata)  # nothing is written that would be refused when it is read
@@ -136,12 +140,14 @@ def read_metadata(metadata: dict[str, str] | None) -> PackedConfig:
     if not metadata or metadata.get("format") != FORMAT:
         raise ValueError(f"wanted metadata of format {FORMAT!r}, got none")
     version = metadata.get("version", "")
-    if version != str(VERSION):
+    if version not in map(str, range(1, VERSION + 1)):
         newer = version.isdecimal() and int(version[:9]) > VERSION
         raise ValueError(
-            f"format version: wanted {VERSION}, got {version[:20]!r}" + (": update sparsemae" if newer else "")
+            f"format version: wanted 1 to {VERSION}, got {version[:20]!r}" + (": update sparsemae" if newer else "")
         )
     document = json.loads(metadata["config"])
+    if version == "1":
+        document = _with_fields_of_2(document)
     _check_fields("config", document, _DOCUMENT)
     _check_fields("vit", document["vit"], get_type_hints(VitShape))
     vit = VitShape(**document["vit"])
@@ -154,15 +160,26 @@ def read_metadata(metadata: dict[str, str] | None) -> PackedConfig:
     card = ModelCard(
         "classify", document["architecture"], document["overrides"], _read_input(document["preprocess"], vit),
         tuple(names), document["patterns"], frozen=True, source=document["source"], license=document["license"],
+        data=document["data"],
     )  # fmt: skip
     return PackedConfig(card, vit, document["dtypes"])
 
 
 _DOCUMENT = {
     "architecture": str, "overrides": dict, "vit": dict, "preprocess": dict, "class_names": list, "source": str,
-    "license": str, "patterns": dict, "dtypes": dict,
+    "license": str, "patterns": dict, "dtypes": dict, "data": dict,
 }  # fmt: skip
-_PREPROCESS = {"mean": list, "std": list, "interpolation": str, "crop_pct": float, "exif_transpose": bool}
+_PREPROCESS: dict[str, type | tuple[type, ...]] = {
+    "mean": list, "std": list, "interpolation": str, "crop_pct": float, "exif_transpose": bool,
+    "background": (list, NoneType), "bits": (int, NoneType),
+}  # fmt: skip
+
+
+def _with_fields_of_2(document: Any) -> Any:
+    """Version 1 knew no rules of pixels: alpha was dropped, 16-bit gray clipped."""
+    if type(document) is dict and type(document.get("preprocess")) is dict:
+        return {"data": {}} | document | {"preprocess": {"background": None, "bits": None} | document["preprocess"]}
+    return document
 
 
 def _read_input(document: Any, vit: VitShape) -> InputSpec:
@@ -176,17 +193,28 @@ def _read_input(document: Any, vit: VitShape) -> InputSpec:
         )
     spec = InputSpec(
         vit.image_height, tuple(document["mean"]), tuple(document["std"]), document["interpolation"],
-        document["crop_pct"], exif=document["exif_transpose"],
+        document["crop_pct"], exif=document["exif_transpose"], background=_read_color(document["background"]),
+        bits=document["bits"],
     )  # fmt: skip
-    check_limits(spec, "preprocess.", mean=(-1e6, 1e6), std=(1e-6, 1e6), crop_pct=(0.1, 1.0))
+    check_limits(spec, "preprocess.", mean=(-1e6, 1e6), std=(1e-6, 1e6), crop_pct=(0.1, 1.0), bits=(9, 16))
     return spec
 
 
-def _check_fields(where: str, document: Any, kinds: Mapping[str, type]) -> None:
+def _read_color(color: list[Any] | None) -> tuple[int, ...] | None:
+    if color is None:
+        return None
+    if len(color) != 3 or not all(type(value) is int and 0 <= value <= 255 for value in color):
+        raise ValueError(f"preprocess.background: wanted three numbers from 0 to 255, got {color}")
+    return tuple(color)
+
+
+def _check_fields(where: str, document: Any, kinds: Mapping[str, type | tuple[type, ...]]) -> None:
     if type(document) is not dict:
         raise ValueError(f"{where}: wanted a JSON object, got {type(document).__name__}")
     if odd := sorted(set(document) ^ set(kinds)):
         raise ValueError(f"{where}: wanted exactly the fields of version {VERSION}, got {odd} missing or unknown")
     for key, kind in kinds.items():
-        if type(document[key]) is not kind:
-            raise ValueError(f"{where}.{key}: wanted {kind.__name__}, got {type(document[key]).__name__}")
+        wanted = kind if isinstance(kind, tuple) else (kind,)
+        if type(document[key]) not in wanted:
+            names = " or ".join(each.__name__ for each in wanted)
+            raise ValueError(f"{where}.{key}: wanted {names}, got {type(document[key]).__name__}")

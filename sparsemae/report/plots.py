@@ -9,7 +9,8 @@ from torch import Tensor
 
 from sparsemae.card import InputSpec, ModelCard
 from sparsemae.data.sampling import PICTURE, stream
-from sparsemae.data.sources import Source, open_source
+from sparsemae.data.sources import open_source
+from sparsemae.data.splits import Source
 from sparsemae.data.transforms import evaluation_transform, normalize
 from sparsemae.files import replacing
 from sparsemae.models import MaskedAutoencoder
@@ -33,7 +34,7 @@ def reconstruction_picture(
     source = source or open_source(SourceConfig(), "val")
     spec, ratio = card.input, card.settings["mask_ratio"]
     transform = evaluation_transform(spec)
-    pixels = torch.stack([transform(*source.read(index, exif=spec.exif))[0] for index in range(images)])
+    pixels = torch.stack([transform(*source.read(index, rules=spec))[0] for index in range(images)])
     x = normalize(pixels, spec.mean, spec.std)
     patches = model.encoder.patch_embed.num_patches
     noise = torch.from_numpy(stream(seed, PICTURE).random((images, patches), np.float32))

@@ -71,7 +71,7 @@ class Model:
     def prepare(self, image: str | Path | Image.Image) -> NDArray[np.float32]:
         """An image as the model's input: float32 [3, H, W]. Raises ValueError if pillow cannot read it."""
         spec = self.card.input
-        return transform(as_rgb(image, spec.exif), spec, self.vit.image_height, self.vit.image_width)
+        return transform(as_rgb(image, spec), spec, self.vit.image_height, self.vit.image_width)
 
     def predict(
         self, images: Sequence[str | Path | Image.Image], top_k: int = 5, batch_size: int = 8

@@ -18,12 +18,13 @@ from sparsemae.costs.multiply_adds import Forward, count_forward
 from sparsemae.data.dataset import ImageDataset
 from sparsemae.data.loader import UnreadableImages, batches
 from sparsemae.data.sampling import BatchPlan, EvaluationSampler
-from sparsemae.data.sources import open_source
+from sparsemae.data.sources import find_source, require_classes
+from sparsemae.data.splits import Part
 from sparsemae.data.transforms import evaluation_transform, normalize, training_transform
 from sparsemae.models import build_vit, use_plain_attention
 from sparsemae.options import FinetuneConfig, SourceConfig
 from sparsemae.predictor import Prediction
-from sparsemae.tasks.task import Network, Task, blank_images, check_classes, encoder_of, smallest_side
+from sparsemae.tasks.task import Network, Task, blank_images, encoder_of, smallest_side
 from sparsemae.training.logs import with_progress
 
 EVALUATION_BATCH = 256
@@ -37,18 +38,19 @@ class Classification(Task[FinetuneConfig]):
 
     def open_data(self) -> None:
         data = self.config.data
-        self.train, self.val = open_source(data, "train", data.train_images), open_source(data, "val")
+        self.splits = find_source(data)
+        self.train, self.val = self.splits.open("train", data.train_images), self.splits.open("val")
+        self.sources = {"train": self.train, "val": self.val}
         self.class_names = self.train.class_names
-        if len(self.class_names) < 2:
-            raise ValueError(f"{data.root}: wanted at least two class folders, got {self.class_names}")
+        require_classes(self.train, str(data.root))
 
     def datasets(self, model: nn.Module) -> tuple[ImageDataset, ImageDataset]:
         data, smallest = self.config.data, smallest_side(model)
         training = ImageDataset(
-            self.train, training_transform(data), self.config.seed, 0, smallest, data.exif, data.max_unreadable
+            self.train, training_transform(data), self.config.seed, 0, smallest, data, data.max_unreadable
         )
         transform = evaluation_transform(self.card().input)
-        self.validation = ImageDataset(self.val, transform, smallest=smallest, exif=data.exif)
+        self.validation = ImageDataset(self.val, transform, smallest=smallest, rules=data)
         return training, self.validation
 
     def prepare(self, model: nn.Module, fabric: Fabric, batches: BatchPlan) -> None:
@@ -98,10 +100,11 @@ class Classification(Task[FinetuneConfig]):
         )
 
     @classmethod
-    def evaluation_set(cls, card: ModelCard, data: SourceConfig, smallest: int) -> ImageDataset:
-        source = open_source(data, "val")
-        check_classes(card, data, source.class_names)
-        return ImageDataset(source, evaluation_transform(card.input), smallest=smallest, exif=card.input.exif)
+    def evaluation_set(
+        cls, card: ModelCard, data: SourceConfig, smallest: int, split: Part | None = None
+    ) -> tuple[ImageDataset, str]:
+        source, said = find_source(data).open_for_evaluation(split, card.data, card.class_names)
+        return ImageDataset(source, evaluation_transform(card.input), smallest=smallest, rules=card.input), said
 
     @classmethod
     def measure(
@@ -118,7 +121,7 @@ class Classification(Task[FinetuneConfig]):
             name: MulticlassAccuracy(classes, top_k=k, average="micro").to(fabric.device) for name, k in ranks.items()
         }
         sampler = EvaluationSampler(len(dataset), EVALUATION_BATCH, fabric.global_rank, fabric.world_size)
-        unreadable = UnreadableImages(len(dataset), 0.0)
+        unreadable = UnreadableImages(len(dataset), 0.0, at_end=True)
         found = batches(dataset, sampler, workers, unreadable=unreadable)
         for batch in with_progress(found, "evaluating", len(dataset)) if progress else found:
             images, targets = fabric.to_device((batch["image"], batch["target"]))

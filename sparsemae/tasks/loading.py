@@ -55,7 +55,7 @@ class TorchPredictor:
     def predict(self, images: Sequence[str | Path | Image.Image], top_k: int = 5) -> list[Any]:
         """One result for each image, in order: the ``top_k`` `Prediction` s, best first, or a segmenter's class map."""
         task, results, rest = task_class(self.card.task), list[Any](), iter(images)
-        while batch := [as_rgb(image, self.card.input.exif) for image in islice(rest, BATCH)]:
+        while batch := [as_rgb(image, self.card.input) for image in islice(rest, BATCH)]:
             results += task.predict(self.model, self.card, batch, top_k)
         return results
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from sparsemae.card import ModelCard
 from sparsemae.costs.multiply_adds import Forward, count_forward
 from sparsemae.data.dataset import ImageDataset
-from sparsemae.data.sources import open_source
+from sparsemae.data.sources import find_source
+from sparsemae.data.splits import Part
 from sparsemae.data.transforms import normalize, training_transform
 from sparsemae.models import MaskedAutoencoder, build_vit, use_plain_attention
 from sparsemae.models.mae import patches_kept
@@ -30,7 +31,9 @@ class Pretraining(Task[PretrainConfig]):
     freezes: ClassVar[bool] = False
 
     def open_data(self) -> None:
-        self.source = open_source(self.config.data, "train", self.config.data.train_images)
+        self.splits = find_source(self.config.data)
+        self.source = self.splits.open("train", self.config.data.train_images)
+        self.sources = {"train": self.source}
 
     def settings(self) -> dict[str, Any]:
         config = self.config
@@ -43,7 +46,7 @@ class Pretraining(Task[PretrainConfig]):
         patches_kept(patches, self.config.mask_ratio)
         transform, smallest = training_transform(data), smallest_side(model)
         return ImageDataset(
-            self.source, transform, self.config.seed, patches, smallest, data.exif, data.max_unreadable
+            self.source, transform, self.config.seed, patches, smallest, data, data.max_unreadable
         ), None  # fmt: skip
 
     def wrapped(self, model: nn.Module) -> nn.Module:
@@ -87,7 +90,7 @@ class Pretraining(Task[PretrainConfig]):
         )
 
     @classmethod
-    def evaluation_set(cls, card: ModelCard, data: SourceConfig, smallest: int) -> NoReturn:
+    def evaluation_set(cls, card: ModelCard, data: SourceConfig, smallest: int, split: Part | None = None) -> NoReturn:
         raise ValueError("wanted a finetuned model, got a pretrained one (--probe knn or linear looks at its encoder)")
 
     @classmethod

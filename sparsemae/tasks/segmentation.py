@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -21,18 +21,20 @@ from torchvision.transforms.v2 import functional as transforms
 from sparsemae.card import ModelCard
 from sparsemae.costs.multiply_adds import Forward, count_forward
 from sparsemae.data.dataset import ImageDataset
-from sparsemae.data.loader import batches
+from sparsemae.data.loader import UnreadableImages, batches
 from sparsemae.data.mask_transforms import mask_evaluation_transform, mask_training_transform
 from sparsemae.data.masks import IGNORED, Legend
-from sparsemae.data.pairs import open_masks, sample_classes
+from sparsemae.data.pairs import check_pairs, find_masks, open_pairs, refuse_binary, said_of_classes
 from sparsemae.data.sampling import BatchPlan, EvaluationSampler
+from sparsemae.data.splits import Part
+from sparsemae.data.survey import survey
 from sparsemae.data.transforms import normalize
 from sparsemae.models import build_vit, use_plain_attention
 from sparsemae.models.segmenter import Segmenter, segmentation_loss
 from sparsemae.options import HeadConfig, InferenceConfig, SegmentConfig, SourceConfig
 from sparsemae.tasks.sliding_window import predict_scores
 from sparsemae.tasks.sparse import meta_model
-from sparsemae.tasks.task import Network, Task, blank_images, check_classes
+from sparsemae.tasks.task import Network, Task, blank_images
 from sparsemae.training.logs import with_progress
 
 PER_CLASS = "iou/"
@@ -52,12 +54,17 @@ class Segmentation(Task[SegmentConfig]):
 
     def __init__(self, config: SegmentConfig) -> None:
         super().__init__(config)
-        self.legend = Legend([])
+        self.legend, self.absent = Legend([]), list[str]()
 
     def open_data(self) -> None:
         data = self.config.data
-        self.train, self.val = open_masks(data, "train", data.train_images), open_masks(data, "val")
+        self.splits = find_masks(data)
+        self.train, self.val = open_pairs(self.splits, "train", data.train_images), open_pairs(self.splits, "val")
+        self.sources = {"train": self.train, "val": self.val}
         assert self.train.legend is not None
+        for source in self.sources.values():
+            survey(source, data)
+        refuse_binary(self.train)
         self.class_names, self.legend = self.train.class_names, self.train.legend
 
     def settings(self) -> dict[str, Any]:
@@ -70,10 +77,10 @@ class Segmentation(Task[SegmentConfig]):
     def datasets(self, model: nn.Module) -> tuple[ImageDataset, ImageDataset]:
         data = self.config.data
         training = ImageDataset(
-            self.train, mask_training_transform(data), self.config.seed, exif=data.exif,
+            self.train, mask_training_transform(data), self.config.seed, rules=data,
             max_unreadable=data.max_unreadable,
         )  # fmt: skip
-        self.validation = ImageDataset(self.val, mask_evaluation_transform, exif=data.exif)
+        self.validation = ImageDataset(self.val, mask_evaluation_transform, rules=data)
         return training, self.validation
 
     def prepare(self, model: nn.Module, fabric: Fabric, batches: BatchPlan) -> None:
@@ -87,12 +94,7 @@ class Segmentation(Task[SegmentConfig]):
 
     def notes(self, model: nn.Module) -> list[str]:
         """A warning where masks seem to be of another kind, and what the head costs."""
-        found, side = sample_classes(self.train), self.config.data.img_size
-        names = ", ".join(self.class_names[i] for i in found) or "none"
-        warning = (
-            f"warning: {self.train.filename(0)}, ...: masks with one class only: {names} (a binary mask has 0 and 1, "
-            "not 0 and 255; sparsemae check reads all)"
-        )
+        side, said = self.config.data.img_size, said_of_classes(self.train)
         around = ", ".join(
             f"{sum(parameter.numel() for parameter in part.parameters()):,} {name}"
             for name, part in model.named_children()
@@ -104,7 +106,7 @@ class Segmentation(Task[SegmentConfig]):
             f"{(encoder.kept + head.kept) / 1e9:.1f} G with the kept weights, {(encoder.dense + head.dense) / 1e9:.1f} "
             f"G with all, of both {head.dense / 1e9:.1f} G in the head"
         )
-        return [warning, cost] if len(found) < 2 else [cost]
+        return [*super().notes(model), *said, cost]
 
     def loss(self, forward: nn.Module, batch: dict[str, Any]) -> Tensor:
         data = self.config.data
@@ -128,10 +130,12 @@ class Segmentation(Task[SegmentConfig]):
 
     def evaluate(self, fabric: Fabric, model: nn.Module) -> dict[str, float]:
         metrics = self.measure(fabric, model, self.card(), self.validation, self.config.data.workers)
+        self.absent = [name for name in self.class_names if math.isnan(metrics[PER_CLASS + name])]
         return {name: value for name, value in metrics.items() if not name.startswith(PER_CLASS)}
 
     def result(self, metrics: dict[str, float]) -> str:
-        return f"{self.summary(metrics)} on {len(self.validation):,} images"
+        absent = f" (in none of their masks: {', '.join(self.absent)})" if self.absent else ""
+        return f"{self.summary(metrics)} on {len(self.validation):,} images{absent}"
 
     @classmethod
     def build(cls, card: ModelCard, drop_path: float = 0.0) -> Segmenter:
@@ -142,17 +146,27 @@ class Segmentation(Task[SegmentConfig]):
         return Segmenter(encoder, len(card.class_names), card.settings["out_indices"], head)
 
     @classmethod
-    def evaluation_set(cls, card: ModelCard, data: SourceConfig, smallest: int) -> ImageDataset:
-        source = open_masks(data, "val")
-        check_classes(card, data, source.class_names)
-        return ImageDataset(source, mask_evaluation_transform, exif=card.input.exif)
+    def evaluation_set(
+        cls, card: ModelCard, data: SourceConfig, smallest: int, split: Part | None = None
+    ) -> tuple[ImageDataset, str]:
+        splits = find_masks(data)
+        source, said = splits.open_for_evaluation(split, card.data, card.class_names)
+        check_pairs(splits, source)
+        if tuple(source.class_names) != card.class_names:
+            raise ValueError(
+                f"{splits.root}: wanted the {len(card.class_names)} classes of the model "
+                f"({', '.join(card.class_names[:3])}, ...), got {len(source.class_names)} "
+                f"({', '.join(source.class_names[:3])}, ...)" + " (--data.classes names others)" * bool(data.root)
+            )
+        rules = replace(card.input, exif=card.input.exif if data.exif is None else data.exif)
+        return ImageDataset(source, mask_evaluation_transform, rules=rules), said
 
     @classmethod
     def measure(
         cls, fabric: Fabric, network: Network, card: ModelCard, dataset: ImageDataset, workers: int,
         progress: bool = False,
     ) -> dict[str, float]:  # fmt: skip
-        """mIoU, mean and pixel accuracy, and ``iou/CLASS`` for each class (nan: in no mask and no prediction).
+        """mIoU, mean and pixel accuracy, and ``iou/CLASS`` for each class (nan: in no mask).
 
         Raises ValueError if there is no labeled pixel.
         """
@@ -166,16 +180,19 @@ class Segmentation(Task[SegmentConfig]):
                 result: Tensor = network(images).logits
             return result
 
-        found = batches(dataset, sampler, workers)
+        unreadable = UnreadableImages(len(dataset), 0.0, at_end=True)
+        found = batches(dataset, sampler, workers, unreadable=unreadable)
         for batch in with_progress(found, "evaluating", len(dataset)) if progress else found:
             images, targets = fabric.to_device((batch["image"], batch["target"]))
             meter.update(predict_scores(logits, images, card.input, inference).argmax(dim=1), targets.long())
+        unreadable.synchronize()
         confusion = meter.compute()
         if not confusion.sum():
             name = dataset.source.filename(0)
             raise ValueError(f"{name}, ...: wanted labeled pixels to evaluate on, got ignored ones only")
         scores = Scores.of(confusion)
         means = {"miou": scores.miou, "mean_accuracy": scores.mean_accuracy, "pixel_accuracy": scores.pixel_accuracy}
+        means |= {"scored_classes": float(scores.classes), "classes": float(len(names))}
         return means | {PER_CLASS + name: iou for name, iou in zip(names, scores.iou, strict=True)}
 
     @classmethod
@@ -189,7 +206,8 @@ class Segmentation(Task[SegmentConfig]):
     @classmethod
     def summary(cls, metrics: dict[str, float]) -> str:
         return (
-            f"mIoU {metrics['miou']:.2%}, mean accuracy {metrics['mean_accuracy']:.2%}, "
+            f"mIoU {metrics['miou']:.2%} over {metrics['scored_classes']:g} of {metrics['classes']:g} "
+            f"classes, mean accuracy {metrics['mean_accuracy']:.2%}, "
             f"pixel accuracy {metrics['pixel_accuracy']:.2%}"
         )
 
@@ -212,17 +230,23 @@ class Scores:
     """Fractions; classes without a labeled pixel are nan, and left out of the means."""
 
     miou: float
-    """Over the classes that are in the truth or in a prediction."""
-    mean_accuracy: float
     """Over the classes that are in the truth."""
+    mean_accuracy: float
+    """Over the same."""
     pixel_accuracy: float
     iou: list[float]
     """Per class."""
+
+    @property
+    def classes(self) -> int:
+        """How many are in the truth."""
+        return sum(not math.isnan(value) for value in self.iou)
 
     @classmethod
     def of(cls, confusion: Tensor) -> Scores:
         """From a matrix ``[C, C]`` of pixels, rows the truth, columns the prediction."""
         confusion = confusion.double()
         right, truth, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-        iou, recall = right / (truth + predicted - right), right / truth  # 0 / 0 is nan
+        recall = right / truth  # 0 / 0 is nan
+        iou = torch.where(truth > 0, right / (truth + predicted - right), torch.nan)
         return cls(float(iou.nanmean()), float(recall.nanmean()), float(right.sum() / truth.sum()), iou.tolist())

@@ -6,6 +6,7 @@ only a model's card: what then remains to be done with it (build, measure, predi
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -17,6 +18,9 @@ from sparsemae.card import InputSpec, ModelCard
 from sparsemae.costs.multiply_adds import Forward
 from sparsemae.data.dataset import ImageDataset
 from sparsemae.data.sampling import BatchPlan
+from sparsemae.data.splits import Part, Source, Splits
+from sparsemae.data.survey import survey
+from sparsemae.data.tree import Split
 from sparsemae.models import patch_side
 from sparsemae.options import SourceConfig, TrainingConfig
 from sparsemae.options.model import DEFAULT_MODEL
@@ -46,6 +50,10 @@ class Task(ABC, Generic[Config]):
     def __init__(self, config: Config) -> None:
         self.config = config
         self.class_names: Sequence[str] = ()
+        self.splits: Splits | None = None
+        """Where the images are, once they have been found."""
+        self.sources: dict[Split, Source] = {}
+        """What is trained on, and what is evaluated on."""
 
     @abstractmethod
     def open_data(self) -> None:
@@ -63,8 +71,16 @@ class Task(ABC, Generic[Config]):
         """What depends on the devices and the batch, just before the loop. Raises ValueError if they cannot do."""
 
     def notes(self, model: nn.Module) -> list[str]:
-        """What the log is told at the start, besides the encoder's summary."""
-        return []
+        """What the log is told at the start, besides the encoder's summary: of the data, here."""
+        looked_at = [survey(source, self.config.data) for source in self.sources.values()]
+        return (self.splits.notes() if self.splits is not None else []) + [
+            note for notes in looked_at for note in notes
+        ]
+
+    @cached_property
+    def trained_on(self) -> dict[str, Any]:
+        """What the card keeps of the data."""
+        return self.splits.trained_on() if self.splits is not None else {}
 
     def wrapped(self, model: nn.Module) -> nn.Module:
         """The module whose forward the loss calls: the model, or one around it."""
@@ -96,6 +112,7 @@ class Task(ABC, Generic[Config]):
         return ModelCard(
             config.task, config.model.name or DEFAULT_MODEL, dict(config.model.args), InputSpec.of(config.data),
             tuple(self.class_names), settings=self.settings(), ema_decay=config.trainer.ema_decay,
+            data=self.trained_on,
         )  # fmt: skip
 
     @classmethod
@@ -105,8 +122,14 @@ class Task(ABC, Generic[Config]):
 
     @classmethod
     @abstractmethod
-    def evaluation_set(cls, card: ModelCard, data: SourceConfig, smallest: int) -> ImageDataset:
-        """The validation images, prepared as the card says. Raises ValueError if their classes are not the card's."""
+    def evaluation_set(
+        cls, card: ModelCard, data: SourceConfig, smallest: int, split: Part | None = None
+    ) -> tuple[ImageDataset, str]:
+        """The images to measure on, prepared as the card says, and a line that says which they are.
+
+        ``split`` None: the validation split, see `Splits.open_for_evaluation`. Raises ValueError if their classes are
+        not the card's.
+        """
 
     @classmethod
     @abstractmethod
@@ -150,13 +173,3 @@ def smallest_side(model: nn.Module) -> int:
 def blank_images(size: int, side: int) -> Tensor:
     """uint8 ``[B, 3, H, W]``."""
     return torch.zeros(size, 3, side, side, dtype=torch.uint8)
-
-
-def check_classes(card: ModelCard, data: SourceConfig, class_names: Sequence[str]) -> None:
-    """Raises ValueError if a data set's classes are not those of the model."""
-    if tuple(class_names) != card.class_names:
-        wanted, got = (f"{', '.join(names[:3])}, ..." for names in (card.class_names, tuple(class_names)))
-        raise ValueError(
-            f"{data.root or data.source}: wanted the {len(card.class_names)} classes of the model ({wanted}), "
-            f"got {len(class_names)} ({got})" + " (--data.source and --data.root name others)" * (data.root is None)
-        )

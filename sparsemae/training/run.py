@@ -9,12 +9,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 import yaml
 from lightning_fabric import Fabric
 
+from sparsemae.data.images import DefaultRules
 from sparsemae.files import retried, write_atomic
 from sparsemae.limits import marked
 from sparsemae.models.weights import read_metadata
@@ -24,6 +25,9 @@ from sparsemae.training.checkpoint import TRAINING, list_checkpoints, migrated, 
 from sparsemae.training.config import PRECISIONS, differences, resolved_precision
 from sparsemae.training.lock import run_lock
 from sparsemae.training.logs import RunLog, environment
+
+C = TypeVar("C", bound=TrainingConfig)
+PIXELS_OF_BEFORE = DefaultRules(exif=False, background=None, bits=None)
 
 
 @dataclass
@@ -124,6 +128,15 @@ def start(config: TrainingConfig) -> Run:
     return Run(fabric, log, folder, trainer, config.seed, precision, now, changed)
 
 
+def with_pixels_of_before(config: C) -> C:
+    """The options, to go on with a run in their folder that was begun when there were no rules of pixels."""
+    before, data, plain = _kept_config(Path(config.out), lambda text: None), config.data, type(config)().data
+    if (data.background, data.bits) != (plain.background, plain.bits) or not before:
+        return config
+    rules = {name: before["data"][name] for name in ("background", "bits")}
+    return replace(config, data=replace(data, **rules)) if list(rules.values()) == [None, None] else config
+
+
 def _leave_process_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -143,6 +156,7 @@ def _kept_config(folder: Path, info: Callable[[str], None]) -> dict[str, Any]:
     config = migrated(counters, kept[-1]).get("config")
     try:
         before = renamed(config or yaml.safe_load((folder / "config.yaml").read_text()), OPTIONS)
+        before["data"] = asdict(PIXELS_OF_BEFORE) | before["data"]
         trainer = before["trainer"]
         if trainer["device_batch"] is None:  # written before it was resolved
             trainer["device_batch"] = trainer["global_batch"] // (trainer["devices"] * trainer["num_nodes"])

@@ -47,7 +47,8 @@ class TrainingState:
     best: dict[str, float] | None = None
     """Step and value of the best metric so far."""
     origin: dict[str, Any] = field(default_factory=dict)
-    """What checkpoints say of where they are from: the run's whole ``config``, and the ``packages`` it runs with."""
+    """What checkpoints say of where they are from: the run's whole ``config``, the ``packages`` it runs with, and the
+    ``images`` that it is trained on."""
 
     def is_best(self, value: float, higher_is_better: bool) -> bool:
         """Note the metric of now if it is better than all before."""

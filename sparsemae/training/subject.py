@@ -43,3 +43,5 @@ class Subject:
     """Goes into the weights files."""
     masks: MaskSchedule
     batches: BatchPlan
+    images: dict[str, Any] | None = None
+    """What it is trained on, as `record` says it."""

@@ -7,6 +7,7 @@ import pytest
 from conftest import SceneRun, metrics, tiny
 from PIL import Image
 
+from sparsemae.card import InputSpec
 from sparsemae.cli import main
 from sparsemae.commands.evaluate import evaluate
 from sparsemae.commands.predict import predict
@@ -72,8 +73,8 @@ def test_exif_orientation_goes_with_the_model(
         assert [*turned.values()] == [*upright.values()]
     asked: list[bool] = []
 
-    def noted(*_: object, exif: bool, **__: object) -> None:
-        asked.append(exif)
+    def noted(*_: object, rules: InputSpec, **__: object) -> None:
+        asked.append(bool(rules.exif))
         raise ValueError("enough")
 
     monkeypatch.setattr("sparsemae.tasks.classification.ImageDataset", noted)

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from sparsemae.data.dataset import ImageDataset
+from sparsemae.data.images import DefaultRules
 from sparsemae.data.loader import UnreadableImages, batches
 from sparsemae.data.sampling import BatchPlan, EvaluationSampler, TrainingSampler
 from sparsemae.data.sources import open_source
@@ -108,7 +109,7 @@ def test_exif_orientation_is_applied_only_when_asked_for(image_folder: Path, exi
     turned, tag = Image.fromarray(upright).transpose(Image.Transpose.ROTATE_90), Image.Exif()
     tag[0x0112] = 6  # to be shown turned clockwise by 90 degrees
     turned.save(image_folder / "train" / "cat" / "0.png", exif=tag)
-    dataset = ImageDataset(open_source(folder(image_folder), "train"), as_array, exif=exif)
+    dataset = ImageDataset(open_source(folder(image_folder), "train"), as_array, rules=DefaultRules(exif))
     got = dataset[0]["image"]
     np.testing.assert_array_equal(got, upright if exif else np.asarray(turned))
 

@@ -26,7 +26,7 @@ def test_listed_images_are_left_out_of_their_split_and_labels_stay(tmp_path: Pat
     file.write_text("".join(f"train/cat/{i}.png\n" for i in range(8)))
     source = open_source(SourceConfig("folder", str(image_folder), exclude=str(file)), "train")
     assert source.class_names == ["cat", "dog"]
-    assert {source.reader.samples[i][1] for i in source.indices} == {1}
+    assert {int(source.reader.labels[i]) for i in source.indices} == {1}
 
 
 def test_what_is_held_out_stays_the_same(tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,13 +7,13 @@ import pytest
 import timm.data
 from PIL import Image
 from timm.data.readers import create_reader
-from timm.data.readers.img_extensions import get_img_extensions
 
-from sparsemae.data.images import SUFFIXES, as_rgb, decode_rgb, image_files
+from sparsemae.card import InputSpec
+from sparsemae.data.images import as_rgb, decode_rgb
+from sparsemae.data.tree import image_files
 
-
-def test_the_suffixes_are_those_of_timms_reader() -> None:
-    assert tuple(get_img_extensions()) == SUFFIXES
+BEFORE = InputSpec(16, (), ())
+"""The rules of models of before."""
 
 
 MODES = {  # of Pillow, and a file format that keeps it
@@ -24,7 +24,7 @@ MODES = {  # of Pillow, and a file format that keeps it
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # timm leaves its files open
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_becomes_the_rgb_of_timm(tmp_path: Path, mode: str) -> None:
+def test_every_mode_becomes_the_rgb_of_timm_by_the_rules_of_before(tmp_path: Path, mode: str) -> None:
     gradient = np.linspace(0, 511 if mode in ("I;16", "I", "F") else 255, 16 * 16 * 3).reshape(16, 16, 3)
     if mode in ("I;16", "I", "F"):
         kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
@@ -35,7 +35,7 @@ def test_every_mode_becomes_the_rgb_of_timm(tmp_path: Path, mode: str) -> None:
     image.save(file)
     assert Image.open(file).mode == ("RGB" if mode == "YCbCr" else mode)
     reader = create_reader("", str(tmp_path), class_map={"": 0}) if file.suffix != ".tif" else None
-    got = np.asarray(decode_rgb(file, str(file)))
+    got = np.asarray(decode_rgb(file, str(file), rules=BEFORE))
     assert got.shape == (16, 16, 3)
     if reader is not None:
         theirs = timm.data.ImageDataset(str(tmp_path), reader=reader)[0][0]

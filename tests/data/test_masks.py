@@ -87,6 +87,6 @@ def test_unreadable_masks(tmp_path: Path) -> None:
     (tmp_path / "m.png").write_text("no")
     with pytest.raises(ValueError, match=r"m\.png: unreadable mask: not an image in a known format"):
         read_mask(tmp_path / "m.png")
-    Image.new("LA", (2, 2)).save(tmp_path / "la.png")
-    with pytest.raises(ValueError, match="wanted a mask of indices or colors, got an image of mode LA"):
-        read_mask(tmp_path / "la.png")
+    Image.new("CMYK", (2, 2)).save(tmp_path / "cmyk.tif")
+    with pytest.raises(ValueError, match="wanted a mask of indices or colors, got an image of mode CMYK"):
+        read_mask(tmp_path / "cmyk.tif")

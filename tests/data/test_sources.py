@@ -262,7 +262,9 @@ def test_hf_datasets_from_a_folder_of_parquet_files(tmp_path: Path, photos: Path
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["x", "y", "z"])})
     for split, count in (("train", 12), ("validation", 5)):
-        images = [Image.new("RGB", (20, 20), (i, 0, 0)) for i in range(count)]
+        images = [Image.linear_gradient("L").resize((20, 20)).convert("RGB") for _ in range(count)]
+        for i, image in enumerate(images):
+            image.putpixel((0, 0), (i, 0, 0))
         rows = datasets.Dataset.from_dict({"image": images, "label": [i % 3 for i in range(count)]}, features=features)
         rows.to_parquet(tmp_path / "set" / f"{split}.parquet")
     data = SourceConfig("hfds", str(tmp_path / "set"))

@@ -87,8 +87,8 @@ def fill(name: str, value: int) -> Callable[..., None]:
 
 HOSTILE: dict[str, tuple[Callable[..., None], str]] = {
     "no metadata": (lambda c, t, m: m.clear() or m.update(other="x"), "wanted metadata of format"),
-    "future version": (lambda c, t, m: m.update(version="2"), "version: wanted 1, got '2': update sparsemae"),
-    "no version": (lambda c, t, m: m.update(version="x"), "version: wanted 1, got 'x'"),
+    "future version": (lambda c, t, m: m.update(version="3"), "version: wanted 1 to 2, got '3': update sparsemae"),
+    "no version": (lambda c, t, m: m.update(version="x"), "version: wanted 1 to 2, got 'x'"),
     "huge depth": (set_vit(depth=10**9), "vit.depth: wanted at least 1 and at most 512, got 1e"),
     "huge image": (set_vit(image_height=1 << 14, image_width=1 << 14), "pos_embed: wanted"),
     "negative width": (set_vit(embed_dim=-64), "vit.embed_dim: wanted at least 1"),
@@ -97,7 +97,9 @@ HOSTILE: dict[str, tuple[Callable[..., None], str]] = {
     "heads": (set_vit(num_heads=3), "vit.embed_dim: wanted a multiple of num_heads 3, got 64"),
     "eps": (set_vit(norm_eps=0.0), "vit.norm_eps: wanted more than 0"),
     "pool": (set_vit(global_pool="map"), "vit.global_pool: wanted 'avg' or 'token', got 'map'"),
-    "unknown field": (set_vit(extra=1), r"vit: wanted exactly the fields of version 1, got \[\'extra\'\]"),
+    "unknown field": (set_vit(extra=1), r"vit: wanted exactly the fields of version 2, got \[\'extra\'\]"),
+    "background": (lambda c, t, m: c["preprocess"].update(background=[1, 2]), "background: wanted three numbers"),
+    "bits": (lambda c, t, m: c["preprocess"].update(bits=17), "preprocess.bits: wanted at least 9 and at most 16"),
     "pattern": (lambda c, t, m: c["patterns"].update({"blocks.0.mlp.fc1": "2:0"}), "pattern: wanted 'n:m'"),
     "pattern of another size": (lambda c, t, m: c["patterns"].update({"blocks.0.mlp.fc1": "4:32"}), "codes: wanted"),
     "sparse head": (lambda c, t, m: c["patterns"].update(head="2:32"), "patterns: wanted only attn.qkv, .* got 'head'"),
@@ -200,17 +202,26 @@ def test_a_card_that_the_format_cannot_hold_is_not_written(tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
-def test_the_file_of_version_1_is_what_it_always_was(packed: Path) -> None:
-    """Names and their order, which `ModelCard` does not have."""
+def test_the_fields_of_version_2_and_the_reading_of_version_1(packed: Path, tmp_path: Path) -> None:
+    """Names and their order, which `ModelCard` does not have; what version 1 did not say is as models of before were
+    trained."""
     raw = packed.read_bytes()
     metadata = json.loads(raw[8 : 8 + struct.unpack("<Q", raw[:8])[0]])["__metadata__"]
     document = json.loads(metadata["config"])
     assert list(document) == [
         "architecture", "overrides", "vit", "preprocess", "class_names", "source", "license", "patterns", "dtypes",
+        "data",
     ]  # fmt: skip
     assert document["preprocess"] == {
         "mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic", "crop_pct": 0.875, "exif_transpose": False,
+        "background": None, "bits": None,
     }  # fmt: skip
+    del document["data"], document["preprocess"]["background"], document["preprocess"]["bits"]
+    metadata |= {"version": "1", "config": json.dumps(document)}
+    save_file(load_file(packed), tmp_path / "old.safetensors", metadata)
+    old, new = read(tmp_path / "old.safetensors"), read(packed)
+    assert old.config == new.config
+    assert (old.config.card.input.background, old.config.card.input.bits) == (None, None)
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:

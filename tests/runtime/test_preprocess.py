@@ -16,7 +16,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def load_image(path: Path, spec: InputSpec, height: int, width: int) -> np.ndarray:
-    return transform(as_rgb(path, spec.exif), spec, height, width)
+    return transform(as_rgb(path, spec), spec, height, width)
 
 
 def photo(path: Path, width: int, height: int, mode: str = "RGB", **save: Any) -> Path:

@@ -21,6 +21,7 @@ from sparsemae.data.loader import batches
 from sparsemae.data.sampling import EvaluationSampler
 from sparsemae.data.sources import open_source
 from sparsemae.data.transforms import evaluation_transform, normalize, training_transform
+from sparsemae.data.tree import Split
 from sparsemae.jobs import JOBS, Job
 from sparsemae.models import build_vit
 from sparsemae.options.data import ImageDataConfig, SourceConfig
@@ -44,11 +45,12 @@ class Brightness(Task[BrightnessConfig]):
     higher_is_better = False
 
     def open_data(self) -> None:
-        self.sources = open_source(self.config.data, "train"), open_source(self.config.data, "val")
+        splits: list[Split] = ["train", "val"]
+        self.sources = {split: open_source(self.config.data, split) for split in splits}
 
     def datasets(self, model: nn.Module) -> tuple[ImageDataset, ImageDataset]:
-        data, (train, _), smallest = self.config.data, self.sources, smallest_side(model)
-        self.validation = self.evaluation_set(self.card(), data, smallest)
+        data, train, smallest = self.config.data, self.sources["train"], smallest_side(model)
+        self.validation, _ = self.evaluation_set(self.card(), data, smallest)
         return ImageDataset(train, training_transform(data), self.config.seed, 0, smallest), self.validation
 
     def loss(self, forward: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -75,8 +77,8 @@ class Brightness(Task[BrightnessConfig]):
         return vit
 
     @classmethod
-    def evaluation_set(cls, card: ModelCard, data: SourceConfig, smallest: int) -> ImageDataset:
-        return ImageDataset(open_source(data, "val"), evaluation_transform(card.input), smallest=smallest)
+    def evaluation_set(cls, card: ModelCard, data: SourceConfig, smallest: int, split: Any = None) -> Any:
+        return ImageDataset(open_source(data, split or "val"), evaluation_transform(card.input), smallest=smallest), ""
 
     @classmethod
     def measure(
