@@ -391,7 +391,7 @@ CASES = {
     "train_test": Case("folder", image_folder, says=r"validation: test .* so that the best epoch is chosen by it"),
     "kaggle": Case("folder", kaggle, says="test has no class folders"),
     "nested": Case("folder", nested, says="48 images lie deeper|24 images lie deeper"),
-    "hidden": Case("folder", hidden, says=r"1 files are not read: 1 \.db"),
+    "hidden": Case("folder", hidden, says=r"1 file is not read: 1 \.db"),
     "ties": Case("folder", ties, says="4 classes: 01, 1, Cat, cat"),
     "formats": Case("folder", formats),
     "webp": Case("folder", lambda root: both(root, ending="webp")),

@@ -22,7 +22,7 @@ class FolderReader:
         """Raises ValueError, naming the folder, if there is no image."""
         listing = list_folder(folder)
         if not listing.paths:
-            what = f"{folder}: wanted images ({', '.join(SUFFIXES)}) in it or in its subfolders, found none"
+            what = f"{folder}: wanted images in it or in its subfolders ({', '.join(SUFFIXES)}), found none"
             raise ValueError("; ".join([what, *listing.notes]))
         self.folder, self.paths = str(folder), listing.paths
         self.class_names, labels, said = by_class(listing.paths)

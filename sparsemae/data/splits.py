@@ -221,10 +221,11 @@ class Splits:
         if alone:
             source = _held_out(source, split, held_out)
         if source.legend is None:
+            whose = "training" if class_names is None else "the model"
             if class_names is None and "train" in self.openers and split != "train":
                 class_names = self.reader("train").class_names
             if class_names is not None and list(class_names) != source.class_names:
-                source = _numbered(source, class_names, f"{self.root}: {split}")
+                source = _numbered(source, class_names, f"{self.root}: {split}: wanted the classes of {whose}")
         if self.data.exclude is not None:
             others = [part for part in self.openers if part != ("train" if alone else split)]
             source = self._without(source, self.data.exclude, others)
@@ -302,7 +303,9 @@ class _Joined:
         self.starts = np.cumsum([0, *map(len, readers)])
         sources = [Source(reader, reader.class_names, np.arange(0)) for reader in readers]
         if self.legend is None:
-            self.labels = [_numbered(source, self.class_names, "the set").labels for source in sources]
+            self.labels = [
+                _numbered(source, self.class_names, "wanted the classes of training").labels for source in sources
+            ]
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -340,15 +343,13 @@ def composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _numbered(source: Source, class_names: Sequence[str], what: str) -> Source:
+def _numbered(source: Source, class_names: Sequence[str], wanted: str) -> Source:
     """The source with its classes numbered so, all of which it need not have."""
     number = {composed(name): i for i, name in enumerate(class_names)}
     extra = [name for name in source.class_names if composed(name) not in number]
     if extra:
         shown = ", ".join(name or "images in no class folder" for name in extra[:3])
-        raise ValueError(
-            f"{what}: wanted the classes of training ({', '.join(class_names[:3])}, ...), got another: {shown}"
-        )
+        raise ValueError(f"{wanted} ({', '.join(class_names[:3])}, ...), got another: {shown}")
     labels = np.array([number[composed(name)] for name in source.class_names])
     return replace(source, class_names=list(class_names), labels=labels)
 

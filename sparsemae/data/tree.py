@@ -40,8 +40,8 @@ class Listing:
     @property
     def notes(self) -> list[str]:
         """What is to be said of it."""
-        shown = ", ".join(self.empty[:4]) + ", ..." * (len(self.empty) > 4)
-        return [f"no images in {len(self.empty):,} folders: {shown}"] * bool(self.empty) + said_of_others(self.others)
+        shown = ", ".join(self.empty[:4]) + f" and {len(self.empty) - 4:,} more" * (len(self.empty) > 4)
+        return [f"folders without images: {shown}"] * bool(self.empty) + said_of_others(self.others)
 
 
 def natural_order(names: Iterable[str]) -> list[str]:
@@ -162,7 +162,8 @@ def said_of_others(others: Counter[str]) -> list[str]:
     if not others:
         return []
     endings = ", ".join(f"{count:,} {ending or 'without ending'}" for ending, count in others.most_common())
-    return [f"{others.total():,} files are not read: {endings} (images end in {', '.join(SUFFIXES)})"]
+    count = f"{others.total():,} files are" if others.total() > 1 else "1 file is"
+    return [f"{count} not read: {endings} (images end in {', '.join(SUFFIXES)})"]
 
 
 def below_shared(paths: Sequence[str], known: Iterable[str] = ()) -> list[str]:

@@ -156,7 +156,9 @@ class Segmentation(Task[SegmentConfig]):
             raise ValueError(
                 f"{splits.root}: wanted the {len(card.class_names)} classes of the model "
                 f"({', '.join(card.class_names[:3])}, ...), got {len(source.class_names)} "
-                f"({', '.join(source.class_names[:3])}, ...)" + " (--data.classes names others)" * bool(data.root)
+                f"({', '.join(source.class_names[:3])}, ...)"
+                + " (--data.source and --data.root name others)"
+                * (data.root is None)
             )
         rules = replace(card.input, exif=card.input.exif if data.exif is None else data.exif)
         return ImageDataset(source, mask_evaluation_transform, rules=rules), said

@@ -70,7 +70,7 @@ def test_every_fault_is_named_and_nothing_else(spoiled: Path, workers: int) -> N
     ) in page
     assert len(report.duplicates) == 2
     assert report.counts == {"cat": {"train": 6, "val": 3}, "dog": {"train": 8, "val": 3}}
-    assert "no images in 1 folders: horse" in page
+    assert "folders without images: horse" in page
     assert "2 files are not read: 1 .txt, 1 .heic" in page or "2 files are not read: 1 .heic, 1 .txt" in page
     assert len(found(spoiled, smallest=8).faulty) == 4
 
