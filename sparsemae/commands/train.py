@@ -30,6 +30,8 @@ def train(config: TrainingConfig) -> Path:
     dataset, _ = task.datasets(model)
 
     run = start(config)
+    images = record(task.sources, config.data.root)
+    run.compare_images(images)
     trainer = run.trainer  # device_batch resolved
     plan = BatchPlan.make(len(dataset), trainer.global_batch, trainer.device_batch, run.fabric.world_size)
     if config.init is not None:
@@ -43,7 +45,7 @@ def train(config: TrainingConfig) -> Path:
     task.prepare(model, run.fabric, plan)
     card = replace(card, patterns={name: str(layer.pattern) for name, layer in iter_sparse(model)})
 
-    masks, images = mask_schedule(model, sparse, trainer, plan), record(task.sources, config.data.root)
+    masks = mask_schedule(model, sparse, trainer, plan)
     metrics = fit(run, Subject(task, model, task.wrapped(model), dataset, card, masks, plan, images))
     frozen = task.freezes and sparse.pattern != "dense"
     if frozen:

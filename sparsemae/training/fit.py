@@ -8,10 +8,9 @@ random is a function of the seed and of counters.
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple, NoReturn
 
@@ -20,14 +19,12 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from sparsemae.data.loader import UnreadableImages, batches
-from sparsemae.data.record import differences
 from sparsemae.data.sampling import STEP, TrainingSampler, seed_all
 from sparsemae.files import retried
 from sparsemae.models import use_plain_attention
-from sparsemae.models.weights import card_of, read_metadata
 from sparsemae.sparsity import Topology, hold_masks, iter_sparse
 from sparsemae.training.bad_steps import bad_record
-from sparsemae.training.checkpoint import WEIGHTS, DamagedCheckpoint, list_checkpoints, set_aside
+from sparsemae.training.checkpoint import DamagedCheckpoint, list_checkpoints, set_aside
 from sparsemae.training.feed import Feed
 from sparsemae.training.logs import StepProgress, package_versions
 from sparsemae.training.optim import in_epochs, learning_rate, make_optimizer, scaled_to_batch, set_learning_rate
@@ -144,8 +141,6 @@ class _Loop:
         if self.fabric.is_global_zero:
             for path in damaged:
                 set_aside(path)
-        if state.done:
-            self._compare_images(counters, path)
         run.log.truncate_after(state.done)
         self.saver.step = state.done
         if state.done:
@@ -153,23 +148,6 @@ class _Loop:
             now, before = state.origin["packages"], counters.get("packages", {})
             for name in (name for name in now if before.get(name, now[name]) != now[name]):
                 run.log.info(f"warning: {name} was {before[name]} and is {now[name]}: results may differ")
-
-    def _compare_images(self, counters: Mapping[str, Any], checkpoint: Path) -> None:
-        """Refuse to go on with other images than before, all processes together."""
-        run, now, before, changes = self.run, self.subject.images, counters.get("images"), list[str]()
-        if now is None:
-            return
-        if before is None:  # of before: its card has the classes
-            run.log.info("the checkpoint does not say what it was trained on; from here on it will")
-            card = card_of(read_metadata(checkpoint / f"{WEIGHTS}.safetensors"), checkpoint)
-            before = {**now, "class_names": list(card.class_names)} if card.class_names else now
-        if self.fabric.is_global_zero:
-            changes = differences(before, now)
-        if changes := self.fabric.broadcast(changes):
-            said = f"{run.folder}: the images are not those of before: {'; '.join(changes)}"
-            if run.trainer.resume != "anyway":
-                raise ValueError(f"{said}; go on with --trainer.resume anyway, or choose another --out")
-            run.log.info(said)
 
     def run_all(self) -> dict[str, float]:
         """Step, evaluate, log and save until the schedule's end, or until something ends the run before."""

@@ -16,12 +16,13 @@ import yaml
 from lightning_fabric import Fabric
 
 from sparsemae.data.images import DefaultRules
+from sparsemae.data.record import differences as record_differences
 from sparsemae.files import retried, write_atomic
 from sparsemae.limits import marked
-from sparsemae.models.weights import read_metadata
+from sparsemae.models.weights import card_of, read_metadata
 from sparsemae.options import TrainerConfig, TrainingConfig
 from sparsemae.renamed import OPTIONS, renamed
-from sparsemae.training.checkpoint import TRAINING, list_checkpoints, migrated, remove_leftovers
+from sparsemae.training.checkpoint import TRAINING, WEIGHTS, list_checkpoints, migrated, remove_leftovers
 from sparsemae.training.config import PRECISIONS, differences, resolved_precision
 from sparsemae.training.lock import run_lock
 from sparsemae.training.logs import RunLog, environment
@@ -75,6 +76,27 @@ class Run:
             if problem is not None:
                 raise ValueError(problem)
             yield
+
+    def compare_images(self, now: dict[str, Any]) -> None:
+        """Raises ValueError, on all processes, if the run in the folder was trained on other images; see `record`.
+
+        Of a checkpoint of before the class names are compared. With trainer.resume=anyway the difference is said.
+        """
+        changes: list[str] = []
+        for path in reversed(list_checkpoints(self.checkpoints)) if self.fabric.is_global_zero else ():
+            with suppress(ValueError, OSError, LookupError, TypeError, AttributeError):  # damaged: `fit` will say so
+                before = read_metadata(path / f"{TRAINING}.safetensors").get("images")
+                if before is None:
+                    names = card_of(read_metadata(path / f"{WEIGHTS}.safetensors"), path).class_names
+                    self.log.info("the checkpoint does not say what it was trained on; from here on it will")
+                    before = {**now, "class_names": list(names)} if names else now
+                changes = record_differences(before, now)
+                break
+        if changes := self.fabric.broadcast(changes):
+            said = f"{self.folder}: the images are not those of the run: {'; '.join(changes)}"
+            if self.trainer.resume != "anyway":
+                raise ValueError(f"{said}; choose another --out, or go on with --trainer.resume anyway")
+            self.log.info(said)
 
     def _check_folder(self) -> None:
         folder = self.folder
