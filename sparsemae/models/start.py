@@ -188,8 +188,8 @@ def _is_of_mae(state: Mapping[str, Tensor]) -> bool:
     positions = state.get("pos_embed")
     if "mask_token" in state or positions is None or positions.ndim != 3 or positions.shape[-1] % 4:
         return "mask_token" in state
-    side = math.isqrt(positions.shape[1] - 1)
-    if side * side != positions.shape[1] - 1:
+    side = math.isqrt(max(positions.shape[1] - 1, 0))
+    if not positions.numel() or side * side != positions.shape[1] - 1:
         return False
     return torch.allclose(positions.float(), sincos_pos_embed((side, side), positions.shape[-1]), atol=1e-3)
 
@@ -201,7 +201,7 @@ def _resample_positions(state: dict[str, Tensor], encoder: VisionTransformer) ->
     where tokens take none (DeiT III), which is as good as a zero. What does not fit is left as it is.
     """
     positions, own = state.get("pos_embed"), encoder.pos_embed
-    if positions is None or own is None or positions.dim() != 3 or positions.shape[-1] != own.shape[-1]:
+    if positions is None or own is None or positions.dim() != 3 or positions.shape[::2] != own.shape[::2]:
         return []
     if positions.shape == own.shape:
         return []

@@ -115,3 +115,10 @@ def test_one_tensor_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     state["patch_embed.proj.bias"] = torch.ones(7)
     with pytest.raises(ValueError, match=r"the model has no place for its patch_embed.proj.bias \[7\] for \[32\]; "):
         start_from(vit(), save(tmp_path, state))
+
+
+@pytest.mark.parametrize("shape", [(1, 0, 32), (0, 17, 32), (3, 17, 32), (1, 17, 0), (17, 32)], ids=str)
+def test_strange_positions_are_refused_naming_the_file(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    state = {**vit().state_dict(), "pos_embed": torch.zeros(shape)}
+    with pytest.raises(ValueError, match=r"weights\.pth: .* no place for its pos_embed"):
+        start_from(vit(), save(tmp_path, state))
