@@ -103,7 +103,7 @@ def steps() -> list[Step]:
             if job == "pretrain" and precision == "bf16":
                 source = ["--data.source", "embedded", "--data.train_images", "16", "--data.crop", "shift"]
             if job == "finetune" and workers:
-                source[1] = "tar"
+                source[1], source[3] = "tar", "../data/tars"
             if job != "pretrain" and precision != "fp64":
                 options += ["--init", f"pretrain-{precision}-{workers}"]
             if job == "segment":
@@ -134,7 +134,8 @@ def make_data(folder: Path) -> None:
             (folder / "images" / split / label).mkdir(parents=True)
             for i in range(count):
                 soft(40 + 3 * i, 60 - 2 * i).save(folder / "images" / split / label / f"{i}.jpg", quality=90)
-        with tarfile.open(folder / "images" / f"{split}.tar", "w") as archive:
+        (folder / "tars").mkdir(exist_ok=True)  # of their own: beside class folders f31ab9b took both for one split
+        with tarfile.open(folder / "tars" / f"{split}.tar", "w") as archive:
             archive.add(folder / "images" / split, ".")
         for kind in ("images", "masks"):
             (folder / "scenes" / kind / split).mkdir(parents=True)
