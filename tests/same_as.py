@@ -279,7 +279,10 @@ class Different(Exception):
 
 
 def compared(old: Path, new: Path) -> Counter[str]:
-    """How much of each kind two folders of a command have in common. Raises `Different` at the first difference."""
+    """How much of each kind two folders of a command have in common. Raises `Different` at the first difference.
+
+    Metrics that the new side alone has are additions.
+    """
     counts: Counter[str] = Counter()
     for pattern, read in (("*.safetensors", tensors), ("[0-9][0-9].png", picture), ("metrics.jsonl", numbers)):
         files = [{str(file.relative_to(side)) for file in side.rglob(pattern)} for side in (old, new)]
@@ -287,7 +290,7 @@ def compared(old: Path, new: Path) -> Counter[str]:
             raise Different(f"files of one side only: {', '.join(sorted(files[0] ^ files[1]))}")
         for name in sorted(files[0]):
             before, after = read(old / name), read(new / name)
-            if before.keys() != after.keys():
+            if before.keys() - after.keys() or (before.keys() != after.keys() and read is not numbers):
                 raise Different(f"{name}: of one side only: {', '.join(sorted(before.keys() ^ after.keys())[:5])}")
             for key, value in before.items():
                 if value != after[key]:
