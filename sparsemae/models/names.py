@@ -4,8 +4,6 @@ A file may hold the network under a prefix (``module.`` of DDP, ``backbone.``, `
 network (a model and its average, a teacher and a student). Its prefix is what stands before the patch embedding.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -6,8 +6,6 @@ it, max pooling the last to twice: strides 4, 8, 16, 32 for patches of 16 px (as
 the third map helps training and is not run otherwise. The appendix names neither the head nor its channels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

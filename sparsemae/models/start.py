@@ -1,7 +1,5 @@
 """Starting from somebody's weights: which of them fit, what was resampled, when it is another network."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence

@@ -9,8 +9,6 @@ Checkpoints of MAE, DeiT and their kin also hold the arguments of their run and 
 to be inert, and even so none is made: a stand-in takes what the pickle says of them, and drops it.
 """
 
-from __future__ import annotations
-
 import pickletools
 import re
 import zipfile
@@ -73,7 +71,7 @@ def load_torch_file(path: Path) -> dict[str, Tensor]:
 class _Dropped:
     """Takes whatever a pickle makes of a type in `INERT`, and keeps nothing."""
 
-    def __new__(cls, *arguments: object) -> _Dropped:
+    def __new__(cls, *arguments: object) -> "_Dropped":
         return object.__new__(cls)
 
     def __init__(self, *arguments: object) -> None: ...

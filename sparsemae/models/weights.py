@@ -5,8 +5,6 @@ A pretraining file has the keys of MAE's published full checkpoints (encoder key
 is a `ModelCard`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -7,8 +7,6 @@ Equal magnitudes keep the lower index, on every device and in every dtype, so th
 of the weight alone.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 
@@ -34,7 +32,7 @@ class NMPattern:
             raise ValueError(f"N:M pattern: wanted 1 <= n <= m (n kept of every m), got n={self.n}, m={self.m}")
 
     @classmethod
-    def parse(cls, text: str | NMPattern) -> NMPattern:
+    def parse(cls, text: "str | NMPattern") -> "NMPattern":
         """Read ``"2:32"``. ``"32:32"`` is dense. Raises ValueError on anything that is not ``n:m``."""
         if isinstance(text, NMPattern):
             return text

@@ -4,8 +4,6 @@ All three are off by default: SparseMAE's masks move from the first step to the 
 travels in checkpoints as bits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

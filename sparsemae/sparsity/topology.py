@@ -1,7 +1,5 @@
 """How the sparse network moves: mask flip rate and SAD, and the summary of what is sparse."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -4,8 +4,6 @@ Predictions are compared with the masks at the images' own size. All scores come
 all images and processes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -243,7 +241,7 @@ class Scores:
         return sum(not math.isnan(value) for value in self.iou)
 
     @classmethod
-    def of(cls, confusion: Tensor) -> Scores:
+    def of(cls, confusion: Tensor) -> "Scores":
         """From a matrix ``[C, C]`` of pixels, rows the truth, columns the prediction."""
         confusion = confusion.double()
         right, truth, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)

@@ -4,8 +4,6 @@ What the loader would give is a function of the step (`TrainingSampler`), so tha
 micro-batch, as often as need be, without a difference in the data.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import signal
 import threading
@@ -44,7 +42,7 @@ class Feed:
         self._loader: Iterator[Any] | None = None
         self._on_child_death: Any = signal.SIG_DFL
 
-    def __enter__(self) -> Feed:
+    def __enter__(self) -> "Feed":
         self._on_child_death = signal.getsignal(signal.SIGCHLD)
         return self
 

@@ -4,8 +4,6 @@ On a terminal a rich progress bar with rate and time left; elsewhere a plain lin
 process writes.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform
@@ -76,7 +74,7 @@ class RunLog:
     @contextmanager
     def progress(
         self, title: str, start: int, total: int, images_per_step: int, unit: str = "step"
-    ) -> Iterator[StepProgress]:
+    ) -> Iterator["StepProgress"]:
         """A progress display over optimizer steps, or other units; `StepProgress.advance` moves it."""
         if self.active and self.console.is_terminal:
             columns = (

@@ -1,7 +1,5 @@
 """Asked to end: SIGTERM, SIGUSR1 (Slurm's warning) and the first SIGINT let the step finish, so that it is saved."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading
@@ -24,7 +22,7 @@ class StopSignals:
         """Name of the first signal."""
         self._announce, self._previous = announce, dict[signal.Signals, Any]()
 
-    def __enter__(self) -> StopSignals:
+    def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():  # nobody else may
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._note)
