@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning_fabric import Fabric
 from timm import create_model
-from timm.data import ImageDataset as TimmDataset
-from timm.data import create_loader
+from timm.data import ImageDataset as TimmDataset, create_loader
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, default_collate
 

@@ -18,7 +18,7 @@ from sparsemae.demo.stages import DENSE, PRETRAINING, SMALL, Stage
 from sparsemae.options import EvaluateConfig, PackConfig, PredictConfig, SourceConfig
 from sparsemae.report.plots import reconstruction_picture
 from sparsemae.runtime import load
-from sparsemae.tasks.loading import load_model, load_predictor
+from sparsemae.tasks.loading import TorchPredictor, load_model
 
 OUT, MINUTES = "runs/demo", 6.0
 ENDING_SECONDS = 35.0
@@ -80,7 +80,7 @@ def _verdicts(arms: Arms) -> str:
 def _speed_table(packed: Path, runs: list[Path]) -> Any:
     """Size and time per image of the packed model and of dense ones in torch: one thread, taking turns, medians."""
     torch.set_num_threads(1)
-    dense = [(run / "model.safetensors", load_predictor(run)) for run in runs]
+    dense = [(run / "model.safetensors", TorchPredictor(*load_model(run))) for run in runs]
     subjects: dict[str, tuple[Path, Any]] = {"packed bf16": (packed, load(packed, threads=1))} | {
         f"dense, embedding dimension {predictor.model.embed_dim}, torch fp32": (file, predictor)
         for file, predictor in dense

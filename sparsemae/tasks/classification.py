@@ -46,12 +46,11 @@ class Classification(Task[FinetuneConfig]):
 
     def datasets(self, model: nn.Module) -> tuple[ImageDataset, ImageDataset]:
         data, smallest = self.config.data, smallest_side(model)
-        training = ImageDataset(
-            self.train, training_transform(data), self.config.seed, 0, smallest, data, data.max_unreadable
-        )
         transform = evaluation_transform(self.card().input)
         self.validation = ImageDataset(self.val, transform, smallest=smallest, rules=data)
-        return training, self.validation
+        return ImageDataset(
+            self.train, training_transform(data), self.config.seed, 0, smallest, data, data.max_unreadable
+        ), self.validation  # fmt: skip
 
     def prepare(self, model: nn.Module, fabric: Fabric, batches: BatchPlan) -> None:
         config = self.config
@@ -64,7 +63,9 @@ class Classification(Task[FinetuneConfig]):
             self.mix = Mixup(
                 config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=len(self.class_names)
             )
-        self.criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if self.mix else config.label_smoothing)
+        self.criterion: Callable[[Tensor, Tensor], Tensor] = nn.CrossEntropyLoss(
+            label_smoothing=0.0 if self.mix else config.label_smoothing
+        )
         self.erase: Callable[[Tensor], Tensor] = lambda images: images
         if config.erasing:  # on the normalized batch; draws from the generators that the loop seeds
             self.erase = RandomErasing(config.erasing, mode="pixel", device=str(fabric.device))
@@ -74,8 +75,7 @@ class Classification(Task[FinetuneConfig]):
         images, target = self.erase(normalize(batch["image"], data.mean, data.std)), batch["target"]
         if self.mix is not None:
             images, target = self.mix(images, target)
-        loss: Tensor = self.criterion(forward(images).float(), target)
-        return loss
+        return self.criterion(forward(images).float(), target)
 
     def example_batch(self, model: nn.Module, size: int) -> dict[str, Any]:
         return {"image": blank_images(size, self.config.data.img_size), "target": torch.zeros(size, dtype=torch.long)}
@@ -116,9 +116,9 @@ class Classification(Task[FinetuneConfig]):
         Raises ValueError, on all processes, naming an image that cannot be read: each is to count once.
         """
         classes = len(card.class_names)
-        ranks = {"top1": 1, "top5": min(5, classes)}
         meters = {
-            name: MulticlassAccuracy(classes, top_k=k, average="micro").to(fabric.device) for name, k in ranks.items()
+            name: MulticlassAccuracy(classes, top_k=k, average="micro").to(fabric.device)
+            for name, k in (("top1", 1), ("top5", min(5, classes)))
         }
         sampler = EvaluationSampler(len(dataset), EVALUATION_BATCH, fabric.global_rank, fabric.world_size)
         unreadable = UnreadableImages(len(dataset), 0.0, at_end=True)
@@ -139,8 +139,8 @@ class Classification(Task[FinetuneConfig]):
         """For each image the ``top_k`` `Prediction` s, best first."""
         transform, spec = evaluation_transform(card.input), card.input
         pixels = torch.stack([transform(image, 0)[0] for image in images])
-        probabilities = network(normalize(pixels, spec.mean, spec.std)).float().softmax(dim=-1)
-        best = probabilities.topk(min(top_k, len(card.class_names)))
+        logits = network(normalize(pixels, spec.mean, spec.std)).float()
+        best = logits.softmax(dim=-1).topk(min(top_k, len(card.class_names)))
         return [
             [Prediction(card.class_names[i], i, p) for p, i in zip(values, indices, strict=True)]
             for values, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True)

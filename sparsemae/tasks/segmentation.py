@@ -6,7 +6,7 @@ all images and processes.
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any, ClassVar
 
 import torch
@@ -66,20 +66,19 @@ class Segmentation(Task[SegmentConfig]):
         self.class_names, self.legend = self.train.class_names, self.train.legend
 
     def settings(self) -> dict[str, Any]:
-        config = self.config
-        settings = {
-            "head": asdict(config.head), "out_indices": config.out_indices, "inference": asdict(config.inference)
+        config, legend = self.config, self.legend
+        return {
+            "head": asdict(config.head), "out_indices": config.out_indices, "inference": asdict(config.inference),
+            "palette": legend.palette, "reduce_zero_label": legend.reduce_zero_label,
         }  # fmt: skip
-        return settings | {"palette": self.legend.palette, "reduce_zero_label": self.legend.reduce_zero_label}
 
     def datasets(self, model: nn.Module) -> tuple[ImageDataset, ImageDataset]:
         data = self.config.data
-        training = ImageDataset(
+        self.validation = ImageDataset(self.val, mask_evaluation_transform, rules=data)
+        return ImageDataset(
             self.train, mask_training_transform(data), self.config.seed, rules=data,
             max_unreadable=data.max_unreadable,
-        )  # fmt: skip
-        self.validation = ImageDataset(self.val, mask_evaluation_transform, rules=data)
-        return training, self.validation
+        ), self.validation  # fmt: skip
 
     def prepare(self, model: nn.Module, fabric: Fabric, batches: BatchPlan) -> None:
         if batches.micro_batch < 2:
@@ -127,9 +126,9 @@ class Segmentation(Task[SegmentConfig]):
         ]
 
     def evaluate(self, fabric: Fabric, model: nn.Module) -> dict[str, float]:
-        metrics = self.measure(fabric, model, self.card(), self.validation, self.config.data.workers)
-        self.absent = [name for name in self.class_names if math.isnan(metrics[PER_CLASS + name])]
-        return {name: value for name, value in metrics.items() if not name.startswith(PER_CLASS)}
+        measured = self.measure(fabric, model, self.card(), self.validation, self.config.data.workers)
+        self.absent = [name for name in self.class_names if math.isnan(measured[PER_CLASS + name])]
+        return {name: value for name, value in measured.items() if not name.startswith(PER_CLASS)}
 
     def result(self, metrics: dict[str, float]) -> str:
         absent = f" (in none of their masks: {', '.join(self.absent)})" if self.absent else ""
@@ -137,11 +136,10 @@ class Segmentation(Task[SegmentConfig]):
 
     @classmethod
     def build(cls, card: ModelCard, drop_path: float = 0.0) -> Segmenter:
-        any_size = {"dynamic_img_size": True, "dynamic_img_pad": True}
-        args = {**card.model_args, **any_size}
+        args = {**card.model_args, "dynamic_img_size": True, "dynamic_img_pad": True}
         encoder = build_vit(card.architecture, args, card.input.img_size, drop_path=drop_path)
-        head = HeadConfig(**card.settings["head"])
-        return Segmenter(encoder, len(card.class_names), card.settings["out_indices"], head)
+        head, out_indices = HeadConfig(**card.settings["head"]), card.settings["out_indices"]
+        return Segmenter(encoder, len(card.class_names), out_indices, head)
 
     @classmethod
     def evaluation_set(
@@ -173,10 +171,9 @@ class Segmentation(Task[SegmentConfig]):
         at_once = SMALL_IMAGES_AT_ONCE if dataset.source.one_size else 1
         sampler = EvaluationSampler(len(dataset), at_once, fabric.global_rank, fabric.world_size)
 
-        def logits(images: Tensor) -> Tensor:
+        def logits(images: Tensor) -> Any:
             with fabric.autocast():
-                result: Tensor = network(images).logits
-            return result
+                return network(images).logits
 
         unreadable = UnreadableImages(len(dataset), 0.0, at_end=True)
         found = batches(dataset, sampler, workers, unreadable=unreadable)
@@ -188,18 +185,18 @@ class Segmentation(Task[SegmentConfig]):
         if not confusion.sum():
             name = dataset.source.filename(0)
             raise ValueError(f"{name}, ...: wanted labeled pixels to evaluate on, got ignored ones only")
-        scores = Scores.of(confusion)
-        means = {"miou": scores.miou, "mean_accuracy": scores.mean_accuracy, "pixel_accuracy": scores.pixel_accuracy}
-        means |= {"scored_classes": float(scores.classes), "classes": float(len(names))}
-        return means | {PER_CLASS + name: iou for name, iou in zip(names, scores.iou, strict=True)}
+        means, ious = scores(confusion)
+        return means | {PER_CLASS + name: iou for name, iou in zip(names, ious, strict=True)}
 
     @classmethod
     def predict(cls, network: Network, card: ModelCard, images: Sequence[Image.Image], top_k: int) -> list[Any]:
         """For each image its classes uint8 ``[H, W]``, at its own size."""
         inference = InferenceConfig(**card.settings["inference"])
-        pixels = (transforms.pil_to_tensor(image)[None] for image in images)
-        scores = (predict_scores(lambda x: network(x).logits, image, card.input, inference) for image in pixels)
-        return [one[0].argmax(dim=0).to("cpu", torch.uint8).numpy() for one in scores]
+        found = (
+            predict_scores(lambda x: network(x).logits, pixels[None], card.input, inference)
+            for pixels in map(transforms.pil_to_tensor, images)
+        )
+        return [one[0].argmax(dim=0).to("cpu", torch.uint8).numpy() for one in found]
 
     @classmethod
     def summary(cls, metrics: dict[str, float]) -> str:
@@ -223,28 +220,18 @@ class Segmentation(Task[SegmentConfig]):
         return ", ".join(f"{name} {value}" for name, value in inference.items())
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Fractions; classes without a labeled pixel are nan, and left out of the means."""
+def scores(confusion: Tensor) -> tuple[dict[str, float], list[float]]:
+    """mIoU, mean and pixel accuracy as fractions, and each class's IoU, of a matrix ``[C, C]`` of pixels.
 
-    miou: float
-    """Over the classes that are in the truth."""
-    mean_accuracy: float
-    """Over the same."""
-    pixel_accuracy: float
-    iou: list[float]
-    """Per class."""
-
-    @property
-    def classes(self) -> int:
-        """How many are in the truth."""
-        return sum(not math.isnan(value) for value in self.iou)
-
-    @classmethod
-    def of(cls, confusion: Tensor) -> "Scores":
-        """From a matrix ``[C, C]`` of pixels, rows the truth, columns the prediction."""
-        confusion = confusion.double()
-        right, truth, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-        recall = right / truth  # 0 / 0 is nan
-        iou = torch.where(truth > 0, right / (truth + predicted - right), torch.nan)
-        return cls(float(iou.nanmean()), float(recall.nanmean()), float(right.sum() / truth.sum()), iou.tolist())
+    Rows are the truth, columns the prediction. Classes without a labeled pixel are nan, and left out of the means;
+    ``scored_classes`` says how many are left, of ``classes``.
+    """
+    confusion = confusion.double()
+    right, truth, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    recall = right / truth  # 0 / 0 is nan
+    iou = torch.where(truth > 0, right / (truth + predicted - right), torch.nan)
+    means = {
+        "miou": iou.nanmean(), "mean_accuracy": recall.nanmean(), "pixel_accuracy": right.sum() / truth.sum(),
+        "scored_classes": (truth > 0).sum(), "classes": len(truth),
+    }  # fmt: skip
+    return {name: float(mean) for name, mean in means.items()}, iou.tolist()

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -26,7 +27,6 @@ from sparsemae.files import retried
 from sparsemae.models import use_plain_attention
 from sparsemae.models.weights import card_of, read_metadata
 from sparsemae.sparsity import Topology, hold_masks, iter_sparse
-from sparsemae.training.bad_steps import bad_record
 from sparsemae.training.checkpoint import WEIGHTS, DamagedCheckpoint, list_checkpoints, set_aside
 from sparsemae.training.feed import Feed
 from sparsemae.training.logs import StepProgress, package_versions
@@ -34,7 +34,7 @@ from sparsemae.training.optim import in_epochs, learning_rate, make_optimizer, s
 from sparsemae.training.run import Run
 from sparsemae.training.saver import Saver
 from sparsemae.training.signals import STOPPED_STATUS, StopSignals
-from sparsemae.training.state import TrainingState
+from sparsemae.training.state import TrainingState, bad_record
 from sparsemae.training.step import optimizer_step
 from sparsemae.training.subject import Subject
 
@@ -88,8 +88,11 @@ class _Loop:
         self.model = model = subject.model
         if fabric.device.type == "cpu" and run.precision == "bf16":
             use_plain_attention(model)
-        # set up before resuming: optimizer state follows its parameters' device
-        self.wrapped, self.optimizer = fabric.setup(self._compiled(), make_optimizer(model, optim))
+        compiled = fabric.device.type == "cuda" if trainer.compile == "auto" else trainer.compile
+        forward: Any = torch.compile(subject.forward) if compiled else subject.forward
+        # set up before resuming: optimizer state follows its parameters' device. Fabric compiles again around DDP, so
+        # that the all-reduces overlap
+        self.wrapped, self.optimizer = fabric.setup(forward, make_optimizer(model, optim))
         self.state = TrainingState(  # after it: masks and the average live on the weights' device
             model, self.optimizer,
             average=None if trainer.ema_decay is None else ModelEmaV3(model, decay=trainer.ema_decay),
@@ -114,13 +117,6 @@ class _Loop:
         self.consistent = True
         """Weights, optimizer and counters are those of one step: not half-way through an update."""
 
-    def _compiled(self) -> nn.Module:
-        """What `Fabric.setup` wraps; it compiles again around DDP, so that the all-reduces overlap."""
-        forward, wanted = self.subject.forward, self.run.trainer.compile
-        if wanted == "auto":
-            wanted = self.fabric.device.type == "cuda"
-        return torch.compile(forward) if wanted else forward  # type: ignore[return-value]
-
     def resume(self) -> None:
         """Go back to the last intact checkpoint, if there are any.
 
@@ -136,8 +132,9 @@ class _Loop:
                 damaged.append(path)
                 run.log.info(str(error))
             except (OSError, MemoryError) as error:
-                reason = f"{error or 'out of memory'}; nothing is lost, the same command goes on when it can be read"
-                raise ValueError(f"{path}: {reason}") from error
+                raise ValueError(
+                    f"{path}: {error or 'out of memory'}; nothing is lost, the same command goes on when it can be read"
+                ) from error
         if damaged and not state.done:
             raise ValueError(f"{run.checkpoints}: no intact checkpoint to continue from; choose another --out")
         self.fabric.barrier()
@@ -199,8 +196,9 @@ class _Loop:
             self._end()
         self.saver.wait()
         if self.saver.failed or self.stop_reason:
-            last = f"{run.folder}: the last checkpoint could not be written; the same command goes on"
-            raise ValueError(self.stop_reason or last)
+            raise ValueError(
+                self.stop_reason or f"{run.folder}: the last checkpoint could not be written; the same command goes on"
+            )
         if not self.metrics:
             self._evaluate()
         if state.average is not None:
@@ -269,8 +267,7 @@ class _Loop:
         self.saver.poll()
         no_data = self.stop_reason is not None
         ending = no_data or self.signals.received is not None or self.saver.failure is not None
-        flags = torch.tensor([ending, no_data], dtype=loss.dtype, device=loss.device)
-        mine = torch.cat([torch.stack([loss, norm.to(loss.dtype)]), flags])
+        mine = torch.stack([loss, norm.to(loss.dtype), *loss.new_tensor([ending, no_data])])
         return _Verdict(*self.fabric.all_reduce(mine, reduce_op="mean").tolist())  # type: ignore[union-attr]
 
     def _record_bad(self, verdict: _Verdict, losses: Tensor, indices: Tensor) -> None:
@@ -279,8 +276,10 @@ class _Loop:
         shape = (self.plan.world, self.plan.accumulate, self.plan.micro_batch)
         own = gather(losses * self.plan.accumulate).view(shape[:2])  # type: ignore[union-attr]
         record = bad_record(own, gather(indices).view(shape), self.subject.dataset.source.filename)  # type: ignore[union-attr]
-        numbers = {"loss": str(verdict.loss), "gradient_norm": str(verdict.norm)}
-        self.run.log.write("bad-batches.jsonl", {"step": step, **numbers, "micro_batches": record})
+        self.run.log.write(
+            "bad-batches.jsonl",
+            {"step": step, "loss": str(verdict.loss), "gradient_norm": str(verdict.norm), "micro_batches": record},
+        )
         said = f"loss is {verdict.loss} at step {step}, the norm of its gradient {verdict.norm}"
         self.run.log.info(f"warning: step skipped: {said}; its images are listed in bad-batches.jsonl")
         if bad.in_a_row + 1 >= self.run.trainer.max_bad_steps:
@@ -299,33 +298,29 @@ class _Loop:
             state.masks.finish()
         epoch, within = divmod(done, self.plan.steps_per_epoch)
         where = {"step": done, "epoch": done / self.plan.steps_per_epoch}
-        evaluated = self.task.best_by is not None and (
-            last or (within == 0 and epoch % trainer.evaluate_every_epochs == 0)
-        )
-        if evaluated:
+        due = last or (within == 0 and epoch % trainer.evaluate_every_epochs == 0)
+        metric = self.task.best_by if due else None
+        if metric is not None:
             self._evaluate()
         if done % trainer.log_every_steps == 0 or last:
             self.unreadable.synchronize()
             loss = {"loss": fmean(state.losses)} if state.losses else {}
             lr = learning_rate(self.optim, (done - 1) / self.plan.steps_per_epoch, self.epochs)
             bad = {"bad_steps": state.bad.total} if state.bad.total else {}
-            rate = {"images_per_second": progress.images_per_second(done)}
-            self.run.log.write("metrics.jsonl", {**where, **loss, "lr": lr, **rate, **bad})
+            rate = progress.images_per_second(done)
+            self.run.log.write("metrics.jsonl", {**where, **loss, "lr": lr, "images_per_second": rate, **bad})
             progress.advance(done, f"loss {loss['loss']:.4f}" if loss else "no good step")
             state.losses.clear()
         if state.topology is not None and (within == 0 or done == self.total):
             moved = state.topology.update()
-            layers = {name: vars(movement) for name, movement in moved.layers.items()}
-            self.run.log.write("topology.jsonl", {**where, "total": vars(moved.total), "layers": layers})
+            self.run.log.write("topology.jsonl", {**where, **asdict(moved)})
         best = False
-        if evaluated:
+        if metric is not None:
             self.run.log.write("metrics.jsonl", {**where, **self.metrics})
-            wanted, higher = self.task.best_by, self.task.higher_is_better
-            best = wanted is not None and state.is_best(self.metrics[wanted], higher)
+            best = state.is_best(self.metrics[metric], self.task.higher_is_better)
         state.logged_through = done
-        minutes = (time.monotonic() - self.saved_at) / 60
-        timed = trainer.save_every_minutes is not None and minutes >= trainer.save_every_minutes
-        if last or best or timed or done % trainer.save_every_steps == 0:
+        minutes, longest = (time.monotonic() - self.saved_at) / 60, trainer.save_every_minutes
+        if last or best or (longest is not None and minutes >= longest) or done % trainer.save_every_steps == 0:
             self._save()
 
     def _evaluate(self) -> None:
@@ -335,8 +330,7 @@ class _Loop:
         self.metrics = self._metrics_of(self.model)
         if self.state.average is not None:
             average = self.state.masks.sync_to(self.state.average.module)
-            raw = {f"raw_{name}": value for name, value in self.metrics.items()}
-            self.metrics = {**self._metrics_of(average), **raw}
+            self.metrics = self._metrics_of(average) | {f"raw_{name}": value for name, value in self.metrics.items()}
 
     def _metrics_of(self, model: nn.Module) -> dict[str, float]:
         training = model.training
@@ -351,8 +345,9 @@ class _Loop:
         self.saved_at = time.monotonic()
         if self.fabric.is_global_zero and not self.run.log.lost():
             best = self.state.best
-            files, metadata = self.state.to_save(self.subject.card)
-            self.saver.save(self.state.done, files, metadata, best=int(best["step"]) if best else None)
+            self.saver.save(
+                self.state.done, *self.state.to_save(self.subject.card), best=int(best["step"]) if best else None
+            )
 
     def _emergency_save(self) -> None:
         """Before an error ends the run: a lost process, a failed evaluation, no memory. Its own errors do not count."""

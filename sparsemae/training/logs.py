@@ -68,8 +68,8 @@ class RunLog:
         for name in ("metrics.jsonl", "topology.jsonl", "bad-batches.jsonl"):
             file = self.folder / name
             if file.is_file():
-                lines = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
-                write_atomic(file, "".join(line + "\n" for line in lines))
+                lines = file.read_text().splitlines()
+                write_atomic(file, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
 
     @contextmanager
     def progress(

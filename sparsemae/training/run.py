@@ -71,8 +71,7 @@ class Run:
                     write_atomic(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
                 except (ValueError, OSError) as error:
                     problem = str(error)
-            problem = self.fabric.broadcast(problem)
-            if problem is not None:
+            if (problem := self.fabric.broadcast(problem)) is not None:
                 raise ValueError(problem)
             yield
 
@@ -87,10 +86,8 @@ class Run:
                     f"{folder}: holds a run with another configuration ({', '.join(self.changed[:4])}{more}); "
                     "choose another --out, or go on with --trainer.resume anyway"
                 )
-        elif not (folder / "environment.json").is_file() and folder.exists():
-            others = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
-            if others:
-                raise ValueError(f"--out: {folder}: wanted a new folder or that of a run, got one with other files")
+        elif not (folder / "environment.json").is_file() and folder.exists() and any(folder.glob("[!.]*")):
+            raise ValueError(f"--out: {folder}: wanted a new folder or that of a run, got one with other files")
 
 
 def start(config: TrainingConfig) -> Run:
@@ -101,10 +98,10 @@ def start(config: TrainingConfig) -> Run:
     trainer = config.trainer
     precision = resolved_precision(trainer)
     if precision not in PRECISIONS:
-        reason = " (fp16's loss scale would multiply SR-STE's term, and its range loses small gradients)"
         raise ValueError(
             f"trainer.precision: wanted auto, {', '.join(PRECISIONS)}, got {trainer.precision}"
-            + (reason if "16" in trainer.precision else "")
+            + " (fp16's loss scale would multiply SR-STE's term, and its range loses small gradients)"
+            * ("16" in trainer.precision)
         )
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces the precision in every process
     try:
@@ -121,10 +118,9 @@ def start(config: TrainingConfig) -> Run:
     before = _kept_config(folder, log.info)
     trainer = replace(_with_device_batch(trainer, fabric.world_size, before, folder), precision=precision)
     now = {**asdict(config), "trainer": asdict(trainer)}
-    may_change = dict(marked(config, "may_change"))
     if before and before["trainer"].get("precision", "auto") == "auto":  # written before it was resolved
         before["trainer"]["precision"] = precision
-    changed = differences(before, now, asdict(type(config)()), may_change) if before else []
+    changed = differences(before, now, asdict(type(config)()), dict(marked(config, "may_change"))) if before else []
     return Run(fabric, log, folder, trainer, config.seed, precision, now, changed)
 
 
@@ -153,16 +149,15 @@ def _kept_config(folder: Path, info: Callable[[str], None]) -> dict[str, Any]:
         return {}
     with suppress(ValueError, FileNotFoundError):  # damaged: `fit` will say so
         counters = retried(partial(read_metadata, kept[-1] / f"{TRAINING}.safetensors"), info)
-    config = migrated(counters, kept[-1]).get("config")
+    counters = migrated(counters, kept[-1])
     try:
-        before = renamed(config or yaml.safe_load((folder / "config.yaml").read_text()), OPTIONS)
+        before = renamed(counters.get("config") or yaml.safe_load((folder / "config.yaml").read_text()), OPTIONS)
         before["data"] = asdict(PIXELS_OF_BEFORE) | before["data"]
         trainer = before["trainer"]
         if trainer["device_batch"] is None:  # written before it was resolved
             trainer["device_batch"] = trainer["global_batch"] // (trainer["devices"] * trainer["num_nodes"])
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        file = folder / "config.yaml"
-        raise ValueError(f"{file}: wanted the configuration of the run to continue: {error}") from error
+        raise ValueError(f"{folder}/config.yaml: wanted the configuration of the run to continue: {error}") from error
     return before
 
 

@@ -3,7 +3,6 @@
 import os
 import signal
 import threading
-from types import FrameType, TracebackType
 from typing import Any
 
 STOPPED_STATUS = 75
@@ -28,11 +27,11 @@ class StopSignals:
                 self._previous[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _note(self, number: int, frame: object) -> None:
         name = signal.Signals(number).name
         self.received = self.received or name
         if number == signal.SIGINT:
