@@ -9,9 +9,7 @@ import numpy as np
 import torch
 
 from sparsemae.card import ModelCard
-from sparsemae.data.loader import batches
-from sparsemae.data.sampling import EvaluationSampler
-from sparsemae.data.transforms import normalize
+from sparsemae.data import loader, sampling, transforms
 from sparsemae.models.weights import find_weights
 from sparsemae.options import PackConfig, SourceConfig
 from sparsemae.packing.pack import PackReport, pack as pack_model
@@ -72,5 +70,5 @@ def checked_images(data: SourceConfig | None, card: ModelCard) -> Iterator[torch
         yield torch.randn(8, 3, spec.img_size, spec.img_size, generator=torch.Generator().manual_seed(0))
         return
     dataset, _ = task_class(card.task).evaluation_set(card, data, 1)
-    for batch in batches(dataset, EvaluationSampler(len(dataset), _BATCH), data.workers):
-        yield normalize(batch["image"], spec.mean, spec.std)
+    for batch in loader.batches(dataset, sampling.EvaluationSampler(len(dataset), _BATCH), data.workers):
+        yield transforms.normalize(batch["image"], spec.mean, spec.std)

@@ -13,11 +13,8 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from sparsemae.card import InputSpec
+from sparsemae.data import loader, sampling, sources, transforms
 from sparsemae.data.dataset import ImageDataset
-from sparsemae.data.loader import batches
-from sparsemae.data.sampling import HOLDOUT, EvaluationSampler, stream
-from sparsemae.data.sources import find_source
-from sparsemae.data.transforms import evaluation_transform, normalize
 from sparsemae.models import patch_side
 from sparsemae.options import SourceConfig
 from sparsemae.sparsity import hold_masks
@@ -43,9 +40,9 @@ def probe(kind: str, model: str, data: SourceConfig, fabric: Fabric) -> dict[str
     """
     network, card = load_model(model)
     encoder = encoder_of(network).to(fabric.device)
-    spec, transform = card.input, evaluation_transform(card.input)
+    spec, transform = card.input, transforms.evaluation_transform(card.input)
     features, targets, classes = {}, {}, {}
-    splits = find_source(data)
+    splits = sources.find_source(data)
     for split in ("train", "val"):
         source = splits.open(split)
         dataset = ImageDataset(source, transform, smallest=patch_side(encoder), rules=spec)
@@ -67,12 +64,12 @@ def encode(
 ) -> tuple[Tensor, Tensor]:
     """Features ``[N, D]`` float32 and targets ``[N]`` of a whole set, on the device."""
     features, targets = [], []
-    count = len(dataset)
+    found = loader.batches(dataset, sampling.EvaluationSampler(len(dataset), BATCH), workers)
     with hold_masks(encoder):
-        for batch in with_progress(batches(dataset, EvaluationSampler(count, BATCH), workers), "encoding", count):
+        for batch in with_progress(found, "encoding", len(dataset)):
             images, target = fabric.to_device((batch["image"], batch["target"]))
             with fabric.autocast():
-                tokens = encoder.forward_features(normalize(images, spec.mean, spec.std)).float()  # B L D
+                tokens = encoder.forward_features(transforms.normalize(images, spec.mean, spec.std)).float()  # B L D
                 features.append(encoder.fc_norm(tokens[:, encoder.num_prefix_tokens :].mean(dim=1)).float())
             targets.append(target)
     return torch.cat(features), torch.cat(targets)
@@ -96,7 +93,7 @@ def linear(train: Tensor, train_targets: Tensor, val: Tensor, classes: int) -> T
     """
     std, mean = torch.std_mean(train, dim=0)
     train, val = ((features - mean) / (std + 1e-6) for features in (train, val))
-    order = torch.from_numpy(stream(0, HOLDOUT).permutation(len(train))).to(train.device)
+    order = torch.from_numpy(sampling.stream(0, sampling.HOLDOUT).permutation(len(train))).to(train.device)
     held, rest = order[: len(order) // 10], order[len(order) // 10 :]
 
     def accuracy(penalty: float) -> float:

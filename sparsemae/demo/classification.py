@@ -66,15 +66,15 @@ def finish(arms: Arms, out: Path, images: Path, seed: int, console: Console) -> 
 
 def _verdicts(arms: Arms) -> str:
     """SparseMAE against each baseline, within the error or not."""
-    (ours,), lines = arms[OURS], []
+    (ours,) = arms[OURS]
+    lines = ["SparseMAE's difference (standard errors are of the test set; one training seed, whose spread they lack):"]
     for title, (row,) in arms.items():
         difference, error = ours["top1"] - row["top1"], math.hypot(ours["standard_error"], row["standard_error"])
         verdict = "better" if difference > 0 else "worse"
         verdict = "within two standard errors" if abs(difference) < 2 * error else verdict
         if row is not ours:
-            lines.append(f"\n  {100 * difference:+5.1f} ± {100 * error:.1f} points, {verdict:<26} against {title}")
-    head = "SparseMAE's difference (standard errors are of the test set; one training seed, whose spread they lack):"
-    return head + "".join(lines)
+            lines.append(f"  {100 * difference:+5.1f} ± {100 * error:.1f} points, {verdict:<26} against {title}")
+    return "\n".join(lines)
 
 
 def _speed_table(packed: Path, runs: list[Path]) -> Any:

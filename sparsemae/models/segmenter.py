@@ -68,10 +68,8 @@ class Segmenter(nn.Module):
 
     def forward(self, images: Tensor) -> SegmenterOutput:
         """Normalized images ``[B, 3, H, W]``; an encoder with dynamic_img_pad takes any size."""
-        height, width = images.shape[-2:]
-        padded = [
-            -(-side // p) * p for side, p in zip((height, width), self.encoder.patch_embed.patch_size, strict=True)
-        ]
+        (height, width), (p, q) = images.shape[-2:], self.encoder.patch_embed.patch_size
+        padded = [-(-height // p) * p, -(-width // q) * q]
 
         def to_image(logits: Tensor) -> Tensor:
             resized = F.interpolate(logits.float(), size=padded, mode="bilinear", align_corners=False)

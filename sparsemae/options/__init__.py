@@ -29,7 +29,7 @@ from sparsemae.options.training import OptimConfig, TrainerConfig
 
 __all__ = [
     "DEFAULT_MODEL", "BenchmarkConfig", "CheckConfig", "DataConfig", "DecoderConfig", "DemoConfig", "EvaluateConfig",
-    "FinetuneConfig", "HeadConfig", "ImageDataConfig", "InferenceChange", "InferenceConfig", "MaskDataConfig", "ModelConfig",
-    "OptimConfig", "PackConfig", "PlanConfig", "PredictConfig", "PretrainConfig", "ReportConfig", "SegmentConfig",
-    "SourceConfig", "SparseConfig", "TrainerConfig", "TrainingConfig",
+    "FinetuneConfig", "HeadConfig", "ImageDataConfig", "InferenceChange", "InferenceConfig", "MaskDataConfig",
+    "ModelConfig", "OptimConfig", "PackConfig", "PlanConfig", "PredictConfig", "PretrainConfig", "ReportConfig",
+    "SegmentConfig", "SourceConfig", "SparseConfig", "TrainerConfig", "TrainingConfig",
 ]  # fmt: skip

@@ -79,8 +79,7 @@ def select_mask(weight: Tensor, pattern: NMPattern) -> Tensor:
             groups.scatter_(1, groups.max(dim=1, keepdim=True).indices, -1.0)
         return (groups < 0).view(weight.shape)
     order = groups.sort(dim=1, descending=True, stable=True).indices
-    mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order[:, :n], True)
-    return mask.view(weight.shape)
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order[:, :n], True).view(weight.shape)
 
 
 def check_divides(weight: Tensor, pattern: NMPattern, name: str) -> None:
@@ -110,11 +109,10 @@ def check_holds(weight: Tensor, mask: Tensor, pattern: NMPattern, name: str) -> 
     if mask.shape != weight.shape:
         raise ValueError(f"{name}: wanted a mask of shape {list(weight.shape)}, got {list(mask.shape)}")
     check_finite(weight, name)
-    groups_per_row = weight.shape[-1] // pattern.m
     kept = mask.reshape(-1, pattern.m).sum(dim=1)
     if not (kept == pattern.n).all():
         group = int((kept != pattern.n).nonzero()[0])
-        row, column = divmod(group, groups_per_row)
+        row, column = divmod(group, weight.shape[-1] // pattern.m)
         raise ValueError(
             f"{name}: wanted {pattern.n} kept of every {pattern.m}, got {int(kept[group])} in row {row}, group {column}"
         )

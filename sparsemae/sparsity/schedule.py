@@ -77,8 +77,7 @@ class MaskSchedule:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The fixed masks as bits; empty while the masks move."""
-        layers = dict(iter_sparse(self._model))
-        return pack_masks({name: layer.current_mask() for name, layer in layers.items()}) if self._fixed else {}
+        return pack_masks({name: layer.current_mask() for name, layer in iter_sparse(self._model) if self._fixed})
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Inverse of `state_dict`."""

@@ -18,12 +18,8 @@ from torchvision.transforms.v2 import functional as transforms
 
 from sparsemae.card import ModelCard
 from sparsemae.costs.multiply_adds import Forward, count_forward
+from sparsemae.data import loader, mask_transforms, masks, pairs, sampling
 from sparsemae.data.dataset import ImageDataset
-from sparsemae.data.loader import UnreadableImages, batches
-from sparsemae.data.mask_transforms import mask_evaluation_transform, mask_training_transform
-from sparsemae.data.masks import IGNORED, Legend
-from sparsemae.data.pairs import check_pairs, find_masks, open_pairs, refuse_binary, said_of_classes
-from sparsemae.data.sampling import BatchPlan, EvaluationSampler
 from sparsemae.data.splits import Part
 from sparsemae.data.survey import survey
 from sparsemae.data.transforms import normalize
@@ -52,17 +48,20 @@ class Segmentation(Task[SegmentConfig]):
 
     def __init__(self, config: SegmentConfig) -> None:
         super().__init__(config)
-        self.legend, self.absent = Legend([]), list[str]()
+        self.legend, self.absent = masks.Legend([]), list[str]()
 
     def open_data(self) -> None:
         data = self.config.data
-        self.splits = find_masks(data)
-        self.train, self.val = open_pairs(self.splits, "train", data.train_images), open_pairs(self.splits, "val")
+        self.splits = pairs.find_masks(data)
+        self.train, self.val = (
+            pairs.open_pairs(self.splits, "train", data.train_images),
+            pairs.open_pairs(self.splits, "val"),
+        )
         self.sources = {"train": self.train, "val": self.val}
         assert self.train.legend is not None
         for source in self.sources.values():
             survey(source, data)
-        refuse_binary(self.train)
+        pairs.refuse_binary(self.train)
         self.class_names, self.legend = self.train.class_names, self.train.legend
 
     def settings(self) -> dict[str, Any]:
@@ -74,13 +73,13 @@ class Segmentation(Task[SegmentConfig]):
 
     def datasets(self, model: nn.Module) -> tuple[ImageDataset, ImageDataset]:
         data = self.config.data
-        self.validation = ImageDataset(self.val, mask_evaluation_transform, rules=data)
+        self.validation = ImageDataset(self.val, mask_transforms.mask_evaluation_transform, rules=data)
         return ImageDataset(
-            self.train, mask_training_transform(data), self.config.seed, rules=data,
+            self.train, mask_transforms.mask_training_transform(data), self.config.seed, rules=data,
             max_unreadable=data.max_unreadable,
         ), self.validation  # fmt: skip
 
-    def prepare(self, model: nn.Module, fabric: Fabric, batches: BatchPlan) -> None:
+    def prepare(self, model: nn.Module, fabric: Fabric, batches: sampling.BatchPlan) -> None:
         if batches.micro_batch < 2:
             raise ValueError(
                 "trainer.device_batch: wanted at least 2 images per device and forward, got 1: the head pools to "
@@ -91,7 +90,7 @@ class Segmentation(Task[SegmentConfig]):
 
     def notes(self, model: nn.Module) -> list[str]:
         """A warning where masks seem to be of another kind, and what the head costs."""
-        side, said = self.config.data.img_size, said_of_classes(self.train)
+        side, said = self.config.data.img_size, pairs.said_of_classes(self.train)
         around = ", ".join(
             f"{sum(parameter.numel() for parameter in part.parameters()):,} {name}"
             for name, part in model.named_children()
@@ -108,7 +107,7 @@ class Segmentation(Task[SegmentConfig]):
     def loss(self, forward: nn.Module, batch: dict[str, Any]) -> Tensor:
         data = self.config.data
         output = forward(normalize(batch["image"], data.mean, data.std))
-        return segmentation_loss(output, batch["target"], self.config.head.auxiliary_weight, IGNORED)
+        return segmentation_loss(output, batch["target"], self.config.head.auxiliary_weight, masks.IGNORED)
 
     def example_batch(self, model: nn.Module, size: int) -> dict[str, Any]:
         images = blank_images(size, self.config.data.img_size)
@@ -145,9 +144,9 @@ class Segmentation(Task[SegmentConfig]):
     def evaluation_set(
         cls, card: ModelCard, data: SourceConfig, smallest: int, split: Part | None = None
     ) -> tuple[ImageDataset, str]:
-        splits = find_masks(data)
+        splits = pairs.find_masks(data)
         source, said = splits.open_for_evaluation(split, card.data, card.class_names)
-        check_pairs(splits, source)
+        pairs.check_pairs(splits, source)
         if tuple(source.class_names) != card.class_names:
             raise ValueError(
                 f"{splits.root}: wanted the {len(card.class_names)} classes of the model "
@@ -155,7 +154,7 @@ class Segmentation(Task[SegmentConfig]):
                 f"({', '.join(source.class_names[:3])}, ...)" + " (--data.classes names others)" * bool(data.root)
             )
         rules = replace(card.input, exif=card.input.exif if data.exif is None else data.exif)
-        return ImageDataset(source, mask_evaluation_transform, rules=rules), said
+        return ImageDataset(source, mask_transforms.mask_evaluation_transform, rules=rules), said
 
     @classmethod
     def measure(
@@ -167,16 +166,16 @@ class Segmentation(Task[SegmentConfig]):
         Raises ValueError if there is no labeled pixel.
         """
         names, inference = card.class_names, InferenceConfig(**card.settings["inference"])
-        meter = MulticlassConfusionMatrix(len(names), ignore_index=IGNORED).to(fabric.device)
+        meter = MulticlassConfusionMatrix(len(names), ignore_index=masks.IGNORED).to(fabric.device)
         at_once = SMALL_IMAGES_AT_ONCE if dataset.source.one_size else 1
-        sampler = EvaluationSampler(len(dataset), at_once, fabric.global_rank, fabric.world_size)
+        sampler = sampling.EvaluationSampler(len(dataset), at_once, fabric.global_rank, fabric.world_size)
 
         def logits(images: Tensor) -> Any:
             with fabric.autocast():
                 return network(images).logits
 
-        unreadable = UnreadableImages(len(dataset), 0.0, at_end=True)
-        found = batches(dataset, sampler, workers, unreadable=unreadable)
+        unreadable = loader.UnreadableImages(len(dataset), 0.0, at_end=True)
+        found = loader.batches(dataset, sampler, workers, unreadable=unreadable)
         for batch in with_progress(found, "evaluating", len(dataset)) if progress else found:
             images, targets = fabric.to_device((batch["image"], batch["target"]))
             meter.update(predict_scores(logits, images, card.input, inference).argmax(dim=1), targets.long())

@@ -27,13 +27,10 @@ from sparsemae.files import retried
 from sparsemae.models import use_plain_attention
 from sparsemae.models.weights import card_of, read_metadata
 from sparsemae.sparsity import Topology, hold_masks, iter_sparse
-from sparsemae.training.checkpoint import WEIGHTS, DamagedCheckpoint, list_checkpoints, set_aside
-from sparsemae.training.feed import Feed
+from sparsemae.training import checkpoint, feed, saver, signals
 from sparsemae.training.logs import StepProgress, package_versions
 from sparsemae.training.optim import in_epochs, learning_rate, make_optimizer, scaled_to_batch, set_learning_rate
 from sparsemae.training.run import Run
-from sparsemae.training.saver import Saver
-from sparsemae.training.signals import STOPPED_STATUS, StopSignals
 from sparsemae.training.state import TrainingState, bad_record
 from sparsemae.training.step import optimizer_step
 from sparsemae.training.subject import Subject
@@ -101,12 +98,12 @@ class _Loop:
             origin={"config": run.config, "packages": package_versions(), "images": subject.images},
         )  # fmt: skip
         self.unreadable = UnreadableImages(images, config.data.max_unreadable, run.log.info)
-        self.signals = StopSignals(announce=fabric.is_global_zero)
-        self.feed = Feed(
+        self.signals = signals.StopSignals(announce=fabric.is_global_zero)
+        self.feed = feed.Feed(
             self._loader_at, trainer.loader_retries, run.log.info, lambda: bool(self.signals.received),
             hang_timeout=2 * trainer.loader_timeout_seconds if config.data.workers else None,
         )  # fmt: skip
-        self.saver = Saver(run.checkpoints, trainer.keep_checkpoints, trainer.max_failed_saves, run.log.info)
+        self.saver = saver.Saver(run.checkpoints, trainer.keep_checkpoints, trainer.max_failed_saves, run.log.info)
         self.metrics: dict[str, float] = {}
         self.batch: Any = None
         """The last micro-batch; stands in for one that cannot be had, so that the other processes do not wait."""
@@ -124,11 +121,11 @@ class _Loop:
         and leaves all as it is, if one cannot be read for another reason.
         """
         run, state, damaged, counters = self.run, self.state, [], dict[str, Any]()
-        for path in reversed(list_checkpoints(run.checkpoints)):
+        for path in reversed(checkpoint.list_checkpoints(run.checkpoints)):
             try:
                 counters = retried(partial(state.restore, path), run.log.info)
                 break
-            except DamagedCheckpoint as error:
+            except checkpoint.DamagedCheckpoint as error:
                 damaged.append(path)
                 run.log.info(str(error))
             except (OSError, MemoryError) as error:
@@ -139,8 +136,8 @@ class _Loop:
             raise ValueError(f"{run.checkpoints}: no intact checkpoint to continue from; choose another --out")
         self.fabric.barrier()
         if self.fabric.is_global_zero:
-            for path in damaged:
-                set_aside(path)
+            for torn in damaged:  # not `path`: that is the one that was restored
+                checkpoint.set_aside(torn)
         if state.done:
             self._compare_images(counters, path)
         run.log.truncate_after(state.done)
@@ -151,14 +148,14 @@ class _Loop:
             for name in (name for name in now if before.get(name, now[name]) != now[name]):
                 run.log.info(f"warning: {name} was {before[name]} and is {now[name]}: results may differ")
 
-    def _compare_images(self, counters: Mapping[str, Any], checkpoint: Path) -> None:
+    def _compare_images(self, counters: Mapping[str, Any], path: Path) -> None:
         """Refuse to go on with other images than before, all processes together."""
         run, now, before, changes = self.run, self.subject.images, counters.get("images"), list[str]()
         if now is None:
             return
         if before is None:  # of before: its card has the classes
             run.log.info("the checkpoint does not say what it was trained on; from here on it will")
-            card = card_of(read_metadata(checkpoint / f"{WEIGHTS}.safetensors"), checkpoint)
+            card = card_of(read_metadata(path / f"{checkpoint.WEIGHTS}.safetensors"), path)
             before = {**now, "class_names": list(card.class_names)} if card.class_names else now
         if self.fabric.is_global_zero:
             changes = differences(before, now)
@@ -377,10 +374,10 @@ class _Loop:
         if signal is None or unsaved or lost or self.saver.failed:
             raise ValueError(f"{reason or signal}{last}")
         self.run.log.info(f"ended by {signal} at step {self.state.done}{last}; the same command goes on")
-        raise SystemExit(STOPPED_STATUS)
+        raise SystemExit(signals.STOPPED_STATUS)
 
     def _last_checkpoint(self) -> str:
-        kept = list_checkpoints(self.run.checkpoints)
+        kept = checkpoint.list_checkpoints(self.run.checkpoints)
         return f"the last checkpoint is {kept[-1] if kept else 'none'}"
 
     def _memory_advice(self) -> str:

@@ -21,10 +21,8 @@ from sparsemae.limits import marked
 from sparsemae.models.weights import read_metadata
 from sparsemae.options import TrainerConfig, TrainingConfig
 from sparsemae.renamed import OPTIONS, renamed
-from sparsemae.training.checkpoint import TRAINING, list_checkpoints, migrated, remove_leftovers
+from sparsemae.training import checkpoint, lock, logs
 from sparsemae.training.config import PRECISIONS, differences, resolved_precision
-from sparsemae.training.lock import run_lock
-from sparsemae.training.logs import RunLog, environment
 
 C = TypeVar("C", bound=TrainingConfig)
 PIXELS_OF_BEFORE = DefaultRules(exif=False, background=None, bits=None)
@@ -35,7 +33,7 @@ class Run:
     """The devices, and the folder that holds what comes out."""
 
     fabric: Fabric
-    log: RunLog
+    log: logs.RunLog
     folder: Path
     trainer: TrainerConfig
     """As configured, device_batch resolved."""
@@ -64,10 +62,10 @@ class Run:
                 try:
                     self._check_folder()
                     self.checkpoints.mkdir(parents=True, exist_ok=True)
-                    self.log.lost = held.enter_context(run_lock(self.folder, self.log.info))
-                    remove_leftovers(self.checkpoints)
+                    self.log.lost = held.enter_context(lock.run_lock(self.folder, self.log.info))
+                    checkpoint.remove_leftovers(self.checkpoints)
                     # first: it is what tells a run's folder from somebody's
-                    write_atomic(self.folder / "environment.json", json.dumps(environment(), indent=1))
+                    write_atomic(self.folder / "environment.json", json.dumps(logs.environment(), indent=1))
                     write_atomic(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
                 except (ValueError, OSError) as error:
                     problem = str(error)
@@ -77,7 +75,7 @@ class Run:
 
     def _check_folder(self) -> None:
         folder = self.folder
-        if list_checkpoints(self.checkpoints):
+        if checkpoint.list_checkpoints(self.checkpoints):
             if self.trainer.resume == "never":
                 raise ValueError(f"{folder}: holds a run already; wanted a new folder with trainer.resume=never")
             if self.changed and self.trainer.resume != "anyway":
@@ -114,7 +112,7 @@ def start(config: TrainingConfig) -> Run:
     fabric.launch()
     atexit.register(_leave_process_group)  # gloo's threads, left alive, can abort a process that ends (pytorch #190489)
     folder = Path(config.out)
-    log = RunLog(folder, fabric.is_global_zero)
+    log = logs.RunLog(folder, fabric.is_global_zero)
     before = _kept_config(folder, log.info)
     trainer = replace(_with_device_batch(trainer, fabric.world_size, before, folder), precision=precision)
     now = {**asdict(config), "trainer": asdict(trainer)}
@@ -144,12 +142,12 @@ def _kept_config(folder: Path, info: Callable[[str], None]) -> dict[str, Any]:
 
     The last checkpoint has it; config.yaml, where that is damaged or of an earlier version, has that of the last start.
     """
-    kept, counters = list_checkpoints(folder / "checkpoints"), dict[str, Any]()
+    kept, counters = checkpoint.list_checkpoints(folder / "checkpoints"), dict[str, Any]()
     if not kept:
         return {}
     with suppress(ValueError, FileNotFoundError):  # damaged: `fit` will say so
-        counters = retried(partial(read_metadata, kept[-1] / f"{TRAINING}.safetensors"), info)
-    counters = migrated(counters, kept[-1])
+        counters = retried(partial(read_metadata, kept[-1] / f"{checkpoint.TRAINING}.safetensors"), info)
+    counters = checkpoint.migrated(counters, kept[-1])
     try:
         before = renamed(counters.get("config") or yaml.safe_load((folder / "config.yaml").read_text()), OPTIONS)
         before["data"] = asdict(PIXELS_OF_BEFORE) | before["data"]
