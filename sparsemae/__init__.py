@@ -3,8 +3,6 @@
 Importing the package is free: training names load torch when they are first touched (PEP 562).
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

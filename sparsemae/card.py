@@ -4,8 +4,6 @@ Weights files hold it as JSON in safetensors' metadata, packed files in their ow
 prepared for it, from the card alone; nothing here imports torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -42,7 +40,7 @@ class InputSpec:
     """Of 16-bit gray, scaled to 8; None: values are clipped at 255, as models of before were trained."""
 
     @classmethod
-    def of(cls, options: Any) -> InputSpec:
+    def of(cls, options: Any) -> "InputSpec":
         """From the options that prepare a training's images, where they have a field of the name."""
         return cls(**{f.name: getattr(options, f.name) for f in fields(cls) if hasattr(options, f.name)})
 
@@ -79,7 +77,7 @@ class ModelCard:
     """Which images it was trained on: digests of their names and of where they lay, and the rule of the held-out part;
     empty of a model of before."""
 
-    def with_settings(self, **settings: Any) -> ModelCard:
+    def with_settings(self, **settings: Any) -> "ModelCard":
         """The same with some of its task's settings changed."""
         return replace(self, settings={**self.settings, **settings})
 
@@ -88,7 +86,7 @@ class ModelCard:
         return {"version": VERSION, **asdict(self)}
 
     @classmethod
-    def from_dict(cls, document: Mapping[str, Any]) -> ModelCard:
+    def from_dict(cls, document: Mapping[str, Any]) -> "ModelCard":
         """Raises ValueError if it is not what `to_dict`, or an earlier version of it, gives."""
         version = document.get("version")
         if version not in range(1, VERSION + 1):

@@ -59,8 +59,9 @@ def option(
         may_change: its value may differ when a run is continued: it does not change what is computed.
         must_exist: it is a file or a folder that is read; or whether it is, by the settings.
     """
-    metadata = {"limits": limits, "may_change": may_change, "must_exist": must_exist}
-    return field(default=default, metadata=metadata)  # type: ignore[no-any-return, call-overload]
+    return field(  # type: ignore[no-any-return, call-overload]
+        default=default, metadata={"limits": limits, "may_change": may_change, "must_exist": must_exist}
+    )
 
 
 READ = {"must_exist": True}

@@ -19,6 +19,6 @@ def load(path: str | Path) -> Predictor:
         from sparsemae.runtime import load as load_packed
 
         return load_packed(path)
-    from sparsemae.tasks.loading import load_predictor
+    from sparsemae.tasks.loading import TorchPredictor, load_model
 
-    return load_predictor(path)
+    return TorchPredictor(*load_model(path))

@@ -45,7 +45,7 @@ def test_table_names_what_is_missing() -> None:
         Measurement("openvino bf16", "B", error="No module named 'openvino'"),
         Measurement("packed", "T", {1: 5.0}, 0.3, 80.0),
     ]
-    head, figures, missing = table(rows, [1]).splitlines()
+    head, figures, missing = table(rows).splitlines()
     assert head.split() == ["engine", "model", "b1", "ms", "images/s", "cold", "s", "RSS", "MB"]
     assert figures.split() == ["packed", "T", "5.00", "200.0", "0.30", "80"]
     assert missing == "openvino bf16, B -- No module named 'openvino'"

@@ -85,8 +85,8 @@ def table(rows: Sequence[KernelRow]) -> str:
     """The figures as text."""
     lines = [f"{'kernels':<12}{'weights':<11}" + "".join(f"{name:>13}" for name in _HEAD[3:]) + "  instructions"]
     for row in rows:
-        numbers = "".join(f"{cell:>13}" for cell in _cells(row)[3:])
-        lines.append(f"{row.isa:<12}{row.weights:<11}{numbers}  {row.instructions}")
+        cells = (f"{row.isa:<12}{row.weights:<11}", *(f"{cell:>13}" for cell in _cells(row)[3:]))
+        lines.append("".join(cells) + f"  {row.instructions}")
     return "\n".join(lines)
 
 
@@ -128,10 +128,8 @@ def _measure(vit: VitShape, isa: str, pattern: str, dtype: str, runs: int) -> Ke
         if name.endswith(f".{layer}.weight")
     }
     linear = [timings[layer] for layer in weights]
-    seconds = sum(timing.seconds for timing in linear)
-    rate = vit.tokens * sum(weights.values()) / seconds
+    rate = vit.tokens * sum(weights.values()) / sum(timing.seconds for timing in linear)
     attention = timings["attention"]
-    attended = 2 * vit.tokens**2 * vit.embed_dim / attention.seconds
     return KernelRow(
         processor=processor(),
         isa=isa,
@@ -140,7 +138,7 @@ def _measure(vit: VitShape, isa: str, pattern: str, dtype: str, runs: int) -> Ke
         instructions=linear[0].instructions,
         gmacs=rate / 1e9,
         share=rate / (linear[0].peak * (n / m if linear[0].zeros else 1.0)),
-        attention_share=attended / attention.peak,
+        attention_share=2 * vit.tokens**2 * vit.embed_dim / attention.seconds / attention.peak,
     )
 
 

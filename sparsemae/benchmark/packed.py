@@ -71,8 +71,9 @@ def measure(
         return [worker.row for worker in workers]
 
 
-def table(measurements: list[Measurement], batches: list[int]) -> str:
+def table(measurements: list[Measurement]) -> str:
     """The figures as text, and below them what has none."""
+    batches = dict.fromkeys(batch for m in measurements for batch in m.milliseconds)
     rows = [["engine", "model", *(f"b{batch} ms" for batch in batches), "images/s", "cold s", "RSS MB"]]
     for m in measurements:
         if not m.error:
@@ -124,8 +125,8 @@ class _Worker:
             if line.startswith("= "):
                 return [float(number) for number in line.split()[1:]]
             said += [line.strip()] if line.strip() else []
-        missing = [line for line in said if "ModuleNotFoundError" in line]
-        self.row.error = (missing or said)[-1].split(": ", 1)[-1][:100]
+        telling = [line for line in said if "ModuleNotFoundError" in line] or said
+        self.row.error = telling[-1].split(": ", 1)[-1][:100]
         return []
 
 
@@ -192,8 +193,10 @@ def _load(engine: str, model: str, folder: str, threads: int) -> Runner:
         return lambda images: session.run(None, {session.get_inputs()[0].name: images})
     import openvino
 
-    precision = "f32" if engine.endswith("fp32") else "bf16"
-    hints = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
+    hints = {
+        "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32" if engine.endswith("fp32") else "bf16",
+    }  # fmt: skip
     request = openvino.Core().compile_model(f"{file}.xml", "CPU", hints).create_infer_request()
     return lambda images: request.infer([images])
 

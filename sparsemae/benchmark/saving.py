@@ -86,9 +86,8 @@ def _measure(name: str, subject: Subject, folder: Path, runs: int) -> Saving:
         saver.wait()
         if saver.failure:
             raise ValueError(saver.failure)
-    files = checkpoint_path(folder, 2 + runs).iterdir()
-    alone = median(steps)
+    size, alone = sum(file.stat().st_size for file in checkpoint_path(folder, 2 + runs).iterdir()), median(steps)
     return Saving(
-        name, sum(file.stat().st_size for file in files) / 1e9, median(blocking[1:]), held[0], median(held[1:]), alone,
+        name, size / 1e9, median(blocking[1:]), held[0], median(held[1:]), alone,
         median(time - taken * alone for time, taken in slowed[1:]),
     )  # fmt: skip

@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning_fabric import Fabric
 from timm import create_model
-from timm.data import ImageDataset as TimmDataset
-from timm.data import create_loader
+from timm.data import ImageDataset as TimmDataset, create_loader
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, default_collate
 
@@ -123,13 +122,11 @@ def _pipelines(data: ImageDataConfig, source: Source, runs: int) -> list[Rate]:
         deque(islice(feed, 2 * _PREFETCHED), 0)
         return seconds(lambda: deque(islice(feed, count), 0)) / (count * LOADER_BATCH)
 
-    starts = {"ours": ours, "timm's create_loader": lambda: _timm_loader(data, source, count)}
-    times = take_turns({name: partial(fed, start) for name, start in starts.items()}, runs)
-    own, rival = times.values()
-    ratios = (rival / own, None)
+    timms = partial(_timm_loader, data, source, count)
+    own, rival = take_turns({"ours": partial(fed, ours), "timm's": partial(fed, timms)}, runs).values()
     return [
-        Rate("input pipeline", f"{name}, one core", 1 / time, ratio)
-        for (name, time), ratio in zip(times.items(), ratios, strict=True)
+        Rate("input pipeline", "ours, one core", 1 / own, rival / own),
+        Rate("input pipeline", "timm's create_loader, one core", 1 / rival),
     ]
 
 
@@ -182,8 +179,8 @@ def _steps(batch: int, runs: int) -> list[Rate]:
 
 def subject(recipe: str, batch: int, pattern: str) -> Subject:
     """A recipe's model with another pattern, and its optimizer step on blank images, at learning rate 0."""
-    job = recipe.partition("_")[0]
-    config = read_config(training_jobs()[job], ["--config", recipe, "--sparse.pattern", pattern])
+    options = training_jobs()[recipe.partition("_")[0]]
+    config = read_config(options, ["--config", recipe, "--sparse.pattern", pattern])
     task = task_class(config.task)(config)
     task.class_names = [str(number) for number in range(task.dataset_size[1])]
     model = task.build(task.card(), config.model.drop_path)

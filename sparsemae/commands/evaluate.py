@@ -5,7 +5,6 @@ from dataclasses import asdict
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
 
 import sparsemae
 from sparsemae.commands.probe import probe
@@ -59,8 +58,4 @@ def _fabric(accelerator: str) -> Fabric:
 def _network(predictor: Predictor, fabric: Fabric) -> Network:
     if isinstance(predictor, TorchPredictor):
         return predictor.model.to(fabric.device)
-
-    def network(images: Tensor) -> Tensor:
-        return torch.from_numpy(predictor(images.numpy()))
-
-    return network
+    return lambda images: torch.from_numpy(predictor(images.numpy()))

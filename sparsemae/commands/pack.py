@@ -9,13 +9,10 @@ import numpy as np
 import torch
 
 from sparsemae.card import ModelCard
-from sparsemae.data.loader import batches
-from sparsemae.data.sampling import EvaluationSampler
-from sparsemae.data.transforms import normalize
+from sparsemae.data import loader, sampling, transforms
 from sparsemae.models.weights import find_weights
 from sparsemae.options import PackConfig, SourceConfig
-from sparsemae.packing.pack import PackReport
-from sparsemae.packing.pack import pack as pack_model
+from sparsemae.packing.pack import PackReport, pack as pack_model
 from sparsemae.runtime import load
 from sparsemae.tasks import task_class
 from sparsemae.tasks.loading import load_model
@@ -62,9 +59,8 @@ def compare(dense: torch.nn.Module, packed: Any, batches: Iterable[torch.Tensor]
             wanted.append(dense(images).numpy())
         got.append(packed(images.numpy()))
     logits, packed_logits = np.concatenate(wanted), np.concatenate(got)
-    error = float(np.abs(packed_logits - logits).max() / logits.std())
-    same = float((packed_logits.argmax(axis=1) == logits.argmax(axis=1)).mean())
-    return Agreement(len(logits), error, same)
+    error, same = np.abs(packed_logits - logits).max(), packed_logits.argmax(axis=1) == logits.argmax(axis=1)
+    return Agreement(len(logits), float(error / logits.std()), float(same.mean()))
 
 
 def checked_images(data: SourceConfig | None, card: ModelCard) -> Iterator[torch.Tensor]:
@@ -74,5 +70,5 @@ def checked_images(data: SourceConfig | None, card: ModelCard) -> Iterator[torch
         yield torch.randn(8, 3, spec.img_size, spec.img_size, generator=torch.Generator().manual_seed(0))
         return
     dataset, _ = task_class(card.task).evaluation_set(card, data, 1)
-    for batch in batches(dataset, EvaluationSampler(len(dataset), _BATCH), data.workers):
-        yield normalize(batch["image"], spec.mean, spec.std)
+    for batch in loader.batches(dataset, sampling.EvaluationSampler(len(dataset), _BATCH), data.workers):
+        yield transforms.normalize(batch["image"], spec.mean, spec.std)

@@ -13,15 +13,13 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from sparsemae.card import InputSpec
+from sparsemae.data import loader, sampling, sources, transforms
 from sparsemae.data.dataset import ImageDataset
-from sparsemae.data.loader import batches
-from sparsemae.data.sampling import HOLDOUT, EvaluationSampler, stream
-from sparsemae.data.sources import find_source
-from sparsemae.data.transforms import evaluation_transform, normalize
 from sparsemae.models import patch_side
 from sparsemae.options import SourceConfig
 from sparsemae.sparsity import hold_masks
-from sparsemae.tasks.loading import load_encoder
+from sparsemae.tasks.loading import load_model
+from sparsemae.tasks.task import encoder_of
 from sparsemae.training.logs import with_progress
 
 BATCH = 256
@@ -40,11 +38,11 @@ def probe(kind: str, model: str, data: SourceConfig, fabric: Fabric) -> dict[str
     Raises:
         ValueError: if the file is foreign, or the splits differ in their classes.
     """
-    encoder, card = load_encoder(model)
-    encoder.to(fabric.device)
-    spec, transform = card.input, evaluation_transform(card.input)
+    network, card = load_model(model)
+    encoder = encoder_of(network).to(fabric.device)
+    spec, transform = card.input, transforms.evaluation_transform(card.input)
     features, targets, classes = {}, {}, {}
-    splits = find_source(data)
+    splits = sources.find_source(data)
     for split in ("train", "val"):
         source = splits.open(split)
         dataset = ImageDataset(source, transform, smallest=patch_side(encoder), rules=spec)
@@ -52,9 +50,8 @@ def probe(kind: str, model: str, data: SourceConfig, fabric: Fabric) -> dict[str
         features[split], targets[split] = encode(fabric, encoder, dataset, spec, data.workers)
     if classes["train"] != classes["val"]:
         raise ValueError(f"{data.root}: wanted the same classes in train and val, got {classes}")
-    scores_of = {"knn": knn, "linear": linear}[kind]
     count = len(classes["val"])
-    scores = scores_of(features["train"], targets["train"], features["val"], count)
+    scores = {"knn": knn, "linear": linear}[kind](features["train"], targets["train"], features["val"], count)
     top1, top5 = (
         float(multiclass_accuracy(scores, targets["val"], count, average="micro", top_k=k)) for k in (1, min(5, count))
     )
@@ -67,14 +64,13 @@ def encode(
 ) -> tuple[Tensor, Tensor]:
     """Features ``[N, D]`` float32 and targets ``[N]`` of a whole set, on the device."""
     features, targets = [], []
-    found = batches(dataset, EvaluationSampler(len(dataset), BATCH), workers)
+    found = loader.batches(dataset, sampling.EvaluationSampler(len(dataset), BATCH), workers)
     with hold_masks(encoder):
         for batch in with_progress(found, "encoding", len(dataset)):
             images, target = fabric.to_device((batch["image"], batch["target"]))
             with fabric.autocast():
-                tokens = encoder.forward_features(normalize(images, spec.mean, spec.std)).float()  # B L D
-                pooled = tokens[:, encoder.num_prefix_tokens :].mean(dim=1)
-                features.append(encoder.fc_norm(pooled).float())
+                tokens = encoder.forward_features(transforms.normalize(images, spec.mean, spec.std)).float()  # B L D
+                features.append(encoder.fc_norm(tokens[:, encoder.num_prefix_tokens :].mean(dim=1)).float())
             targets.append(target)
     return torch.cat(features), torch.cat(targets)
 
@@ -97,12 +93,12 @@ def linear(train: Tensor, train_targets: Tensor, val: Tensor, classes: int) -> T
     """
     std, mean = torch.std_mean(train, dim=0)
     train, val = ((features - mean) / (std + 1e-6) for features in (train, val))
-    order = torch.from_numpy(stream(0, HOLDOUT).permutation(len(train))).to(train.device)
+    order = torch.from_numpy(sampling.stream(0, sampling.HOLDOUT).permutation(len(train))).to(train.device)
     held, rest = order[: len(order) // 10], order[len(order) // 10 :]
 
     def accuracy(penalty: float) -> float:
-        logits = _regression(train[rest], train_targets[rest], classes, penalty)(train[held])
-        return float((logits.argmax(dim=1) == train_targets[held]).float().mean())
+        layer = _regression(train[rest], train_targets[rest], classes, penalty)
+        return float((layer(train[held]).argmax(dim=1) == train_targets[held]).float().mean())
 
     logits: Tensor = _regression(train, train_targets, classes, max(PENALTIES, key=accuracy))(val)
     return logits

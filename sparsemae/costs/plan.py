@@ -92,15 +92,13 @@ def plan(config: PlanConfig) -> Plan:
     usual = (TRAIN_IMAGES, task.embedded_classes) if recipe.data.source == "embedded" else task.dataset_size
     images, classes = (given or own for given, own in zip((config.images, config.classes), usual, strict=True))
     task.class_names = [str(number) for number in range(classes)]
-    world = (config.devices or trainer.devices) * trainer.num_nodes
     batches = BatchPlan.make(
         min(images, recipe.data.train_images or images),
         trainer.global_batch,
         config.device_batch or trainer.device_batch,
-        world,
+        (config.devices or trainer.devices) * trainer.num_nodes,
     )
     total = trainer.schedule_steps(batches.steps_per_epoch)
-    steps = min(total, trainer.max_steps or total)
 
     counted, model = meta_model(task), meta_model(task)
     task.prepare(model, Fabric(accelerator="cpu", devices=1), batches)
@@ -114,14 +112,15 @@ def plan(config: PlanConfig) -> Plan:
     memory = step_memory(task, model, batches, precision)
     if trainer.ema_decay is not None:
         memory = replace(memory, weights=2 * memory.weights)
-    topology_bytes = 2 * encoder.sparse_total // 8  # reference and last look, in bits
     result = Plan(
         title=f"{config.recipe}: {job}, {recipe.model.name} at {recipe.data.img_size} px, {recipe.sparse.pattern}",
         encoder=encoder, around=around, forwards=forwards,
-        batches=batches, epochs=total / batches.steps_per_epoch, steps=steps, memory=memory,
+        batches=batches, epochs=total / batches.steps_per_epoch,
+        steps=min(total, trainer.max_steps or total), memory=memory,
         memory_title=f"{batches.micro_batch} images, {precision}, {'plain' if plain else 'fused'} attention, "
         "without torch.compile and the device's own context",
-        checkpoint_bytes=memory.weights + memory.optimizer + topology_bytes,
+        # and the topology's reference and last look, in bits
+        checkpoint_bytes=memory.weights + memory.optimizer + 2 * encoder.sparse_total // 8,
         images_per_second=config.images_per_second,
     )  # fmt: skip
     print(result)

@@ -8,7 +8,7 @@ Formulas per layer would be shorter, and wrong at the next change of a layer.
 """
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -88,22 +88,11 @@ def step_memory(task: Task[Any], model: nn.Module, batches: BatchPlan, precision
                 optimizer_step(model, optimizer, masks.step(0.0), backward, config.sparse, config.optim)
             del topology
         buckets = sum(_bytes(p) for p in model.parameters() if p.requires_grad) if batches.world > 1 else 0
-        weights = sum(_bytes(tensor) for tensor in (*model.parameters(), *model.buffers()))
-    peak = live.peak
-    rest = peak.total - weights - peak.gradients - peak.optimizer - peak.masks
-    return StepMemory(weights, peak.gradients + buckets, peak.optimizer, peak.masks, rest)
+    return replace(live.peak, gradients=live.peak.gradients + buckets)  # type: ignore[no-any-return]
 
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-@dataclass
-class _Peak:
-    total: int = 0
-    gradients: int = 0
-    optimizer: int = 0
-    masks: int = 0
 
 
 class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -113,15 +102,17 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.parameters = list(model.parameters())
         self.optimizer: torch.optim.Optimizer | None = None
-        self.peak = _Peak()
         self.total = self.masks = 0
         self._is_mask: dict[int, bool] = {}  # by the storage's address; each alive
-        for tensor in (*model.parameters(), *model.buffers()):
+        tensors = (*model.parameters(), *model.buffers())
+        for tensor in tensors:
             self._follow(tensor, is_mask=False)
+        self.weights = sum(map(_bytes, tensors))
+        self.forget_peak()
 
     def forget_peak(self) -> None:
         """Begin to look for a peak from now on."""
-        self.peak = _Peak()
+        self.peak = StepMemory(0, 0, 0, 0, 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -153,4 +144,5 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         gradients = sum(_bytes(p.grad) for p in self.parameters if p.grad is not None)
         states = self.optimizer.state.values() if self.optimizer else ()
         moments = sum(_bytes(value) for state in states for value in state.values() if isinstance(value, Tensor))
-        self.peak = _Peak(self.total, gradients, moments, self.masks)
+        rest = self.total - self.weights - gradients - moments - self.masks
+        self.peak = StepMemory(self.weights, gradients, moments, self.masks, rest)

@@ -18,7 +18,7 @@ from sparsemae.demo.stages import DENSE, PRETRAINING, SMALL, Stage
 from sparsemae.options import EvaluateConfig, PackConfig, PredictConfig, SourceConfig
 from sparsemae.report.plots import reconstruction_picture
 from sparsemae.runtime import load
-from sparsemae.tasks.loading import load_model, load_predictor
+from sparsemae.tasks.loading import TorchPredictor, load_model
 
 OUT, MINUTES = "runs/demo", 6.0
 ENDING_SECONDS = 35.0
@@ -66,21 +66,21 @@ def finish(arms: Arms, out: Path, images: Path, seed: int, console: Console) -> 
 
 def _verdicts(arms: Arms) -> str:
     """SparseMAE against each baseline, within the error or not."""
-    (ours,), lines = arms[OURS], []
+    (ours,) = arms[OURS]
+    lines = ["SparseMAE's difference (standard errors are of the test set; one training seed, whose spread they lack):"]
     for title, (row,) in arms.items():
         difference, error = ours["top1"] - row["top1"], math.hypot(ours["standard_error"], row["standard_error"])
         verdict = "better" if difference > 0 else "worse"
         verdict = "within two standard errors" if abs(difference) < 2 * error else verdict
         if row is not ours:
-            lines.append(f"\n  {100 * difference:+5.1f} ± {100 * error:.1f} points, {verdict:<26} against {title}")
-    head = "SparseMAE's difference (standard errors are of the test set; one training seed, whose spread they lack):"
-    return head + "".join(lines)
+            lines.append(f"  {100 * difference:+5.1f} ± {100 * error:.1f} points, {verdict:<26} against {title}")
+    return "\n".join(lines)
 
 
 def _speed_table(packed: Path, runs: list[Path]) -> Any:
     """Size and time per image of the packed model and of dense ones in torch: one thread, taking turns, medians."""
     torch.set_num_threads(1)
-    dense = [(run / "model.safetensors", load_predictor(run)) for run in runs]
+    dense = [(run / "model.safetensors", TorchPredictor(*load_model(run))) for run in runs]
     subjects: dict[str, tuple[Path, Any]] = {"packed bf16": (packed, load(packed, threads=1))} | {
         f"dense, embedding dimension {predictor.model.embed_dim}, torch fp32": (file, predictor)
         for file, predictor in dense

@@ -105,8 +105,7 @@ def run_stages(stages: Sequence[Stage], out: Path, seed: int, until: float, cons
 def _progress(folder: Path) -> str:
     """Epoch that a running stage has reached, from its metrics file."""
     try:
-        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-        return f"(epoch {last['epoch']:.0f})"
+        return "(epoch {epoch:.0f})".format(**json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1]))
     except (OSError, ValueError, IndexError, KeyError):
         return ""
 

@@ -4,8 +4,6 @@ They say everything but the number of heads, which is timm's for a usual embeddi
 at all (the activation, the norms' eps), which is timm's default.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping

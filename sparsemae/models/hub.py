@@ -1,7 +1,5 @@
 """Pretrained weights of timm, fetched from the hub (huggingface.co), or taken from its cache."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 
 import timm

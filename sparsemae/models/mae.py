@@ -4,8 +4,6 @@ The encoder *is* a ``timm.models.VisionTransformer``: this file never re-impleme
 through them with the masked patches left out. Patch mask convention, as in the field: 1 = masked, 0 = kept.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

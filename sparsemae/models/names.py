@@ -4,8 +4,6 @@ A file may hold the network under a prefix (``module.`` of DDP, ``backbone.``, `
 network (a model and its average, a teacher and a student). Its prefix is what stands before the patch embedding.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -21,8 +19,8 @@ PATCH_EMBEDDING = re.compile(
 SECOND_CHOICE = ("model_ema", "state_dict_ema", "ema", "teacher", "momentum_encoder", "student")
 """Of several networks the one without such a part in its prefix is taken, else the first in this order."""
 _OTHER_NAMES = (
-    (re.compile(r"^(blocks\.\d+)\.gamma_([12])$"), r"\1.ls\2.gamma"),  # DeiT III
-    (re.compile(r"^register_tokens$"), "reg_token"),  # DINOv2
+    (r"^(blocks\.\d+)\.gamma_([12])$", r"\1.ls\2.gamma"),  # DeiT III
+    (r"^register_tokens$", "reg_token"),  # DINOv2
 )
 
 
@@ -48,7 +46,10 @@ def public_names(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[s
         for key, value in bare.items()
         if key.startswith(parent) and not any(key.startswith(other) for other in found if len(other) > len(prefix))
     }
-    named = {_public(key.removeprefix(parent).removeprefix("encoder.")): value for key, value in inside.items()}
+    named = {
+        _translated(key.removeprefix(parent).removeprefix("encoder."), _OTHER_NAMES): value
+        for key, value in inside.items()
+    }
     outside = [key for key in bare if key not in inside]
     if len(named) + len(outside) < len(state):
         raise ValueError("wanted one tensor for each name, got several that differ in a prefix only")
@@ -67,9 +68,9 @@ def _chosen(found: set[str]) -> str:
     return best[0] if best else ""
 
 
-def _public(key: str) -> str:
-    for pattern, replacement in _OTHER_NAMES:
-        key = pattern.sub(replacement, key)
+def _translated(key: str, table: Iterable[tuple[str, Any]]) -> str:
+    for pattern, replacement in table:
+        key = re.sub(pattern, replacement, key)
     return key
 
 
@@ -101,12 +102,7 @@ def _from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """HF ViTMAE's names translated, q, k and v fused; others as they are."""
     if not any("embeddings.patch_embeddings" in key for key in state):
         return state
-    renamed = {}
-    for key, value in state.items():
-        name = key
-        for pattern, replacement in _HF_NAMES:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = value
+    renamed = {_translated(key, _HF_NAMES): value for key, value in state.items()}
     for key in [key for key in renamed if ".attn.query." in key]:
         names = [key.replace("query", part) for part in ("query", "key", "value")]
         parts = [renamed.pop(name) for name in names if name in renamed]

@@ -6,8 +6,6 @@ it, max pooling the last to twice: strides 4, 8, 16, 32 for patches of 16 px (as
 the third map helps training and is not run otherwise. The appendix names neither the head nor its channels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -70,12 +68,12 @@ class Segmenter(nn.Module):
 
     def forward(self, images: Tensor) -> SegmenterOutput:
         """Normalized images ``[B, 3, H, W]``; an encoder with dynamic_img_pad takes any size."""
-        patches = zip(images.shape[-2:], self.encoder.patch_embed.patch_size, strict=True)
-        padded = [-(-side // patch) * patch for side, patch in patches]
+        (height, width), (p, q) = images.shape[-2:], self.encoder.patch_embed.patch_size
+        padded = [-(-height // p) * p, -(-width // q) * q]
 
         def to_image(logits: Tensor) -> Tensor:
             resized = F.interpolate(logits.float(), size=padded, mode="bilinear", align_corners=False)
-            return resized[..., : images.shape[-2], : images.shape[-1]]
+            return resized[..., :height, :width]
 
         maps = self.forward_pyramid(images)
         auxiliary = to_image(self.auxiliary_head(maps[AUXILIARY_MAP])) if self.training else None
@@ -170,8 +168,11 @@ class FCNHead(nn.Module):
 
 
 def _conv_norm(in_channels: int, out_channels: int, side: int) -> nn.Sequential:
-    conv = nn.Conv2d(in_channels, out_channels, side, padding=side // 2, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, side, padding=side // 2, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(),
+    )
 
 
 def _resize(x: Tensor, like: Tensor) -> Tensor:

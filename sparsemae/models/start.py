@@ -1,7 +1,5 @@
 """Starting from somebody's weights: which of them fit, what was resampled, when it is another network."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -83,10 +81,9 @@ def start_from(model: nn.Module, source: str) -> Start:
     fits = {name for name, shape in wanted.items() if name in state and state[name].shape == shape}
     fraction = sum(wanted[name].numel() for name in fits) / sum(shape.numel() for shape in wanted.values())
     own = {name: value.shape for name, value in public_state(model).items()}
-    pools = not isinstance(encoder.fc_norm, nn.Identity)
-    replaced = (*REPLACED, "norm.*") if pools or model is not encoder else REPLACED
+    pooled = model is not encoder or not isinstance(encoder.fc_norm, nn.Identity)
     unfit = [name for name, value in state.items() if own.get(name) != value.shape]
-    lost = [name for name in unfit if not any(fnmatchcase(name, glob) for glob in replaced)]
+    lost = [name for name in unfit if not any(fnmatchcase(name, glob) for glob in REPLACED + ("norm.*",) * pooled)]
     wrong, setting = f"{source}: checkpoint of another architecture: ", _setting(origin, lost)
     if fraction < WANTED_FRACTION:
         raise ValueError(
@@ -98,9 +95,9 @@ def start_from(model: nn.Module, source: str) -> Start:
     if "pos_embed" in wanted and "pos_embed" not in state:
         raise ValueError(f"{wrong}wanted position embeddings, got none (rotary or relative ones cannot be taken over)")
     _check_forward(origin, encoder)
-    loaded = load_weights(model, state, ignore=[*NEW, *unfit], name=source)
     beside = f"beside it and left out: {len(origin.beside)} tensors ({', '.join(origin.beside[:3])})"
-    return Start(loaded, fraction, resized, [origin.license] * bool(origin.license) + [beside] * bool(origin.beside))
+    notes = [origin.license] * bool(origin.license) + [beside] * bool(origin.beside)
+    return Start(load_weights(model, state, ignore=[*NEW, *unfit], name=source), fraction, resized, notes)
 
 
 @dataclass(frozen=True)

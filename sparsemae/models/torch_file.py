@@ -9,8 +9,6 @@ Checkpoints of MAE, DeiT and their kin also hold the arguments of their run and 
 to be inert, and even so none is made: a stand-in takes what the pickle says of them, and drops it.
 """
 
-from __future__ import annotations
-
 import pickletools
 import re
 import zipfile
@@ -73,7 +71,7 @@ def load_torch_file(path: Path) -> dict[str, Tensor]:
 class _Dropped:
     """Takes whatever a pickle makes of a type in `INERT`, and keeps nothing."""
 
-    def __new__(cls, *arguments: object) -> _Dropped:
+    def __new__(cls, *arguments: object) -> "_Dropped":
         return object.__new__(cls)
 
     def __init__(self, *arguments: object) -> None: ...
@@ -86,18 +84,16 @@ def _tensors(content: object) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         return {}
     main = next((key for key in ("model", "state_dict") if isinstance(content.get(key), dict)), None)
-    others = {key: value for key, value in content.items() if key != main and isinstance(value, dict)}
-    networks = {f"{key}.": value for key, value in others.items() if prefixes(filter(_is_text, value))}
+    others = {f"{key}.": value for key, value in content.items() if key != main and isinstance(value, dict)}
+    networks = {
+        key: value for key, value in others.items() if prefixes(name for name in value if isinstance(name, str))
+    }
     tensors = {}
     for prefix, state in {"": content if main is None else content[main], **networks}.items():
         for key, value in state.items():
             if type(value) in (Tensor, torch.nn.Parameter):
                 tensors[f"{prefix}{key}" if prefix else key] = value.detach()
     return tensors
-
-
-def _is_text(key: object) -> bool:
-    return isinstance(key, str)
 
 
 def _names(path: Path) -> tuple[set[str], bool]:
@@ -116,11 +112,11 @@ def _names(path: Path) -> tuple[set[str], bool]:
                 raise ValueError("its zip says to hold more than itself")
             if harmed := archive.testzip():
                 raise ValueError(f"{harmed} differs from its checksum")
-            pickles = [entry for entry in entries if entry.filename.lower().endswith(".pkl")]
             names = set()
-            for entry in pickles:
-                with archive.open(entry) as content:
-                    names |= _globals(content, most)
+            for entry in entries:
+                if entry.filename.lower().endswith(".pkl"):
+                    with archive.open(entry) as content:
+                        names |= _globals(content, most)
             return names, True
 
 

@@ -1,7 +1,5 @@
 """Building timm ViTs: the encoder of both stages, and the classifier."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping
 from typing import Any

@@ -5,8 +5,6 @@ A pretraining file has the keys of MAE's published full checkpoints (encoder key
 is a `ModelCard`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -70,10 +68,7 @@ def load_weights(
         ValueError: nothing fits, a tensor's shape or kind of number differs, or a value is not finite; names the source
             and the keys.
     """
-    if not isinstance(source, Mapping):
-        name = source
-    elif name is None:
-        name = "state dict"
+    name = (name or "state dict") if isinstance(source, Mapping) else source
     found = source if isinstance(source, Mapping) else read_weights(source)[0]
     try:
         state, outside = public_names(found)
@@ -84,27 +79,26 @@ def load_weights(
 
     own = {key.removeprefix("encoder."): key for key in model.state_dict()}
     wanted = public_state(model)
-    shapes = {key: value.shape for key, value in wanted.items()}
-    wrong = [key for key in state if key in shapes and state[key].shape != shapes[key]]
-    if wrong:
-        first = ", ".join(f"{key} {list(state[key].shape)} for {list(shapes[key])}" for key in wrong[:3])
+    if wrong := [key for key in state if key in wanted and state[key].shape != wanted[key].shape]:
+        first = ", ".join(f"{key} {list(state[key].shape)} for {list(wanted[key].shape)}" for key in wrong[:3])
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(f"{name}: checkpoint of another architecture: got {first}{more}")
     for key in state.keys() & wanted.keys():
         if reason := _unusable(state[key], wanted[key].dtype):
             raise ValueError(f"{name}: {key}: {reason}")
     prefix = "encoder." if any(key.startswith("encoder.") for key in own.values()) else ""
-    translated = {own.get(key, _own_name(key, prefix)): value for key, value in state.items()}
-    missing = [key for key in shapes if key not in state]
+    # a public key that the fresh model lacks: a frozen layer's ``weight_mask``
+    new = {key: prefix + key if key.startswith("blocks.") else key for key in state}
+    missing = [key for key in wanted if key not in state]
     if strict and missing:
         raise ValueError(f"{name}: checkpoint of another architecture: lacks {', '.join(missing[:3])}")
-    if not any(key in shapes for key in state):
+    if not state.keys() & wanted.keys():
         raise ValueError(
-            f"{name}: no weight fits the model; wanted keys like {', '.join(list(shapes)[:3])}, "
+            f"{name}: no weight fits the model; wanted keys like {', '.join(list(wanted)[:3])}, "
             f"got {', '.join(list(state)[:3]) or 'none'}"
         )
     try:
-        result = model.load_state_dict(translated, strict=False)
+        result = model.load_state_dict({own.get(key, new[key]): value for key, value in state.items()}, strict=False)
     except (ValueError, RuntimeError) as error:  # a mask that does not hold, or has no place
         raise ValueError(f"{name}: {error}") from error
     unexpected = [key.removeprefix(prefix) for key in result.unexpected_keys] + outside
@@ -123,11 +117,6 @@ def _unusable(value: Tensor, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _own_name(key: str, prefix: str) -> str:
-    """Our name of a public key that the fresh model lacks (a frozen layer's ``weight_mask``)."""
-    return prefix + key if key.startswith("blocks.") else key
-
-
 def save_model(path: Path, model: nn.Module, card: ModelCard) -> None:
     """Write public weights as safetensors, with the card as JSON metadata; appears whole or not at all."""
     save_tensors(path, public_state(model), card.to_dict())
@@ -135,22 +124,18 @@ def save_model(path: Path, model: nn.Module, card: ModelCard) -> None:
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """As `save_model`, with any JSON values. Raises OSError if it cannot be written; nothing is left of it then."""
-    state = {key: value.cpu().contiguous() for key, value in tensors.items()}
     try:
         with replacing(path) as temporary:
-            save_file(_unshared(state), temporary, {"sparsemae": json.dumps(metadata)})
+            save_file(_unshared(tensors), temporary, {"sparsemae": json.dumps(metadata)})
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from error
 
 
-def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """safetensors refuses tensors that share storage (tied weights): give each later one its own copy."""
-    seen: set[int] = set()
-    result = {}
-    for key, value in state.items():
-        result[key] = value.clone() if value.data_ptr() in seen else value
-        seen.add(value.data_ptr())
-    return result
+    state = {key: value.cpu().contiguous() for key, value in tensors.items()}
+    first = {value.data_ptr(): key for key, value in reversed(state.items())}
+    return {key: value if first[value.data_ptr()] == key else value.clone() for key, value in state.items()}
 
 
 def find_weights(source: str | Path) -> Path:
@@ -160,24 +145,14 @@ def find_weights(source: str | Path) -> Path:
     """
     path = Path(source)
     if path.is_dir():
-        steps = sorted(path.glob("checkpoints/step-*"))
-        for folder in (path, *reversed(steps)):
-            found = [file for name in ("ema", "model") if (file := folder / f"{name}.safetensors").is_file()]
-            if found:
-                return found[0]
+        for folder in (path, *sorted(path.glob("checkpoints/step-*"), reverse=True)):
+            for name in ("ema", "model"):
+                if (file := folder / f"{name}.safetensors").is_file():
+                    return file
         raise ValueError(f"{path}: wanted a run folder with model.safetensors or checkpoints/, found neither")
     if not path.is_file():
         raise ValueError(f"{path}: no such file or run folder")
     return path
-
-
-def read_card(source: str | Path) -> ModelCard | None:
-    """The card of a weights file; None for foreign ones. Raises ValueError if there is no file, or no such card."""
-    path = find_weights(source)
-    if path.suffix != ".safetensors":
-        return None
-    metadata = read_metadata(path)
-    return card_of(metadata, path) if metadata else None
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

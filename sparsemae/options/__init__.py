@@ -16,6 +16,7 @@ from sparsemae.options.commands import (
 )
 from sparsemae.options.data import DataConfig, ImageDataConfig, MaskDataConfig, SourceConfig
 from sparsemae.options.model import (
+    DEFAULT_MODEL,
     DecoderConfig,
     HeadConfig,
     InferenceChange,
@@ -27,8 +28,8 @@ from sparsemae.options.tasks import FinetuneConfig, PretrainConfig, SegmentConfi
 from sparsemae.options.training import OptimConfig, TrainerConfig
 
 __all__ = [
-    "BenchmarkConfig", "CheckConfig", "DataConfig", "DecoderConfig", "DemoConfig", "EvaluateConfig", "FinetuneConfig",
-    "HeadConfig", "ImageDataConfig", "InferenceChange", "InferenceConfig", "MaskDataConfig", "ModelConfig",
-    "OptimConfig", "PackConfig", "PlanConfig", "PredictConfig", "PretrainConfig", "ReportConfig", "SegmentConfig",
-    "SourceConfig", "SparseConfig", "TrainerConfig", "TrainingConfig",
+    "DEFAULT_MODEL", "BenchmarkConfig", "CheckConfig", "DataConfig", "DecoderConfig", "DemoConfig", "EvaluateConfig",
+    "FinetuneConfig", "HeadConfig", "ImageDataConfig", "InferenceChange", "InferenceConfig", "MaskDataConfig",
+    "ModelConfig", "OptimConfig", "PackConfig", "PlanConfig", "PredictConfig", "PretrainConfig", "ReportConfig",
+    "SegmentConfig", "SourceConfig", "SparseConfig", "TrainerConfig", "TrainingConfig",
 ]  # fmt: skip

@@ -55,10 +55,9 @@ def encode_mask(mask: NDArray[np.bool_], n: int, m: int) -> NDArray[np.uint8]:
         raise ValueError(f"mask: wanted bool [O, I] with I a multiple of {m}, got {mask.dtype} {list(mask.shape)}")
     groups = mask.reshape(-1, m)
     kept = groups.sum(axis=1)
-    if (kept != n).any():
-        bad = int(np.flatnonzero(kept != n)[0])
-        row, group = divmod(bad, mask.shape[1] // m)
-        raise ValueError(f"row {row}, group {group}: wanted {n} of {m} kept, got {kept[bad]}")
+    if (bad := np.flatnonzero(kept != n)).size:
+        row, group = divmod(int(bad[0]), mask.shape[1] // m)
+        raise ValueError(f"row {row}, group {group}: wanted {n} of {m} kept, got {kept[bad[0]]}")
     if bits == 0:
         return np.zeros(0, np.uint8)
     if bits == m:  # a bitmap: a rank takes fewer bits
@@ -99,17 +98,14 @@ def decode_positions(codes: NDArray[np.uint8], groups: int, n: int, m: int) -> N
         if bits == m:  # a bitmap: a rank takes fewer bits
             bitmap = np.unpackbits(chunk, count=count * m, bitorder="little").reshape(count, m)
             kept = bitmap.sum(axis=1, dtype=np.int64)
-            if (kept != n).any():
-                bad = int(np.flatnonzero(kept != n)[0])
-                raise ValueError(f"code of group {start + bad}: wanted {n} of {m} kept, got {kept[bad]}")
+            if (bad := np.flatnonzero(kept != n)).size:
+                raise ValueError(f"code of group {start + bad[0]}: wanted {n} of {m} kept, got {kept[bad[0]]}")
             out[start : start + count] = np.nonzero(bitmap)[1].reshape(count, n)
         else:
             ranks = _unpack_bits(chunk, count, bits)
-            bad_ranks = np.flatnonzero(ranks > np.uint64(comb(m, n) - 1))
-            if bad_ranks.size:
-                bad = int(bad_ranks[0])
+            if (bad := np.flatnonzero(ranks > np.uint64(comb(m, n) - 1))).size:
                 raise ValueError(
-                    f"code of group {start + bad}: wanted less than {comb(m, n)} for {n}:{m}, got {ranks[bad]}"
+                    f"code of group {start + bad[0]}: wanted less than {comb(m, n)} for {n}:{m}, got {ranks[bad[0]]}"
                 )
             out[start : start + count] = _unrank(ranks, n, m)
     return out
@@ -127,8 +123,7 @@ def decode_mask(codes: NDArray[np.uint8], rows: int, columns: int, n: int, m: in
 @cache
 def _binomials(n: int, m: int) -> NDArray[np.uint64]:
     """uint64 [n + 1, m]: entry (i, p) is C(p, i), saturated; the saturated ones are never reached by a valid rank."""
-    rows = [[min(comb(p, i), _SATURATED) for p in range(m)] for i in range(n + 1)]
-    return np.array(rows, dtype=np.uint64)
+    return np.array([[min(comb(p, i), _SATURATED) for p in range(m)] for i in range(n + 1)], dtype=np.uint64)
 
 
 @cache

@@ -85,11 +85,10 @@ def dense_shapes(vit: VitShape) -> dict[str, tuple[int, ...]]:
 def stored_shapes(config: PackedConfig) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
     """Shape and numpy type of every tensor of the file. Raises ValueError where the metadata contradicts itself."""
     stored: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
-    shapes = dense_shapes(config.vit)
     sparse_names = {f"blocks.{i}.{layer}" for i in range(config.vit.depth) for layer in LINEARS}
     if extra := sorted(set(config.card.patterns) - sparse_names):
         raise ValueError(f"patterns: wanted only {', '.join(LINEARS)} of the blocks, got {extra[0]!r}")
-    for name, shape in shapes.items():
+    for name, shape in dense_shapes(config.vit).items():
         pattern = config.card.patterns.get(name.removesuffix(".weight"))
         key, kinds = (name, ("fp32", "bf16")) if pattern is None else (f"{name}.values", tuple(DTYPES))
         dtype = config.dtypes.get(key, "")
@@ -118,8 +117,8 @@ def write(path: str | Path, model: PackedModel) -> None:
         OSError: it cannot be written.
     """
     _check(model)
-    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in model.tensors.items()}
-    write_atomic(path, save(tensors, write_metadata(model.config)))
+    metadata = write_metadata(model.config)
+    write_atomic(path, save({name: np.ascontiguousarray(one) for name, one in model.tensors.items()}, metadata))
 
 
 def read(path: str | Path) -> PackedModel:
@@ -138,12 +137,10 @@ def read(path: str | Path) -> PackedModel:
             config = read_metadata(file.metadata())
             wanted = stored_shapes(config)
             _check_names(set(file.keys()), set(wanted))
-            tensors = {}
             for name, (shape, _) in wanted.items():
                 if tuple(file.get_slice(name).get_shape()) != shape:
                     raise ValueError(f"{name}: wanted {list(shape)}, got {file.get_slice(name).get_shape()}")
-                tensors[name] = file.get_tensor(name)
-        model = PackedModel(config, tensors)
+            model = PackedModel(config, {name: file.get_tensor(name) for name in wanted})
         _check(model)
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError, SafetensorError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -198,8 +195,7 @@ def _check(model: PackedModel) -> None:
         tensor = model.tensors[name]
         if tensor.shape != shape or tensor.dtype != dtype:
             raise ValueError(f"{name}: wanted {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
-        bf16 = dtype == np.uint16
-        finite = (tensor & 0x7FFF).max(initial=0) < 0x7F80 if bf16 else np.isfinite(tensor).all()
+        finite = (tensor & 0x7FFF).max(initial=0) < 0x7F80 if dtype == np.uint16 else np.isfinite(tensor).all()
         if not finite:
             raise ValueError(f"{name}: wanted finite values, got NaN or infinity")
         if name.endswith(".scale") and not (tensor > 0).all():

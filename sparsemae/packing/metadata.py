@@ -141,9 +141,9 @@ def read_metadata(metadata: dict[str, str] | None) -> PackedConfig:
         raise ValueError(f"wanted metadata of format {FORMAT!r}, got none")
     version = metadata.get("version", "")
     if version not in map(str, range(1, VERSION + 1)):
-        newer = version.isdecimal() and int(version[:9]) > VERSION
         raise ValueError(
-            f"format version: wanted 1 to {VERSION}, got {version[:20]!r}" + (": update sparsemae" if newer else "")
+            f"format version: wanted 1 to {VERSION}, got {version[:20]!r}"
+            + ": update sparsemae" * (version.isdecimal() and int(version[:9]) > VERSION)
         )
     document = json.loads(metadata["config"])
     if version == "1":

@@ -66,8 +66,7 @@ def pack(
         OSError: the file cannot be written.
     """
     vit = vit_shape(model)
-    if patterns is None:
-        patterns = _frozen_patterns(model)
+    patterns = _frozen_patterns(model) if patterns is None else patterns
     if not patterns:
         raise ValueError("pack: wanted a model with N:M sparse layers, got none")
     card = card or ModelCard("classify", "", {}, _input_spec(model, vit))
@@ -182,13 +181,13 @@ def _mask_of(weight: Array, n: int, m: int, layer: str) -> NDArray[np.bool_]:
     """The weights that are not zero; where a group has fewer than n, its first zeros are kept too."""
     kept = (weight != 0).reshape(-1, m)
     counts = kept.sum(axis=1)
-    if (counts > n).any():
-        bad = int(np.flatnonzero(counts > n)[0])
-        row, group = divmod(bad, weight.shape[1] // m)
-        raise ValueError(f"pack: {layer}: row {row}, group {group}: wanted {n}:{m}, got {counts[bad]} nonzero weights")
-    order = np.argsort(~kept, axis=1, kind="stable")[:, :n]
+    if (bad := np.flatnonzero(counts > n)).size:
+        row, group = divmod(int(bad[0]), weight.shape[1] // m)
+        raise ValueError(
+            f"pack: {layer}: row {row}, group {group}: wanted {n}:{m}, got {counts[bad[0]]} nonzero weights"
+        )
     mask: NDArray[np.bool_] = np.zeros_like(kept)
-    np.put_along_axis(mask, order, True, axis=1)
+    np.put_along_axis(mask, np.argsort(~kept, axis=1, kind="stable")[:, :n], True, axis=1)
     return mask.reshape(weight.shape)
 
 

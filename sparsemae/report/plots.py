@@ -8,10 +8,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from sparsemae.card import InputSpec, ModelCard
-from sparsemae.data.sampling import PICTURE, stream
-from sparsemae.data.sources import open_source
+from sparsemae.data import sampling, sources, transforms
 from sparsemae.data.splits import Source
-from sparsemae.data.transforms import evaluation_transform, normalize
 from sparsemae.files import replacing
 from sparsemae.models import MaskedAutoencoder
 from sparsemae.options import SourceConfig
@@ -31,13 +29,13 @@ def reconstruction_picture(
     Masked patches are shown as predicted, with the target's own mean and standard deviation given back when the model
     predicts normalized patches; kept patches are shown as they are.
     """
-    source = source or open_source(SourceConfig(), "val")
+    source = source or sources.open_source(SourceConfig(), "val")
     spec, ratio = card.input, card.settings["mask_ratio"]
-    transform = evaluation_transform(spec)
+    transform = transforms.evaluation_transform(spec)
     pixels = torch.stack([transform(*source.read(index, rules=spec))[0] for index in range(images)])
-    x = normalize(pixels, spec.mean, spec.std)
-    patches = model.encoder.patch_embed.num_patches
-    noise = torch.from_numpy(stream(seed, PICTURE).random((images, patches), np.float32))
+    x = transforms.normalize(pixels, spec.mean, spec.std)
+    shape = images, model.encoder.patch_embed.num_patches
+    noise = torch.from_numpy(sampling.stream(seed, sampling.PICTURE).random(shape, np.float32))
     with torch.inference_mode():
         sparse = model(x, ratio, noise)
         with dense_weights(model):
@@ -56,8 +54,10 @@ def reconstruction_picture(
             axis.imshow(image)
             axis.set(xticks=[], yticks=[])
         axis_row[0].set_ylabel(title, fontsize=8)
-    losses = f"loss {float(sparse.loss):.3f} sparse, {float(full.loss):.3f} full"
-    figure.suptitle(f"{ratio:.0%} of the patches masked; {losses}", fontsize=9)
+    figure.suptitle(
+        f"{ratio:.0%} of the patches masked; loss {float(sparse.loss):.3f} sparse, {float(full.loss):.3f} full",
+        fontsize=9,
+    )
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=130, format="png")
 

@@ -126,14 +126,11 @@ def load(path: str | Path, threads: int | None = None, quantize: bool = True) ->
         OSError: the file cannot be opened.
     """
     packed = read(path)
-    isa = os.environ.get("SPARSEMAE_ISA", "")
+    threads = _default_threads(packed.config.vit.tokens) if threads is None else threads
     try:
-        native = _build(
-            packed, _default_threads(packed.config.vit.tokens) if threads is None else threads, isa, quantize
-        )
+        return Model(packed.config, _build(packed, threads, os.environ.get("SPARSEMAE_ISA", ""), quantize))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return Model(packed.config, native)
 
 
 def _default_threads(tokens: int) -> int:

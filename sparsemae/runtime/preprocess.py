@@ -16,8 +16,9 @@ from sparsemae.card import InputSpec
 
 def transform(image: Image.Image, spec: InputSpec, height: int, width: int) -> NDArray[np.float32]:
     """Resize, crop and normalize an RGB image. Returns float32 [3, H, W]."""
-    size = _resized(image.size, height, width, spec.crop_pct)
-    image = image.resize(size, Image.Resampling[spec.interpolation.upper()])
+    image = image.resize(
+        _resized(image.size, height, width, spec.crop_pct), Image.Resampling[spec.interpolation.upper()]
+    )
     pixels = np.asarray(_center_crop(image, height, width), dtype=np.float32) / np.float32(255)
     mean, std = (np.array(values, np.float32) for values in (spec.mean, spec.std))
     return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))

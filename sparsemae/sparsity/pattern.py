@@ -7,8 +7,6 @@ Equal magnitudes keep the lower index, on every device and in every dtype, so th
 of the weight alone.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 
@@ -34,7 +32,7 @@ class NMPattern:
             raise ValueError(f"N:M pattern: wanted 1 <= n <= m (n kept of every m), got n={self.n}, m={self.m}")
 
     @classmethod
-    def parse(cls, text: str | NMPattern) -> NMPattern:
+    def parse(cls, text: "str | NMPattern") -> "NMPattern":
         """Read ``"2:32"``. ``"32:32"`` is dense. Raises ValueError on anything that is not ``n:m``."""
         if isinstance(text, NMPattern):
             return text
@@ -81,8 +79,7 @@ def select_mask(weight: Tensor, pattern: NMPattern) -> Tensor:
             groups.scatter_(1, groups.max(dim=1, keepdim=True).indices, -1.0)
         return (groups < 0).view(weight.shape)
     order = groups.sort(dim=1, descending=True, stable=True).indices
-    mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order[:, :n], True)
-    return mask.view(weight.shape)
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order[:, :n], True).view(weight.shape)
 
 
 def check_divides(weight: Tensor, pattern: NMPattern, name: str) -> None:
@@ -112,11 +109,10 @@ def check_holds(weight: Tensor, mask: Tensor, pattern: NMPattern, name: str) -> 
     if mask.shape != weight.shape:
         raise ValueError(f"{name}: wanted a mask of shape {list(weight.shape)}, got {list(mask.shape)}")
     check_finite(weight, name)
-    groups_per_row = weight.shape[-1] // pattern.m
     kept = mask.reshape(-1, pattern.m).sum(dim=1)
     if not (kept == pattern.n).all():
         group = int((kept != pattern.n).nonzero()[0])
-        row, column = divmod(group, groups_per_row)
+        row, column = divmod(group, weight.shape[-1] // pattern.m)
         raise ValueError(
             f"{name}: wanted {pattern.n} kept of every {pattern.m}, got {int(kept[group])} in row {row}, group {column}"
         )

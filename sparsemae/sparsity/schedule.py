@@ -4,8 +4,6 @@ All three are off by default: SparseMAE's masks move from the first step to the 
 travels in checkpoints as bits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -79,8 +77,7 @@ class MaskSchedule:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The fixed masks as bits; empty while the masks move."""
-        layers = dict(iter_sparse(self._model))
-        return pack_masks({name: layer.current_mask() for name, layer in layers.items()}) if self._fixed else {}
+        return pack_masks({name: layer.current_mask() for name, layer in iter_sparse(self._model) if self._fixed})
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Inverse of `state_dict`."""

@@ -1,7 +1,5 @@
 """How the sparse network moves: mask flip rate and SAD, and the summary of what is sparse."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -134,8 +132,8 @@ def summarize(model: nn.Module) -> SparsitySummary:
 
     Each shared parameter counts once. Works on dense models too (then all is dense).
     """
-    summary = SparsitySummary()
     seen: set[int] = set()
+    sparse: list[tuple[str, str, int, int]] = []
     dense: dict[str, int] = {}
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
@@ -144,13 +142,11 @@ def summarize(model: nn.Module) -> SparsitySummary:
             seen.add(id(parameter))
             if isinstance(module, NMLinear) and key == "weight":
                 kept = parameter.numel() // module.pattern.m * module.pattern.n
-                summary.sparse.append((name, str(module.pattern), kept, parameter.numel()))
+                sparse.append((name, str(module.pattern), kept, parameter.numel()))
             else:
-                path = f"{name}.{key}" if name else key
-                group = _dense_group(path)
+                group = _dense_group(f"{name}.{key}" if name else key)
                 dense[group] = dense.get(group, 0) + parameter.numel()
-    summary.dense = list(dense.items())
-    return summary
+    return SparsitySummary(sparse, list(dense.items()))
 
 
 def _dense_group(path: str) -> str:

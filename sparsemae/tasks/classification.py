@@ -15,12 +15,9 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from sparsemae.card import ModelCard
 from sparsemae.costs.multiply_adds import Forward, count_forward
+from sparsemae.data import loader, sampling, sources, transforms
 from sparsemae.data.dataset import ImageDataset
-from sparsemae.data.loader import UnreadableImages, batches
-from sparsemae.data.sampling import BatchPlan, EvaluationSampler
-from sparsemae.data.sources import find_source, require_classes
 from sparsemae.data.splits import Part
-from sparsemae.data.transforms import evaluation_transform, normalize, training_transform
 from sparsemae.models import build_vit, use_plain_attention
 from sparsemae.options import FinetuneConfig, SourceConfig
 from sparsemae.predictor import Prediction
@@ -38,22 +35,21 @@ class Classification(Task[FinetuneConfig]):
 
     def open_data(self) -> None:
         data = self.config.data
-        self.splits = find_source(data)
+        self.splits = sources.find_source(data)
         self.train, self.val = self.splits.open("train", data.train_images), self.splits.open("val")
         self.sources = {"train": self.train, "val": self.val}
         self.class_names = self.train.class_names
-        require_classes(self.train, str(data.root))
+        sources.require_classes(self.train, str(data.root))
 
     def datasets(self, model: nn.Module) -> tuple[ImageDataset, ImageDataset]:
         data, smallest = self.config.data, smallest_side(model)
-        training = ImageDataset(
-            self.train, training_transform(data), self.config.seed, 0, smallest, data, data.max_unreadable
-        )
-        transform = evaluation_transform(self.card().input)
+        transform = transforms.evaluation_transform(self.card().input)
         self.validation = ImageDataset(self.val, transform, smallest=smallest, rules=data)
-        return training, self.validation
+        return ImageDataset(
+            self.train, transforms.training_transform(data), self.config.seed, 0, smallest, data, data.max_unreadable
+        ), self.validation  # fmt: skip
 
-    def prepare(self, model: nn.Module, fabric: Fabric, batches: BatchPlan) -> None:
+    def prepare(self, model: nn.Module, fabric: Fabric, batches: sampling.BatchPlan) -> None:
         config = self.config
         self.mix: Mixup | None = None
         if config.mixup or config.cutmix:  # timm's, on every batch; they make the targets soft and smooth them
@@ -64,18 +60,19 @@ class Classification(Task[FinetuneConfig]):
             self.mix = Mixup(
                 config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=len(self.class_names)
             )
-        self.criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if self.mix else config.label_smoothing)
+        self.criterion: Callable[[Tensor, Tensor], Tensor] = nn.CrossEntropyLoss(
+            label_smoothing=0.0 if self.mix else config.label_smoothing
+        )
         self.erase: Callable[[Tensor], Tensor] = lambda images: images
         if config.erasing:  # on the normalized batch; draws from the generators that the loop seeds
             self.erase = RandomErasing(config.erasing, mode="pixel", device=str(fabric.device))
 
     def loss(self, forward: nn.Module, batch: dict[str, Any]) -> Tensor:
         data = self.config.data
-        images, target = self.erase(normalize(batch["image"], data.mean, data.std)), batch["target"]
+        images, target = self.erase(transforms.normalize(batch["image"], data.mean, data.std)), batch["target"]
         if self.mix is not None:
             images, target = self.mix(images, target)
-        loss: Tensor = self.criterion(forward(images).float(), target)
-        return loss
+        return self.criterion(forward(images).float(), target)
 
     def example_batch(self, model: nn.Module, size: int) -> dict[str, Any]:
         return {"image": blank_images(size, self.config.data.img_size), "target": torch.zeros(size, dtype=torch.long)}
@@ -103,8 +100,10 @@ class Classification(Task[FinetuneConfig]):
     def evaluation_set(
         cls, card: ModelCard, data: SourceConfig, smallest: int, split: Part | None = None
     ) -> tuple[ImageDataset, str]:
-        source, said = find_source(data).open_for_evaluation(split, card.data, card.class_names)
-        return ImageDataset(source, evaluation_transform(card.input), smallest=smallest, rules=card.input), said
+        source, said = sources.find_source(data).open_for_evaluation(split, card.data, card.class_names)
+        return ImageDataset(
+            source, transforms.evaluation_transform(card.input), smallest=smallest, rules=card.input
+        ), said
 
     @classmethod
     def measure(
@@ -116,17 +115,17 @@ class Classification(Task[FinetuneConfig]):
         Raises ValueError, on all processes, naming an image that cannot be read: each is to count once.
         """
         classes = len(card.class_names)
-        ranks = {"top1": 1, "top5": min(5, classes)}
         meters = {
-            name: MulticlassAccuracy(classes, top_k=k, average="micro").to(fabric.device) for name, k in ranks.items()
+            name: MulticlassAccuracy(classes, top_k=k, average="micro").to(fabric.device)
+            for name, k in (("top1", 1), ("top5", min(5, classes)))
         }
-        sampler = EvaluationSampler(len(dataset), EVALUATION_BATCH, fabric.global_rank, fabric.world_size)
-        unreadable = UnreadableImages(len(dataset), 0.0, at_end=True)
-        found = batches(dataset, sampler, workers, unreadable=unreadable)
+        sampler = sampling.EvaluationSampler(len(dataset), EVALUATION_BATCH, fabric.global_rank, fabric.world_size)
+        unreadable = loader.UnreadableImages(len(dataset), 0.0, at_end=True)
+        found = loader.batches(dataset, sampler, workers, unreadable=unreadable)
         for batch in with_progress(found, "evaluating", len(dataset)) if progress else found:
             images, targets = fabric.to_device((batch["image"], batch["target"]))
             with fabric.autocast():
-                logits = network(normalize(images, card.input.mean, card.input.std)).float()
+                logits = network(transforms.normalize(images, card.input.mean, card.input.std)).float()
             for meter in meters.values():
                 meter.update(logits, targets)
         unreadable.synchronize()
@@ -137,10 +136,10 @@ class Classification(Task[FinetuneConfig]):
     @classmethod
     def predict(cls, network: Network, card: ModelCard, images: Sequence[Image.Image], top_k: int) -> list[Any]:
         """For each image the ``top_k`` `Prediction` s, best first."""
-        transform, spec = evaluation_transform(card.input), card.input
+        transform, spec = transforms.evaluation_transform(card.input), card.input
         pixels = torch.stack([transform(image, 0)[0] for image in images])
-        probabilities = network(normalize(pixels, spec.mean, spec.std)).float().softmax(dim=-1)
-        best = probabilities.topk(min(top_k, len(card.class_names)))
+        logits = network(transforms.normalize(pixels, spec.mean, spec.std)).float()
+        best = logits.softmax(dim=-1).topk(min(top_k, len(card.class_names)))
         return [
             [Prediction(card.class_names[i], i, p) for p, i in zip(values, indices, strict=True)]
             for values, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True)

@@ -60,17 +60,6 @@ class TorchPredictor:
         return results
 
 
-def load_predictor(source: str | Path) -> TorchPredictor:
-    """A finetuned model from its file or run folder. Raises ValueError as `load_model`."""
-    return TorchPredictor(*load_model(source))
-
-
-def load_encoder(source: str | Path) -> tuple[nn.Module, ModelCard]:
-    """The ViT of a pretrained or a finetuned model, as `load_model`."""
-    model, card = load_model(source)
-    return encoder_of(model), card
-
-
 def load_model(source: str | Path, task: str | None = None) -> tuple[Any, ModelCard]:
     """A model from its file or run folder, in evaluation mode, with its card.
 

@@ -59,8 +59,8 @@ class Pretraining(Task[PretrainConfig]):
         return loss
 
     def example_batch(self, model: nn.Module, size: int) -> dict[str, Any]:
-        patches = encoder_of(model).patch_embed.num_patches
-        return {"image": blank_images(size, self.config.data.img_size), "noise": torch.rand(size, patches)}
+        noise = torch.rand(size, encoder_of(model).patch_embed.num_patches)
+        return {"image": blank_images(size, self.config.data.img_size), "noise": noise}
 
     def forwards(self, model: nn.Module) -> list[Forward]:
         assert isinstance(model, MaskedAutoencoder)

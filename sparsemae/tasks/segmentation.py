@@ -4,11 +4,9 @@ Predictions are compared with the masks at the images' own size. All scores come
 all images and processes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any, ClassVar
 
 import torch
@@ -20,12 +18,8 @@ from torchvision.transforms.v2 import functional as transforms
 
 from sparsemae.card import ModelCard
 from sparsemae.costs.multiply_adds import Forward, count_forward
+from sparsemae.data import loader, mask_transforms, masks, pairs, sampling
 from sparsemae.data.dataset import ImageDataset
-from sparsemae.data.loader import UnreadableImages, batches
-from sparsemae.data.mask_transforms import mask_evaluation_transform, mask_training_transform
-from sparsemae.data.masks import IGNORED, Legend
-from sparsemae.data.pairs import check_pairs, find_masks, open_pairs, refuse_binary, said_of_classes
-from sparsemae.data.sampling import BatchPlan, EvaluationSampler
 from sparsemae.data.splits import Part
 from sparsemae.data.survey import survey
 from sparsemae.data.transforms import normalize
@@ -54,36 +48,38 @@ class Segmentation(Task[SegmentConfig]):
 
     def __init__(self, config: SegmentConfig) -> None:
         super().__init__(config)
-        self.legend, self.absent = Legend([]), list[str]()
+        self.legend, self.absent = masks.Legend([]), list[str]()
 
     def open_data(self) -> None:
         data = self.config.data
-        self.splits = find_masks(data)
-        self.train, self.val = open_pairs(self.splits, "train", data.train_images), open_pairs(self.splits, "val")
+        self.splits = pairs.find_masks(data)
+        self.train, self.val = (
+            pairs.open_pairs(self.splits, "train", data.train_images),
+            pairs.open_pairs(self.splits, "val"),
+        )
         self.sources = {"train": self.train, "val": self.val}
         assert self.train.legend is not None
         for source in self.sources.values():
             survey(source, data)
-        refuse_binary(self.train)
+        pairs.refuse_binary(self.train)
         self.class_names, self.legend = self.train.class_names, self.train.legend
 
     def settings(self) -> dict[str, Any]:
-        config = self.config
-        settings = {
-            "head": asdict(config.head), "out_indices": config.out_indices, "inference": asdict(config.inference)
+        config, legend = self.config, self.legend
+        return {
+            "head": asdict(config.head), "out_indices": config.out_indices, "inference": asdict(config.inference),
+            "palette": legend.palette, "reduce_zero_label": legend.reduce_zero_label,
         }  # fmt: skip
-        return settings | {"palette": self.legend.palette, "reduce_zero_label": self.legend.reduce_zero_label}
 
     def datasets(self, model: nn.Module) -> tuple[ImageDataset, ImageDataset]:
         data = self.config.data
-        training = ImageDataset(
-            self.train, mask_training_transform(data), self.config.seed, rules=data,
+        self.validation = ImageDataset(self.val, mask_transforms.mask_evaluation_transform, rules=data)
+        return ImageDataset(
+            self.train, mask_transforms.mask_training_transform(data), self.config.seed, rules=data,
             max_unreadable=data.max_unreadable,
-        )  # fmt: skip
-        self.validation = ImageDataset(self.val, mask_evaluation_transform, rules=data)
-        return training, self.validation
+        ), self.validation  # fmt: skip
 
-    def prepare(self, model: nn.Module, fabric: Fabric, batches: BatchPlan) -> None:
+    def prepare(self, model: nn.Module, fabric: Fabric, batches: sampling.BatchPlan) -> None:
         if batches.micro_batch < 2:
             raise ValueError(
                 "trainer.device_batch: wanted at least 2 images per device and forward, got 1: the head pools to "
@@ -94,7 +90,7 @@ class Segmentation(Task[SegmentConfig]):
 
     def notes(self, model: nn.Module) -> list[str]:
         """A warning where masks seem to be of another kind, and what the head costs."""
-        side, said = self.config.data.img_size, said_of_classes(self.train)
+        side, said = self.config.data.img_size, pairs.said_of_classes(self.train)
         around = ", ".join(
             f"{sum(parameter.numel() for parameter in part.parameters()):,} {name}"
             for name, part in model.named_children()
@@ -111,7 +107,7 @@ class Segmentation(Task[SegmentConfig]):
     def loss(self, forward: nn.Module, batch: dict[str, Any]) -> Tensor:
         data = self.config.data
         output = forward(normalize(batch["image"], data.mean, data.std))
-        return segmentation_loss(output, batch["target"], self.config.head.auxiliary_weight, IGNORED)
+        return segmentation_loss(output, batch["target"], self.config.head.auxiliary_weight, masks.IGNORED)
 
     def example_batch(self, model: nn.Module, size: int) -> dict[str, Any]:
         images = blank_images(size, self.config.data.img_size)
@@ -129,9 +125,9 @@ class Segmentation(Task[SegmentConfig]):
         ]
 
     def evaluate(self, fabric: Fabric, model: nn.Module) -> dict[str, float]:
-        metrics = self.measure(fabric, model, self.card(), self.validation, self.config.data.workers)
-        self.absent = [name for name in self.class_names if math.isnan(metrics[PER_CLASS + name])]
-        return {name: value for name, value in metrics.items() if not name.startswith(PER_CLASS)}
+        measured = self.measure(fabric, model, self.card(), self.validation, self.config.data.workers)
+        self.absent = [name for name in self.class_names if math.isnan(measured[PER_CLASS + name])]
+        return {name: value for name, value in measured.items() if not name.startswith(PER_CLASS)}
 
     def result(self, metrics: dict[str, float]) -> str:
         absent = f" (in none of their masks: {', '.join(self.absent)})" if self.absent else ""
@@ -139,19 +135,18 @@ class Segmentation(Task[SegmentConfig]):
 
     @classmethod
     def build(cls, card: ModelCard, drop_path: float = 0.0) -> Segmenter:
-        any_size = {"dynamic_img_size": True, "dynamic_img_pad": True}
-        args = {**card.model_args, **any_size}
+        args = {**card.model_args, "dynamic_img_size": True, "dynamic_img_pad": True}
         encoder = build_vit(card.architecture, args, card.input.img_size, drop_path=drop_path)
-        head = HeadConfig(**card.settings["head"])
-        return Segmenter(encoder, len(card.class_names), card.settings["out_indices"], head)
+        head, out_indices = HeadConfig(**card.settings["head"]), card.settings["out_indices"]
+        return Segmenter(encoder, len(card.class_names), out_indices, head)
 
     @classmethod
     def evaluation_set(
         cls, card: ModelCard, data: SourceConfig, smallest: int, split: Part | None = None
     ) -> tuple[ImageDataset, str]:
-        splits = find_masks(data)
+        splits = pairs.find_masks(data)
         source, said = splits.open_for_evaluation(split, card.data, card.class_names)
-        check_pairs(splits, source)
+        pairs.check_pairs(splits, source)
         if tuple(source.class_names) != card.class_names:
             raise ValueError(
                 f"{splits.root}: wanted the {len(card.class_names)} classes of the model "
@@ -161,7 +156,7 @@ class Segmentation(Task[SegmentConfig]):
                 * (data.root is None)
             )
         rules = replace(card.input, exif=card.input.exif if data.exif is None else data.exif)
-        return ImageDataset(source, mask_evaluation_transform, rules=rules), said
+        return ImageDataset(source, mask_transforms.mask_evaluation_transform, rules=rules), said
 
     @classmethod
     def measure(
@@ -173,17 +168,16 @@ class Segmentation(Task[SegmentConfig]):
         Raises ValueError if there is no labeled pixel.
         """
         names, inference = card.class_names, InferenceConfig(**card.settings["inference"])
-        meter = MulticlassConfusionMatrix(len(names), ignore_index=IGNORED).to(fabric.device)
+        meter = MulticlassConfusionMatrix(len(names), ignore_index=masks.IGNORED).to(fabric.device)
         at_once = SMALL_IMAGES_AT_ONCE if dataset.source.one_size else 1
-        sampler = EvaluationSampler(len(dataset), at_once, fabric.global_rank, fabric.world_size)
+        sampler = sampling.EvaluationSampler(len(dataset), at_once, fabric.global_rank, fabric.world_size)
 
-        def logits(images: Tensor) -> Tensor:
+        def logits(images: Tensor) -> Any:
             with fabric.autocast():
-                result: Tensor = network(images).logits
-            return result
+                return network(images).logits
 
-        unreadable = UnreadableImages(len(dataset), 0.0, at_end=True)
-        found = batches(dataset, sampler, workers, unreadable=unreadable)
+        unreadable = loader.UnreadableImages(len(dataset), 0.0, at_end=True)
+        found = loader.batches(dataset, sampler, workers, unreadable=unreadable)
         for batch in with_progress(found, "evaluating", len(dataset)) if progress else found:
             images, targets = fabric.to_device((batch["image"], batch["target"]))
             meter.update(predict_scores(logits, images, card.input, inference).argmax(dim=1), targets.long())
@@ -192,18 +186,18 @@ class Segmentation(Task[SegmentConfig]):
         if not confusion.sum():
             name = dataset.source.filename(0)
             raise ValueError(f"{name}, ...: wanted labeled pixels to evaluate on, got ignored ones only")
-        scores = Scores.of(confusion)
-        means = {"miou": scores.miou, "mean_accuracy": scores.mean_accuracy, "pixel_accuracy": scores.pixel_accuracy}
-        means |= {"scored_classes": float(scores.classes), "classes": float(len(names))}
-        return means | {PER_CLASS + name: iou for name, iou in zip(names, scores.iou, strict=True)}
+        means, ious = scores(confusion)
+        return means | {PER_CLASS + name: iou for name, iou in zip(names, ious, strict=True)}
 
     @classmethod
     def predict(cls, network: Network, card: ModelCard, images: Sequence[Image.Image], top_k: int) -> list[Any]:
         """For each image its classes uint8 ``[H, W]``, at its own size."""
         inference = InferenceConfig(**card.settings["inference"])
-        pixels = (transforms.pil_to_tensor(image)[None] for image in images)
-        scores = (predict_scores(lambda x: network(x).logits, image, card.input, inference) for image in pixels)
-        return [one[0].argmax(dim=0).to("cpu", torch.uint8).numpy() for one in scores]
+        found = (
+            predict_scores(lambda x: network(x).logits, pixels[None], card.input, inference)
+            for pixels in map(transforms.pil_to_tensor, images)
+        )
+        return [one[0].argmax(dim=0).to("cpu", torch.uint8).numpy() for one in found]
 
     @classmethod
     def summary(cls, metrics: dict[str, float]) -> str:
@@ -227,28 +221,18 @@ class Segmentation(Task[SegmentConfig]):
         return ", ".join(f"{name} {value}" for name, value in inference.items())
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Fractions; classes without a labeled pixel are nan, and left out of the means."""
+def scores(confusion: Tensor) -> tuple[dict[str, float], list[float]]:
+    """mIoU, mean and pixel accuracy as fractions, and each class's IoU, of a matrix ``[C, C]`` of pixels.
 
-    miou: float
-    """Over the classes that are in the truth."""
-    mean_accuracy: float
-    """Over the same."""
-    pixel_accuracy: float
-    iou: list[float]
-    """Per class."""
-
-    @property
-    def classes(self) -> int:
-        """How many are in the truth."""
-        return sum(not math.isnan(value) for value in self.iou)
-
-    @classmethod
-    def of(cls, confusion: Tensor) -> Scores:
-        """From a matrix ``[C, C]`` of pixels, rows the truth, columns the prediction."""
-        confusion = confusion.double()
-        right, truth, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-        recall = right / truth  # 0 / 0 is nan
-        iou = torch.where(truth > 0, right / (truth + predicted - right), torch.nan)
-        return cls(float(iou.nanmean()), float(recall.nanmean()), float(right.sum() / truth.sum()), iou.tolist())
+    Rows are the truth, columns the prediction. Classes without a labeled pixel are nan, and left out of the means;
+    ``scored_classes`` says how many are left, of ``classes``.
+    """
+    confusion = confusion.double()
+    right, truth, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    recall = right / truth  # 0 / 0 is nan
+    iou = torch.where(truth > 0, right / (truth + predicted - right), torch.nan)
+    means = {
+        "miou": iou.nanmean(), "mean_accuracy": recall.nanmean(), "pixel_accuracy": right.sum() / truth.sum(),
+        "scored_classes": (truth > 0).sum(), "classes": len(truth),
+    }  # fmt: skip
+    return {name: float(mean) for name, mean in means.items()}, iou.tolist()

@@ -4,10 +4,10 @@ While a model is trained, an object made of the options has the data, the loss a
 only a model's card: what then remains to be done with it (build, measure, predict) are class methods.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from lightning_fabric import Fabric
@@ -22,24 +22,18 @@ from sparsemae.data.splits import Part, Source, Splits
 from sparsemae.data.survey import survey
 from sparsemae.data.tree import Split
 from sparsemae.models import patch_side
-from sparsemae.options import SourceConfig, TrainingConfig
-from sparsemae.options.model import DEFAULT_MODEL
+from sparsemae.options import DEFAULT_MODEL, SourceConfig
+from sparsemae.training.subject import Config, Trainable
 
-Config = TypeVar("Config", bound=TrainingConfig)
 Network = Callable[[Tensor], Any]
 """Normalized images ``[B, 3, H, W]`` to what the task's model gives for them."""
 
 
-class Task(ABC, Generic[Config]):
+class Task(Trainable[Config]):
     """One training, by its options; its class methods need no more than a model's card."""
 
-    title: ClassVar[str]
-    """What the progress display calls the training."""
     around: ClassVar[str | None] = None
     """What stands around the encoder, if anything does."""
-    best_by: ClassVar[str | None] = None
-    """The metric by which the best checkpoint is kept; None: there is no evaluation."""
-    higher_is_better: ClassVar[bool] = True
     freezes: ClassVar[bool] = True
     """The masks are frozen at the end; not if a later stage trains on."""
     dataset_size: ClassVar[tuple[int, int]] = (1_281_167, 1000)
@@ -87,20 +81,12 @@ class Task(ABC, Generic[Config]):
         return model
 
     @abstractmethod
-    def loss(self, forward: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """Loss of one micro-batch of bytes on the device, a scalar mean over it; ``forward`` is `wrapped`'s."""
-
-    @abstractmethod
     def example_batch(self, model: nn.Module, size: int) -> dict[str, Any]:
         """A micro-batch of so many blank images, for plans and benchmarks."""
 
     @abstractmethod
     def forwards(self, model: nn.Module) -> list[Forward]:
         """Multiply-adds of one image, of a model on the meta device."""
-
-    def evaluate(self, fabric: Fabric, model: nn.Module) -> dict[str, float]:
-        """Metrics on the validation set, as fractions; `measure` with what `datasets` made."""
-        raise NotImplementedError
 
     def result(self, metrics: dict[str, float]) -> str:
         """What a finished training says of itself."""

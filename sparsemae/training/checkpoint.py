@@ -145,16 +145,19 @@ def migrated(counters: Mapping[str, Any], path: Path) -> dict[str, Any]:
     version, packages = counters.get("version", 1), counters.get("packages")
     if version not in range(1, VERSION + 1):
         by = f"sparsemae {packages.get('sparsemae')!s:.40}" if isinstance(packages, dict) else "an unknown version"
-        wanted = f"wanted a checkpoint of version 1 to {VERSION}"
-        raise ValueError(f"{path}: {wanted}, got version {version!r:.40}, written by {by}: update sparsemae")
+        raise ValueError(
+            f"{path}: wanted a checkpoint of version 1 to {VERSION}, got version {version!r:.40}, written by {by}: "
+            "update sparsemae"
+        )
     return renamed(counters, CHECKPOINT)
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> Tensors:
-    """Nested dicts of tensors as one, its keys joined by ``/``."""
-    leaves: Tensors = {}
+def flatten(tree: Mapping[str, Any], separator: str = "/", prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, their keys joined."""
+    leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        leaves |= flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        nested = isinstance(value, Mapping)
+        leaves |= flatten(value, separator, f"{prefix}{key}{separator}") if nested else {f"{prefix}{key}": value}
     return leaves
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from sparsemae.options import TrainerConfig
+from sparsemae.training.checkpoint import flatten
 
 PRECISIONS: dict[str, Any] = {"bf16": "bf16-mixed", "fp32": "32-true", "fp64": "64-true"}
 """What Fabric calls them."""
@@ -33,16 +34,13 @@ def differences(
     """
     defaults, old, new = flatten_config(defaults), flatten_config(before), flatten_config(now)
     old = {key: value for key, value in defaults.items() if key in new} | old
-    keys = [key for key in sorted(old | new) if key not in may_change and old.get(key) != new.get(key)]
-    return [f"{key} was {old.get(key)}, is {new.get(key)}" for key in keys]
+    return [
+        f"{key} was {old.get(key)}, is {new.get(key)}"
+        for key in sorted(old | new)
+        if key not in may_change and old.get(key) != new.get(key)
+    ]
 
 
-def flatten_config(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_config(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A tree of settings as one dictionary, names joined by dots."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            leaves |= flatten_config(value, f"{prefix}{key}.")
-        else:
-            leaves[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return leaves
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in flatten(tree, ".").items()}

@@ -4,15 +4,12 @@ What the loader would give is a function of the step (`TrainingSampler`), so tha
 micro-batch, as often as need be, without a difference in the data.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any
 
 LONGEST_PAUSE_SECONDS = 60.0
@@ -44,11 +41,11 @@ class Feed:
         self._loader: Iterator[Any] | None = None
         self._on_child_death: Any = signal.SIG_DFL
 
-    def __enter__(self) -> Feed:
+    def __enter__(self) -> "Feed":
         self._on_child_death = signal.getsignal(signal.SIGCHLD)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self._loader = None
         _set_child_handler(self._on_child_death)
 
@@ -105,8 +102,7 @@ class Feed:
 def _reason(error: Exception) -> str:
     """One line; what the pipes and sockets to a worker say when it ends with a batch half handed over is explained."""
     text = " ".join(str(error).split())
-    half_way = isinstance(error, HALF_WAY) or text == "got end of file during message"
-    if half_way:
+    if isinstance(error, HALF_WAY) or text == "got end of file during message":
         return "DataLoader worker ended half-way" + (f" ({text})" if text else "")
     return text
 

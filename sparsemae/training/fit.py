@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 from statistics import fmean
 from typing import Any, NamedTuple, NoReturn
@@ -23,15 +24,11 @@ from sparsemae.data.sampling import STEP, TrainingSampler, seed_all
 from sparsemae.files import retried
 from sparsemae.models import use_plain_attention
 from sparsemae.sparsity import Topology, hold_masks, iter_sparse
-from sparsemae.training.bad_steps import bad_record
-from sparsemae.training.checkpoint import DamagedCheckpoint, list_checkpoints, set_aside
-from sparsemae.training.feed import Feed
+from sparsemae.training import checkpoint, feed, saver, signals
 from sparsemae.training.logs import StepProgress, package_versions
 from sparsemae.training.optim import in_epochs, learning_rate, make_optimizer, scaled_to_batch, set_learning_rate
 from sparsemae.training.run import Run
-from sparsemae.training.saver import Saver
-from sparsemae.training.signals import STOPPED_STATUS, StopSignals
-from sparsemae.training.state import TrainingState
+from sparsemae.training.state import TrainingState, bad_record
 from sparsemae.training.step import optimizer_step
 from sparsemae.training.subject import Subject
 
@@ -85,8 +82,11 @@ class _Loop:
         self.model = model = subject.model
         if fabric.device.type == "cpu" and run.precision == "bf16":
             use_plain_attention(model)
-        # set up before resuming: optimizer state follows its parameters' device
-        self.wrapped, self.optimizer = fabric.setup(self._compiled(), make_optimizer(model, optim))
+        compiled = fabric.device.type == "cuda" if trainer.compile == "auto" else trainer.compile
+        forward: Any = torch.compile(subject.forward) if compiled else subject.forward
+        # set up before resuming: optimizer state follows its parameters' device. Fabric compiles again around DDP, so
+        # that the all-reduces overlap
+        self.wrapped, self.optimizer = fabric.setup(forward, make_optimizer(model, optim))
         self.state = TrainingState(  # after it: masks and the average live on the weights' device
             model, self.optimizer,
             average=None if trainer.ema_decay is None else ModelEmaV3(model, decay=trainer.ema_decay),
@@ -95,12 +95,12 @@ class _Loop:
             origin={"config": run.config, "packages": package_versions(), "images": subject.images},
         )  # fmt: skip
         self.unreadable = UnreadableImages(images, config.data.max_unreadable, run.log.info)
-        self.signals = StopSignals(announce=fabric.is_global_zero)
-        self.feed = Feed(
+        self.signals = signals.StopSignals(announce=fabric.is_global_zero)
+        self.feed = feed.Feed(
             self._loader_at, trainer.loader_retries, run.log.info, lambda: bool(self.signals.received),
             hang_timeout=2 * trainer.loader_timeout_seconds if config.data.workers else None,
         )  # fmt: skip
-        self.saver = Saver(run.checkpoints, trainer.keep_checkpoints, trainer.max_failed_saves, run.log.info)
+        self.saver = saver.Saver(run.checkpoints, trainer.keep_checkpoints, trainer.max_failed_saves, run.log.info)
         self.metrics: dict[str, float] = {}
         self.batch: Any = None
         """The last micro-batch; stands in for one that cannot be had, so that the other processes do not wait."""
@@ -111,13 +111,6 @@ class _Loop:
         self.consistent = True
         """Weights, optimizer and counters are those of one step: not half-way through an update."""
 
-    def _compiled(self) -> nn.Module:
-        """What `Fabric.setup` wraps; it compiles again around DDP, so that the all-reduces overlap."""
-        forward, wanted = self.subject.forward, self.run.trainer.compile
-        if wanted == "auto":
-            wanted = self.fabric.device.type == "cuda"
-        return torch.compile(forward) if wanted else forward  # type: ignore[return-value]
-
     def resume(self) -> None:
         """Go back to the last intact checkpoint, if there are any.
 
@@ -125,22 +118,23 @@ class _Loop:
         and leaves all as it is, if one cannot be read for another reason.
         """
         run, state, damaged, counters = self.run, self.state, [], dict[str, Any]()
-        for path in reversed(list_checkpoints(run.checkpoints)):
+        for path in reversed(checkpoint.list_checkpoints(run.checkpoints)):
             try:
                 counters = retried(partial(state.restore, path), run.log.info)
                 break
-            except DamagedCheckpoint as error:
+            except checkpoint.DamagedCheckpoint as error:
                 damaged.append(path)
                 run.log.info(str(error))
             except (OSError, MemoryError) as error:
-                reason = f"{error or 'out of memory'}; nothing is lost, the same command goes on when it can be read"
-                raise ValueError(f"{path}: {reason}") from error
+                raise ValueError(
+                    f"{path}: {error or 'out of memory'}; nothing is lost, the same command goes on when it can be read"
+                ) from error
         if damaged and not state.done:
             raise ValueError(f"{run.checkpoints}: no intact checkpoint to continue from; choose another --out")
         self.fabric.barrier()
         if self.fabric.is_global_zero:
             for path in damaged:
-                set_aside(path)
+                checkpoint.set_aside(path)
         run.log.truncate_after(state.done)
         self.saver.step = state.done
         if state.done:
@@ -177,8 +171,9 @@ class _Loop:
             self._end()
         self.saver.wait()
         if self.saver.failed or self.stop_reason:
-            last = f"{run.folder}: the last checkpoint could not be written; the same command goes on"
-            raise ValueError(self.stop_reason or last)
+            raise ValueError(
+                self.stop_reason or f"{run.folder}: the last checkpoint could not be written; the same command goes on"
+            )
         if not self.metrics:
             self._evaluate()
         if state.average is not None:
@@ -247,8 +242,7 @@ class _Loop:
         self.saver.poll()
         no_data = self.stop_reason is not None
         ending = no_data or self.signals.received is not None or self.saver.failure is not None
-        flags = torch.tensor([ending, no_data], dtype=loss.dtype, device=loss.device)
-        mine = torch.cat([torch.stack([loss, norm.to(loss.dtype)]), flags])
+        mine = torch.stack([loss, norm.to(loss.dtype), *loss.new_tensor([ending, no_data])])
         return _Verdict(*self.fabric.all_reduce(mine, reduce_op="mean").tolist())  # type: ignore[union-attr]
 
     def _record_bad(self, verdict: _Verdict, losses: Tensor, indices: Tensor) -> None:
@@ -257,8 +251,10 @@ class _Loop:
         shape = (self.plan.world, self.plan.accumulate, self.plan.micro_batch)
         own = gather(losses * self.plan.accumulate).view(shape[:2])  # type: ignore[union-attr]
         record = bad_record(own, gather(indices).view(shape), self.subject.dataset.source.filename)  # type: ignore[union-attr]
-        numbers = {"loss": str(verdict.loss), "gradient_norm": str(verdict.norm)}
-        self.run.log.write("bad-batches.jsonl", {"step": step, **numbers, "micro_batches": record})
+        self.run.log.write(
+            "bad-batches.jsonl",
+            {"step": step, "loss": str(verdict.loss), "gradient_norm": str(verdict.norm), "micro_batches": record},
+        )
         said = f"loss is {verdict.loss} at step {step}, the norm of its gradient {verdict.norm}"
         self.run.log.info(f"warning: step skipped: {said}; its images are listed in bad-batches.jsonl")
         if bad.in_a_row + 1 >= self.run.trainer.max_bad_steps:
@@ -277,33 +273,29 @@ class _Loop:
             state.masks.finish()
         epoch, within = divmod(done, self.plan.steps_per_epoch)
         where = {"step": done, "epoch": done / self.plan.steps_per_epoch}
-        evaluated = self.task.best_by is not None and (
-            last or (within == 0 and epoch % trainer.evaluate_every_epochs == 0)
-        )
-        if evaluated:
+        due = last or (within == 0 and epoch % trainer.evaluate_every_epochs == 0)
+        metric = self.task.best_by if due else None
+        if metric is not None:
             self._evaluate()
         if done % trainer.log_every_steps == 0 or last:
             self.unreadable.synchronize()
             loss = {"loss": fmean(state.losses)} if state.losses else {}
             lr = learning_rate(self.optim, (done - 1) / self.plan.steps_per_epoch, self.epochs)
             bad = {"bad_steps": state.bad.total} if state.bad.total else {}
-            rate = {"images_per_second": progress.images_per_second(done)}
-            self.run.log.write("metrics.jsonl", {**where, **loss, "lr": lr, **rate, **bad})
+            rate = progress.images_per_second(done)
+            self.run.log.write("metrics.jsonl", {**where, **loss, "lr": lr, "images_per_second": rate, **bad})
             progress.advance(done, f"loss {loss['loss']:.4f}" if loss else "no good step")
             state.losses.clear()
         if state.topology is not None and (within == 0 or done == self.total):
             moved = state.topology.update()
-            layers = {name: vars(movement) for name, movement in moved.layers.items()}
-            self.run.log.write("topology.jsonl", {**where, "total": vars(moved.total), "layers": layers})
+            self.run.log.write("topology.jsonl", {**where, **asdict(moved)})
         best = False
-        if evaluated:
+        if metric is not None:
             self.run.log.write("metrics.jsonl", {**where, **self.metrics})
-            wanted, higher = self.task.best_by, self.task.higher_is_better
-            best = wanted is not None and state.is_best(self.metrics[wanted], higher)
+            best = state.is_best(self.metrics[metric], self.task.higher_is_better)
         state.logged_through = done
-        minutes = (time.monotonic() - self.saved_at) / 60
-        timed = trainer.save_every_minutes is not None and minutes >= trainer.save_every_minutes
-        if last or best or timed or done % trainer.save_every_steps == 0:
+        minutes, longest = (time.monotonic() - self.saved_at) / 60, trainer.save_every_minutes
+        if last or best or (longest is not None and minutes >= longest) or done % trainer.save_every_steps == 0:
             self._save()
 
     def _evaluate(self) -> None:
@@ -313,8 +305,7 @@ class _Loop:
         self.metrics = self._metrics_of(self.model)
         if self.state.average is not None:
             average = self.state.masks.sync_to(self.state.average.module)
-            raw = {f"raw_{name}": value for name, value in self.metrics.items()}
-            self.metrics = {**self._metrics_of(average), **raw}
+            self.metrics = self._metrics_of(average) | {f"raw_{name}": value for name, value in self.metrics.items()}
 
     def _metrics_of(self, model: nn.Module) -> dict[str, float]:
         training = model.training
@@ -329,8 +320,9 @@ class _Loop:
         self.saved_at = time.monotonic()
         if self.fabric.is_global_zero and not self.run.log.lost():
             best = self.state.best
-            files, metadata = self.state.to_save(self.subject.card)
-            self.saver.save(self.state.done, files, metadata, best=int(best["step"]) if best else None)
+            self.saver.save(
+                self.state.done, *self.state.to_save(self.subject.card), best=int(best["step"]) if best else None
+            )
 
     def _emergency_save(self) -> None:
         """Before an error ends the run: a lost process, a failed evaluation, no memory. Its own errors do not count."""
@@ -360,10 +352,10 @@ class _Loop:
         if signal is None or unsaved or lost or self.saver.failed:
             raise ValueError(f"{reason or signal}{last}")
         self.run.log.info(f"ended by {signal} at step {self.state.done}{last}; the same command goes on")
-        raise SystemExit(STOPPED_STATUS)
+        raise SystemExit(signals.STOPPED_STATUS)
 
     def _last_checkpoint(self) -> str:
-        kept = list_checkpoints(self.run.checkpoints)
+        kept = checkpoint.list_checkpoints(self.run.checkpoints)
         return f"the last checkpoint is {kept[-1] if kept else 'none'}"
 
     def _memory_advice(self) -> str:

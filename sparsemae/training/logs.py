@@ -4,8 +4,6 @@ On a terminal a rich progress bar with rate and time left; elsewhere a plain lin
 process writes.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform
@@ -70,13 +68,13 @@ class RunLog:
         for name in ("metrics.jsonl", "topology.jsonl", "bad-batches.jsonl"):
             file = self.folder / name
             if file.is_file():
-                lines = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
-                write_atomic(file, "".join(line + "\n" for line in lines))
+                lines = file.read_text().splitlines()
+                write_atomic(file, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
 
     @contextmanager
     def progress(
         self, title: str, start: int, total: int, images_per_step: int, unit: str = "step"
-    ) -> Iterator[StepProgress]:
+    ) -> Iterator["StepProgress"]:
         """A progress display over optimizer steps, or other units; `StepProgress.advance` moves it."""
         if self.active and self.console.is_terminal:
             columns = (

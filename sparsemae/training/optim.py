@@ -56,8 +56,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
     """AdamW over every trainable parameter, at learning rate 0 until the schedule sets one."""
-    groups = parameter_groups(model, optim.weight_decay, optim.layer_decay)
-    return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=optim.eps, fused=True)
+    return torch.optim.AdamW(
+        parameter_groups(model, optim.weight_decay, optim.layer_decay),
+        lr=0.0, betas=optim.betas, eps=optim.eps, fused=True,
+    )  # fmt: skip
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:

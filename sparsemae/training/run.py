@@ -22,10 +22,8 @@ from sparsemae.limits import marked
 from sparsemae.models.weights import card_of, read_metadata
 from sparsemae.options import TrainerConfig, TrainingConfig
 from sparsemae.renamed import OPTIONS, renamed
-from sparsemae.training.checkpoint import TRAINING, WEIGHTS, list_checkpoints, migrated, remove_leftovers
+from sparsemae.training import checkpoint, lock, logs
 from sparsemae.training.config import PRECISIONS, differences, resolved_precision
-from sparsemae.training.lock import run_lock
-from sparsemae.training.logs import RunLog, environment
 
 C = TypeVar("C", bound=TrainingConfig)
 PIXELS_OF_BEFORE = DefaultRules(exif=False, background=None, bits=None)
@@ -36,7 +34,7 @@ class Run:
     """The devices, and the folder that holds what comes out."""
 
     fabric: Fabric
-    log: RunLog
+    log: logs.RunLog
     folder: Path
     trainer: TrainerConfig
     """As configured, device_batch resolved."""
@@ -65,15 +63,14 @@ class Run:
                 try:
                     self._check_folder()
                     self.checkpoints.mkdir(parents=True, exist_ok=True)
-                    self.log.lost = held.enter_context(run_lock(self.folder, self.log.info))
-                    remove_leftovers(self.checkpoints)
+                    self.log.lost = held.enter_context(lock.run_lock(self.folder, self.log.info))
+                    checkpoint.remove_leftovers(self.checkpoints)
                     # first: it is what tells a run's folder from somebody's
-                    write_atomic(self.folder / "environment.json", json.dumps(environment(), indent=1))
+                    write_atomic(self.folder / "environment.json", json.dumps(logs.environment(), indent=1))
                     write_atomic(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
                 except (ValueError, OSError) as error:
                     problem = str(error)
-            problem = self.fabric.broadcast(problem)
-            if problem is not None:
+            if (problem := self.fabric.broadcast(problem)) is not None:
                 raise ValueError(problem)
             yield
 
@@ -83,11 +80,11 @@ class Run:
         Of a checkpoint of before the class names are compared. With trainer.resume=anyway the difference is said.
         """
         changes: list[str] = []
-        for path in reversed(list_checkpoints(self.checkpoints)) if self.fabric.is_global_zero else ():
+        for path in reversed(checkpoint.list_checkpoints(self.checkpoints)) if self.fabric.is_global_zero else ():
             with suppress(ValueError, OSError, LookupError, TypeError, AttributeError):  # damaged: `fit` will say so
-                before = read_metadata(path / f"{TRAINING}.safetensors").get("images")
+                before = read_metadata(path / f"{checkpoint.TRAINING}.safetensors").get("images")
                 if before is None:
-                    names = card_of(read_metadata(path / f"{WEIGHTS}.safetensors"), path).class_names
+                    names = card_of(read_metadata(path / f"{checkpoint.WEIGHTS}.safetensors"), path).class_names
                     self.log.info("the checkpoint does not say what it was trained on; from here on it will")
                     before = {**now, "class_names": list(names)} if names else now
                 changes = record_differences(before, now)
@@ -100,7 +97,7 @@ class Run:
 
     def _check_folder(self) -> None:
         folder = self.folder
-        if list_checkpoints(self.checkpoints):
+        if checkpoint.list_checkpoints(self.checkpoints):
             if self.trainer.resume == "never":
                 raise ValueError(f"{folder}: holds a run already; wanted a new folder with trainer.resume=never")
             if self.changed and self.trainer.resume != "anyway":
@@ -109,10 +106,8 @@ class Run:
                     f"{folder}: holds a run with another configuration ({', '.join(self.changed[:4])}{more}); "
                     "choose another --out, or go on with --trainer.resume anyway"
                 )
-        elif not (folder / "environment.json").is_file() and folder.exists():
-            others = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
-            if others:
-                raise ValueError(f"--out: {folder}: wanted a new folder or that of a run, got one with other files")
+        elif not (folder / "environment.json").is_file() and folder.exists() and any(folder.glob("[!.]*")):
+            raise ValueError(f"--out: {folder}: wanted a new folder or that of a run, got one with other files")
 
 
 def start(config: TrainingConfig) -> Run:
@@ -123,10 +118,10 @@ def start(config: TrainingConfig) -> Run:
     trainer = config.trainer
     precision = resolved_precision(trainer)
     if precision not in PRECISIONS:
-        reason = " (fp16's loss scale would multiply SR-STE's term, and its range loses small gradients)"
         raise ValueError(
             f"trainer.precision: wanted auto, {', '.join(PRECISIONS)}, got {trainer.precision}"
-            + (reason if "16" in trainer.precision else "")
+            + " (fp16's loss scale would multiply SR-STE's term, and its range loses small gradients)"
+            * ("16" in trainer.precision)
         )
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces the precision in every process
     try:
@@ -139,14 +134,13 @@ def start(config: TrainingConfig) -> Run:
     fabric.launch()
     atexit.register(_leave_process_group)  # gloo's threads, left alive, can abort a process that ends (pytorch #190489)
     folder = Path(config.out)
-    log = RunLog(folder, fabric.is_global_zero)
+    log = logs.RunLog(folder, fabric.is_global_zero)
     before = _kept_config(folder, log.info)
     trainer = replace(_with_device_batch(trainer, fabric.world_size, before, folder), precision=precision)
     now = {**asdict(config), "trainer": asdict(trainer)}
-    may_change = dict(marked(config, "may_change"))
     if before and before["trainer"].get("precision", "auto") == "auto":  # written before it was resolved
         before["trainer"]["precision"] = precision
-    changed = differences(before, now, asdict(type(config)()), may_change) if before else []
+    changed = differences(before, now, asdict(type(config)()), dict(marked(config, "may_change"))) if before else []
     return Run(fabric, log, folder, trainer, config.seed, precision, now, changed)
 
 
@@ -170,21 +164,20 @@ def _kept_config(folder: Path, info: Callable[[str], None]) -> dict[str, Any]:
 
     The last checkpoint has it; config.yaml, where that is damaged or of an earlier version, has that of the last start.
     """
-    kept, counters = list_checkpoints(folder / "checkpoints"), dict[str, Any]()
+    kept, counters = checkpoint.list_checkpoints(folder / "checkpoints"), dict[str, Any]()
     if not kept:
         return {}
     with suppress(ValueError, FileNotFoundError):  # damaged: `fit` will say so
-        counters = retried(partial(read_metadata, kept[-1] / f"{TRAINING}.safetensors"), info)
-    config = migrated(counters, kept[-1]).get("config")
+        counters = retried(partial(read_metadata, kept[-1] / f"{checkpoint.TRAINING}.safetensors"), info)
+    counters = checkpoint.migrated(counters, kept[-1])
     try:
-        before = renamed(config or yaml.safe_load((folder / "config.yaml").read_text()), OPTIONS)
+        before = renamed(counters.get("config") or yaml.safe_load((folder / "config.yaml").read_text()), OPTIONS)
         before["data"] = asdict(PIXELS_OF_BEFORE) | before["data"]
         trainer = before["trainer"]
         if trainer["device_batch"] is None:  # written before it was resolved
             trainer["device_batch"] = trainer["global_batch"] // (trainer["devices"] * trainer["num_nodes"])
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        file = folder / "config.yaml"
-        raise ValueError(f"{file}: wanted the configuration of the run to continue: {error}") from error
+        raise ValueError(f"{folder}/config.yaml: wanted the configuration of the run to continue: {error}") from error
     return before
 
 

@@ -66,11 +66,9 @@ class Saver:
 
     def _copy(self, file: str, key: str, tensor: Tensor) -> Tensor:
         """The tensor's values in a buffer of ours: fresh memory would cost the loop more time than the copy."""
-        buffer = self._buffers.get((file, key))
-        if buffer is None:
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._buffers[file, key] = buffer
-        return buffer.copy_(tensor, non_blocking=True)
+        if (file, key) not in self._buffers:
+            self._buffers[file, key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return self._buffers[file, key].copy_(tensor, non_blocking=True)
 
     def _write(
         self, step: int, files: Mapping[str, Tensors], metadata: Mapping[str, Mapping[str, Any]], best: int | None

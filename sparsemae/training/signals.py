@@ -1,11 +1,8 @@
 """Asked to end: SIGTERM, SIGUSR1 (Slurm's warning) and the first SIGINT let the step finish, so that it is saved."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading
-from types import FrameType, TracebackType
 from typing import Any
 
 STOPPED_STATUS = 75
@@ -24,17 +21,17 @@ class StopSignals:
         """Name of the first signal."""
         self._announce, self._previous = announce, dict[signal.Signals, Any]()
 
-    def __enter__(self) -> StopSignals:
+    def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():  # nobody else may
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _note(self, number: int, frame: object) -> None:
         name = signal.Signals(number).name
         self.received = self.received or name
         if number == signal.SIGINT:

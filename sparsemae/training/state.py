@@ -1,6 +1,6 @@
 """All that a run must remember to go on as if nothing had happened. The rest follows from the seed and the step."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from sparsemae.card import ModelCard
 from sparsemae.models.weights import load_weights, public_state
 from sparsemae.sparsity import MaskSchedule, Topology, iter_sparse
 from sparsemae.sparsity.pattern import check_finite
-from sparsemae.training.bad_steps import BadSteps
 from sparsemae.training.checkpoint import (
     AVERAGE,
     TRAINING,
@@ -24,6 +23,19 @@ from sparsemae.training.checkpoint import (
     load_checkpoint,
     unflatten,
 )
+
+
+@dataclass
+class BadSteps:
+    """How many steps had a loss or gradient that is not finite; each is skipped, and listed with its images."""
+
+    total: int = 0
+    in_a_row: int = 0
+
+    def count(self, bad: bool) -> None:
+        """Take note of a step."""
+        self.in_a_row = self.in_a_row + 1 if bad else 0
+        self.total += bad
 
 
 @dataclass
@@ -66,8 +78,10 @@ class TrainingState:
         for name, layer in iter_sparse(self.model):
             check_finite(layer.weight, name)
         optimizer = {str(index): moments for index, moments in self.optimizer.state_dict()["state"].items()}
-        topology = self.topology.state_dict() if self.topology else {}
-        training = {"optimizer": optimizer, "topology": topology, "masks": self.masks.state_dict()}
+        training = {
+            "optimizer": optimizer, "topology": self.topology.state_dict() if self.topology else {},
+            "masks": self.masks.state_dict(),
+        }  # fmt: skip
         files = {WEIGHTS: public_state(self.model), TRAINING: flatten(training)}
         card = replace(card, step=self.done)
         metadata = {WEIGHTS: replace(card, ema_decay=None).to_dict(), TRAINING: self._counters()}
@@ -94,10 +108,10 @@ class TrainingState:
             elif self.average is not None:  # an average that begins here
                 self.average.set(self.model)
             training = unflatten(files[TRAINING])
-            groups = self.optimizer.state_dict()["param_groups"]  # the configuration's; the checkpoint has none
             moments = {int(index): state for index, state in training.get("optimizer", {}).items()}
             self._check_moments(moments)
-            self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+            # groups are the configuration's; the checkpoint has none
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
             self.masks.load_state_dict(training.get("masks", {}))
             if self.topology is not None:
                 self.topology.load_state_dict(training["topology"])
@@ -114,8 +128,8 @@ class TrainingState:
             got = {name: value.shape for name, value in state.items() if value.dtype.is_floating_point}
             if index < 0 or got != shapes:
                 raise ValueError(f"moments of parameter {index}: wanted numbers of {shapes}, got {got}")
-            finite = all(value.isfinite().all() for value in state.values())
-            if not finite or state["step"] < 0 or (state["exp_avg_sq"] < 0).any():
+            negative = state["step"] < 0 or (state["exp_avg_sq"] < 0).any()
+            if negative or not all(value.isfinite().all() for value in state.values()):
                 raise ValueError(f"moments of parameter {index}: wanted finite ones, no step and no square below 0")
 
     def _set_counters(self, counters: Mapping[str, Any]) -> None:
@@ -125,3 +139,23 @@ class TrainingState:
         self.best = None if best is None else {name: best[name] + 0 for name in ("step", "value")}
         if not 0 <= self.logged_through <= self.done:
             raise ValueError(f"counters: wanted 0 <= logged_through <= done, got {self.logged_through} and {self.done}")
+
+
+def bad_record(losses: Tensor, indices: Tensor, filename: Callable[[int], str]) -> list[dict[str, Any]]:
+    """The micro-batches of a bad step whose own loss is not finite, or else all of them, and their images.
+
+    Args:
+        losses: ``[W, K]``, of each process and micro-batch.
+        indices: ``[W, K, B]``, the images.
+        filename: an image's name.
+    """
+    finite = losses.isfinite()
+    suspects = finite if finite.all() else ~finite
+    return [
+        {
+            "number": number * len(losses) + rank,
+            "loss": str(float(losses[rank, number])),
+            "images": {index: filename(index) for index in indices[rank, number].tolist()},
+        }
+        for rank, number in suspects.nonzero().tolist()
+    ]

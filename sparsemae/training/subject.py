@@ -1,7 +1,8 @@
 """What is trained: what a task brings to the loop, which knows no task."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Generic, TypeVar
 
 from lightning_fabric import Fabric
 from torch import Tensor, nn
@@ -12,28 +13,33 @@ from sparsemae.data.sampling import BatchPlan
 from sparsemae.options import TrainingConfig
 from sparsemae.sparsity import MaskSchedule
 
+Config = TypeVar("Config", bound=TrainingConfig)
 
-class Trainable(Protocol):
+
+class Trainable(ABC, Generic[Config]):
     """What the loop asks of a task."""
 
-    config: TrainingConfig
+    config: Config
     title: ClassVar[str]
-    best_by: ClassVar[str | None]
-    """The metric by which the best checkpoint is kept."""
-    higher_is_better: ClassVar[bool]
+    """What the progress display calls the training."""
+    best_by: ClassVar[str | None] = None
+    """The metric by which the best checkpoint is kept; None: there is no evaluation."""
+    higher_is_better: ClassVar[bool] = True
 
+    @abstractmethod
     def loss(self, forward: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """Loss of one micro-batch on the device, a scalar mean over it."""
+        """Loss of one micro-batch of bytes on the device, a scalar mean over it; ``forward`` is the subject's."""
 
     def evaluate(self, fabric: Fabric, model: nn.Module) -> dict[str, float]:
-        """Metrics of a model in evaluation mode, masks held; empty where there is nothing to evaluate."""
+        """Metrics on the validation set, as fractions, of a model in evaluation mode, masks held."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Subject:
     """What is trained."""
 
-    task: Trainable
+    task: Trainable[Any]
     model: nn.Module
     """The plain module; the loop wraps it for the devices."""
     forward: nn.Module

@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 from cases import write_tar
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 NAMES = [
     "a", "A", "b", "1", "01", "10", "2", "caf\u00e9", "cafe\u0301", "x y", "-d", "#", "\u72ac", "'q'", "a.b", "\u00b2",

@@ -14,8 +14,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from sparsemae.models.weights import read_weights
 from sparsemae.tasks import pretraining
 from sparsemae.tasks.pretraining import Pretraining
-from sparsemae.training.bad_steps import bad_record
 from sparsemae.training.checkpoint import list_checkpoints, load_checkpoint
+from sparsemae.training.state import bad_record
 
 POISONED = 5
 """Index of an image that is NaN."""

@@ -20,8 +20,7 @@ from sparsemae.cli import main
 from sparsemae.jobs import JOBS
 from sparsemae.models.weights import read_metadata, read_weights
 from sparsemae.options.tasks import PretrainConfig
-from sparsemae.training import fit
-from sparsemae.training import run as run_module
+from sparsemae.training import fit, run as run_module
 
 
 @pytest.fixture(scope="module")

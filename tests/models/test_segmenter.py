@@ -7,8 +7,7 @@ import timm
 import torch
 from torch import nn
 from transformers import UperNetConfig
-from transformers.models.upernet.modeling_upernet import UperNetFCNHead
-from transformers.models.upernet.modeling_upernet import UperNetHead as TheirHead
+from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead as TheirHead
 
 from sparsemae.models.segmenter import (
     FCNHead,

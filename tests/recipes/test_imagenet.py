@@ -12,7 +12,7 @@ import yaml
 from conftest import Figure, metrics
 
 from sparsemae.config import RECIPES
-from sparsemae.models.weights import read_card
+from sparsemae.models.weights import card_of, find_weights, read_metadata
 
 CHANGED = ["--trainer.max_steps", "3", "--trainer.global_batch", "16", "--trainer.accelerator", "cpu"]
 
@@ -46,8 +46,7 @@ def test_the_recipes_run_as_they_stand(where: Path, size: str, kind: str, figure
         said = run(where, f"{job}_{size}", kind)
         rows = [row for row in metrics(out) if "loss" in row]
         assert [row["step"] for row in rows][-1] == 3
-        card = read_card(out)
-        assert card is not None
+        card = card_of(read_metadata(find_weights(out)), out)
         assert set(card.patterns.values()) == {{"t": "2:32", "s": "4:32"}[size]}
         assert len(card.patterns) == 48
         assert "left over" in said

@@ -18,10 +18,10 @@ from sparsemae.sparsity import (
     freeze,
     hold_masks,
     iter_sparse,
+    linear as linear_module,
     nm_mask,
     sparsify,
 )
-from sparsemae.sparsity import linear as linear_module
 
 
 @pytest.fixture

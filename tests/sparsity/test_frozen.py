@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from nets import PATTERN, is_plus_zero, sparse_layer, sparse_mlp, train
 
-from sparsemae.sparsity import densify, freeze, hold_masks, nm_mask
-from sparsemae.sparsity import linear as linear_module
+from sparsemae.sparsity import densify, freeze, hold_masks, linear as linear_module, nm_mask
 
 
 def test_freeze_gives_plus_zero_and_keeps_the_rest_bit_for_bit():

@@ -29,7 +29,7 @@ from sparsemae.options.data import SourceConfig
 from sparsemae.options.model import InferenceChange, InferenceConfig
 from sparsemae.options.tasks import SegmentConfig
 from sparsemae.tasks.loading import load_model
-from sparsemae.tasks.segmentation import Scores, Segmentation
+from sparsemae.tasks.segmentation import Segmentation, scores
 from sparsemae.tasks.sliding_window import predict_scores
 
 
@@ -143,12 +143,12 @@ def test_the_scores_are_those_of_ten_lines(case: str) -> None:
     meter = MulticlassConfusionMatrix(classes, ignore_index=IGNORED)
     for predicted, truth in pairs:
         meter.update(torch.from_numpy(predicted)[None], torch.from_numpy(truth)[None])
-    scores = Scores.of(meter.compute())
+    means, ious = scores(meter.compute())
     everywhere, masks = (np.concatenate([pair[i].ravel() for pair in pairs]) for i in (0, 1))
     wanted = ten_lines(everywhere, masks, classes)
-    assert (scores.miou, scores.mean_accuracy, scores.pixel_accuracy) == pytest.approx(wanted, rel=1e-12)
-    assert math.isnan(scores.iou[3]) == (case in ("absent class", "predicted only"))
-    assert len(scores.iou) == classes
+    assert (means["miou"], means["mean_accuracy"], means["pixel_accuracy"]) == pytest.approx(wanted, rel=1e-12)
+    assert math.isnan(ious[3]) == (case in ("absent class", "predicted only"))
+    assert len(ious) == classes
 
 
 @pytest.mark.holds("ade20k.3")
@@ -161,10 +161,10 @@ def test_an_evaluation_of_a_whole_set_is_that_of_ten_lines(scene_run: SceneRun) 
     with torch.no_grad():
         for index in range(len(dataset)):
             sample: Any = dataset[index]
-            scores = predict_scores(
+            pixels = predict_scores(
                 lambda x: model(x).logits, sample["image"][None], card.input, InferenceConfig("whole")
             )
-            predicted.append(scores[0].argmax(0).numpy().ravel())
+            predicted.append(pixels[0].argmax(0).numpy().ravel())
             truth.append(sample["target"].numpy().ravel())
     wanted = ten_lines(np.concatenate(predicted), np.concatenate(truth), 150)
     means = found["miou"], found["mean_accuracy"], found["pixel_accuracy"]
@@ -175,7 +175,7 @@ def test_an_evaluation_of_a_whole_set_is_that_of_ten_lines(scene_run: SceneRun) 
 def test_a_set_of_ignored_pixels_only_has_no_score(
     scene_run: SceneRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert math.isnan(Scores.of(torch.zeros(3, 3)).miou)
+    assert math.isnan(scores(torch.zeros(3, 3))[0]["miou"])
     root = scene_folder(tmp_path / "ade", train=1, val=2, longest=100)
     for file in (root / "annotations" / "validation").iterdir():
         with Image.open(file) as mask:
