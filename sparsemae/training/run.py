@@ -80,7 +80,9 @@ class Run:
         Of a checkpoint of before the class names are compared. With trainer.resume=anyway the difference is said.
         """
         changes: list[str] = []
-        for path in reversed(checkpoint.list_checkpoints(self.checkpoints)) if self.fabric.is_global_zero else ():
+        refused = self.trainer.resume == "never" or (self.changed and self.trainer.resume != "anyway")  # by `open`
+        kept = checkpoint.list_checkpoints(self.checkpoints) if self.fabric.is_global_zero and not refused else []
+        for path in reversed(kept):
             with suppress(ValueError, OSError, LookupError, TypeError, AttributeError):  # damaged: `fit` will say so
                 before = read_metadata(path / f"{checkpoint.TRAINING}.safetensors").get("images")
                 if before is None:

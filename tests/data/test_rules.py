@@ -11,20 +11,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import FOUR, both, encoded, fill, gray16, patch, turned, write_tar
+import torch
+from cases import FOUR, both, encoded, fill, gray16, masked, patch, turned, write_tar
 from conftest import metrics, tiny
 from PIL import Image
 
 from sparsemae.card import InputSpec, ModelCard
 from sparsemae.cli import main
 from sparsemae.data.images import FORMATS, DefaultRules, as_rgb, decode_rgb
-from sparsemae.data.pairs import open_masks
+from sparsemae.data.pairs import open_masks, refuse_binary, said_of_classes
 from sparsemae.data.record import differences, record
 from sparsemae.data.sources import expand_braces, find_source, open_source
 from sparsemae.data.splits import Splits
 from sparsemae.data.survey import survey
 from sparsemae.data.tree import below_shared, by_class, image_files, natural_order
 from sparsemae.options import ImageDataConfig, SourceConfig
+from sparsemae.tasks.segmentation import Scores
 
 pytestmark = pytest.mark.holds("right.1")
 
@@ -380,3 +382,31 @@ def test_item_10_a_run_refuses_to_go_on_with_other_images(tmp_path: Path, capsys
     main([*words, "--trainer.max_steps", "2", "--trainer.resume", "anyway"])
     assert metrics(tmp_path / "run")[-1]["step"] == 2
     assert FOUR[0] == "ant"
+
+
+def test_item_11_masks_of_0_and_255_or_of_one_stem_twice_are_refused(tmp_path: Path) -> None:
+    masked(lambda m: Image.fromarray((m == 1).astype(np.uint8) * 255))(tmp_path)
+    data = at(tmp_path, classes=str(tmp_path / "classes.txt"))
+    with pytest.raises(ValueError, match=r"got 0 and 255 alone in all 24, .* divide them by 255"):
+        refuse_binary(open_masks(data, "train"))
+    Image.new("L", (48, 40), 1).save(tmp_path / "masks" / "train" / "007.png")
+    refuse_binary(open_masks(data, "train"))
+    assert said_of_classes(open_masks(data, "train")) == ["in no training mask: 1 of 3 classes: water"]
+    Image.new("L", (48, 40), 1).save(tmp_path / "masks" / "train" / "007.tif")
+    with pytest.raises(ValueError, match=r"007\.tif: wanted one file of a name, got 007\.png beside it"):
+        open_masks(data, "train")
+
+
+def test_item_11_a_class_in_no_mask_is_left_out_of_the_mean() -> None:
+    scores = Scores.of(torch.tensor([[6.0, 0, 2], [0, 4, 0], [0, 0, 0]]))
+    assert (scores.miou, scores.classes) == (pytest.approx((6 / 8 + 1) / 2), 2)
+
+
+def test_item_11_forms_of_unicode_are_one_class_and_loops_end(tmp_path: Path) -> None:
+    class_names, labels, said = by_class(["caf\u00e9/1.jpg", "cafe\u0301/2.jpg", "tea/3.jpg"])
+    assert (class_names, labels) == (["caf\u00e9", "tea"], [0, 0, 1])
+    assert said[0].startswith("class caf\u00e9: its folders are written in 2 ways")
+    fill(tmp_path / "train", ["ant"], 1)
+    (tmp_path / "train" / "ant" / "up").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match=r"ant/up.*: wanted folders that end, got a link to one that it lies in"):
+        find_source(at(tmp_path)).reader("train")
