@@ -229,7 +229,7 @@ def scores(confusion: Tensor) -> tuple[dict[str, float], list[float]]:
     right, truth, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
     recall = right / truth  # 0 / 0 is nan
     iou = torch.where(truth > 0, right / (truth + predicted - right), torch.nan)
-    means = {
+    means: dict[str, Any] = {
         "miou": iou.nanmean(), "mean_accuracy": recall.nanmean(), "pixel_accuracy": right.sum() / truth.sum(),
         "scored_classes": (truth > 0).sum(), "classes": len(truth),
     }  # fmt: skip
