@@ -250,7 +250,8 @@ class _Loop:
         step, bad, gather = self.state.done + 1, self.state.bad, self.fabric.all_gather
         shape = (self.plan.world, self.plan.accumulate, self.plan.micro_batch)
         own = gather(losses * self.plan.accumulate).view(shape[:2])  # type: ignore[union-attr]
-        record = bad_record(own, gather(indices).view(shape), self.subject.dataset.source.filename)  # type: ignore[union-attr]
+        images, filename = gather(indices), self.subject.dataset.source.filename
+        record = bad_record(own, images.view(shape), filename)  # type: ignore[union-attr]
         self.run.log.write(
             "bad-batches.jsonl",
             {"step": step, "loss": str(verdict.loss), "gradient_norm": str(verdict.norm), "micro_batches": record},

@@ -28,7 +28,9 @@ Tree = list[tuple[str, str]]
 @st.composite
 def trees(draw: st.DrawFn) -> Tree:
     """Two class folders or more, none of them named as a split."""
-    tops = draw(st.lists(st.sampled_from(NAMES[:-2]), min_size=2, max_size=4, unique=True))
+    # two of them visible: a tar's only folder would be one that all members share, and no class
+    several = st.lists(st.sampled_from(NAMES[:-2]), min_size=2, max_size=4, unique=True)
+    tops = draw(several.filter(lambda names: sum(name[0] not in "._@" for name in names) > 1))
     below = st.lists(st.sampled_from(NAMES), max_size=3)
     found = {}
     for top in tops:

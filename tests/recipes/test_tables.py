@@ -183,7 +183,7 @@ def test_table_3(size: str, pattern: str) -> None:
     assert config.sparse.mask == "dynamic"
     # by default the same, but for the pattern
     config.sparse.pattern, config.out, config.init = SegmentConfig().sparse.pattern, "runs/segment", None
-    usual = SegmentConfig(data=MaskDataConfig("sceneparse", workers=8))
+    usual = SegmentConfig(data=MaskDataConfig("sceneparse", workers=8, exif=False))  # the field turns no image
     usual.optim.lr_batch, usual.trainer = 16, config.trainer
     assert config == usual
 
