@@ -1,7 +1,7 @@
 """Class folders as a source: which folder is which split, and a reader of the images in one."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,13 +52,23 @@ def split_folders(root: Path, options: str = "data.root") -> dict[Split, str]:
     names = subfolders(root)
     found = find_splits(root, names)
     if found:
-        strange = [name for name in names if name not in found.values() and holds_images(root / name)]
+        others = [name for name in names if name not in found.values() and holds_images(root / name)]
+        stores = _linked_folders([root / name for name in found.values()]) if others else set[str]()
+        strange = [name for name in others if not stores & {os.path.realpath(root / name)}]
         if strange:
             raise ValueError(
                 f"{root}: wanted images in {', '.join(found.values())} alone, got others in {', '.join(strange[:4])}: "
                 f"move them, or name {options} another folder"
             )
     return {split: name for split, name in found.items() if split != "test" or holds_images(root / name)}
+
+
+def _linked_folders(folders: Sequence[Path]) -> set[str]:
+    """Where the links in some folders lead, with all folders above: such a one is where the images are kept."""
+    inside = (entry for folder in folders for entry in os.walk(folder))
+    paths = [*map(str, folders), *(f"{parent}/{name}" for parent, below, files in inside for name in (*below, *files))]
+    targets = {Path(os.path.realpath(path)) for path in paths if os.path.islink(path)}
+    return {str(above) for target in targets for above in (target, *target.parents)}
 
 
 def open_folders(root: Path) -> Openers:
