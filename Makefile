@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test check holds bench gpu kernels fuzz reliability sanitize format results segment
+.PHONY: demo test check holds bench gpu kernels fuzz reliability sanitize format results segment wasm
 
 demo: $(STAMP)
 	$(BIN)/sparsemae demo
@@ -15,7 +15,7 @@ test: $(STAMP)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(wildcard native/*.cpp native/*.h)
+	$(BIN)/clang-format --dry-run -Werror $(wildcard native/*.cpp native/*.h tests/native/*.cpp)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(TESTS) -n 2 -m "not slow and not holds_only"
@@ -51,6 +51,11 @@ ONLY ?=
 gpu:
 	$(PYTHON) tools/gpu.py --device $(DEVICE) --out $(OUT) $(if $(ONLY),--only $(ONLY))
 
+# the packed forward as WebAssembly, into build/wasm/
+wasm: $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt ziglang
+	native/build_wasm.sh $(CURDIR)/$(BIN)/python $(CURDIR)/build/wasm
+
 # every instruction set's kernels, into the table of native/README.md; best on an idle machine
 kernels: $(STAMP)
 	$(BIN)/sparsemae benchmark --section kernels --runs 200 --readme native/README.md
@@ -72,7 +77,7 @@ sanitize: $(STAMP)
 
 format: $(STAMP)
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard native/*.cpp native/*.h)
+	$(BIN)/clang-format -i $(wildcard native/*.cpp native/*.h tests/native/*.cpp)
 	$(BIN)/ruff check --fix .
 
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)

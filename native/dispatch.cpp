@@ -15,6 +15,8 @@ std::vector<const Kernels*> usable_kernels() {
   if (processor.avx512bf16) tables.push_back(avx512bf16_kernels());
   if (processor.avx512) tables.push_back(avx512_kernels());
   if (processor.avx2) tables.push_back(avx2_kernels());
+#elif defined(SPARSEMAE_NEON)
+  tables.push_back(neon_kernels());  // every such processor has it
 #endif
   tables.push_back(portable_kernels());
   return tables;

@@ -3,6 +3,10 @@
 #include <cmath>
 #include <cstring>
 
+#if defined(__wasm_relaxed_simd__)
+#include <wasm_simd128.h>
+#endif
+
 #include "kernels.h"
 
 namespace {
@@ -12,7 +16,11 @@ struct Floats {
   using Lanes = float __attribute__((vector_size(16)));
   using Bits = std::uint32_t __attribute__((vector_size(16)));
   static constexpr const char* kMultiplyAdd = "multiply, add";
+#if defined(__wasm__)
+  static constexpr std::size_t kLanes = 4, kVectors = 6, kRows = 2;
+#else
   static constexpr std::size_t kLanes = 4, kVectors = 3, kRows = 4;
+#endif
   Lanes x;
 
   static Floats zero() { return set(0.0f); }
@@ -30,7 +38,13 @@ struct Floats {
     std::memcpy(&s, &kept, sizeof s);
     return set(s);
   }
-  static Floats fma(Floats a, Floats b, Floats c) { return {a.x * b.x + c.x}; }
+  static Floats fma(Floats a, Floats b, Floats c) {
+#if defined(__wasm_relaxed_simd__)
+    return {reinterpret_cast<Lanes>(wasm_f32x4_relaxed_madd((v128_t)a.x, (v128_t)b.x, (v128_t)c.x))};
+#else
+    return {a.x * b.x + c.x};
+#endif
+  }
   static Floats min(Floats a, Floats b) { return {a.x < b.x ? a.x : b.x}; }
   static Floats max(Floats a, Floats b) { return {a.x > b.x ? a.x : b.x}; }
   static Floats div(Floats a, Floats b) { return {a.x / b.x}; }

@@ -73,6 +73,16 @@ struct Step {
   Kept kept[kRows];
 };
 
+// The weight of row r of a step, whose `kept` has been read. Where a multiply-add takes it from an element of a
+// register, compilers load those of all rows once.
+template <class Kept, class Vector = V>
+inline Vector weight_of(const Step<Kept>& step, const Kept& kept, size_t r) {
+  if constexpr (requires { Vector::weights(step.kept); })
+    return Vector::element(Vector::weights(step.kept), r);
+  else
+    return kept.weight();
+}
+
 inline size_t slabs_of(size_t columns) { return (columns + kSlab - 1) / kSlab; }
 inline size_t header_bytes(size_t columns) { return round_up(slabs_of(columns) * kGroups * sizeof(std::uint16_t), 64); }
 
@@ -122,9 +132,10 @@ inline const Step<Kept>* accumulate(const Step<Kept>* step, const std::uint16_t*
     for (size_t r = 0; r < kRows; ++r)
       for (size_t j = 0; j < J; ++j) sum[r][j] = fresh ? V::zero() : sums[r * kVectors + j];
     for (size_t count = counts[group]; count; --count, ++step) {
+#pragma GCC unroll 4
       for (size_t r = 0; r < kRows; ++r) {
         const auto& kept = step->kept[r].read();
-        const V w = kept.weight();
+        const V w = weight_of(*step, kept, r);
         const auto* from = reinterpret_cast<const typename V::Number*>(bytes + kept.offset());
         for (size_t j = 0; j < J; ++j) sum[r][j] = V::fma(w, V::load(from + j * V::kLanes), sum[r][j]);
       }

@@ -9,10 +9,29 @@
 #pragma once
 
 #include <cstddef>
+#if !defined(__wasm__)
 #include <memory>
 #include <mutex>
+#endif
 
 namespace sparsemae {
+
+#if defined(__wasm__)
+// WebAssembly has one thread.
+class ThreadPool {
+ public:
+  using Job = void (*)(void* context, std::size_t thread);
+  struct Lock {
+    ~Lock() {}
+  };
+
+  explicit ThreadPool(std::size_t) {}
+  Lock acquire() { return {}; }
+  std::size_t size() const { return 1; }
+  void run(Job job, void* context) { job(context, 0); }
+  void barrier() {}
+};
+#else
 
 class ThreadPool {
  public:
@@ -40,5 +59,6 @@ class ThreadPool {
   std::size_t wanted_;
   std::unique_ptr<Team> team_;
 };
+#endif
 
 }  // namespace sparsemae

@@ -1,0 +1,57 @@
+"""The WebAssembly modules in Node: bits of the native portable kernels without relaxed SIMD, the error bar with it."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference
+from blob import blob
+
+from sparsemae.packing.format import PackedModel
+from sparsemae.runtime.model import _build
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("ziglang") is None, reason="needs the ziglang wheel (make wasm)"),
+    pytest.mark.skipif(shutil.which("node") is None, reason="needs node"),
+]
+
+
+@pytest.fixture(scope="module")
+def modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wasm")
+    subprocess.run([ROOT / "native/build_wasm.sh", sys.executable, folder], check=True, capture_output=True)
+    return folder
+
+
+def run(module: Path, model: PackedModel, images: np.ndarray, folder: Path) -> np.ndarray:
+    (folder / "model").write_bytes(blob(model))
+    (folder / "images").write_bytes(images.tobytes())
+    done = subprocess.run(
+        ["node", "--no-warnings", "--experimental-wasm-relaxed-simd", ROOT / "tests/native/forward.mjs", module,
+         folder / "model", folder / "images", str(len(images)), "1"], capture_output=True, check=True,
+    )  # fmt: skip
+    return np.frombuffer(done.stdout, np.float32).reshape(len(images), -1)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("pattern", ["2:32", "5:16", None])
+def test_modules_agree_with_the_native_kernels(modules: Path, pattern: str | None, dtype: str, tmp_path: Path) -> None:
+    model = reference.random_model(reference.TINY, pattern, dtype)
+    images = np.random.default_rng(1).standard_normal((2, 3, 16, 16), np.float32)
+    wanted = reference.forward(model, images)
+    plain = run(modules / "sparsemae.wasm", model, images, tmp_path)
+    assert (plain == _build(model, 1, "portable")(images, False)).all()
+    relaxed = run(modules / "sparsemae-relaxed.wasm", model, images, tmp_path)
+    assert np.abs(relaxed - wanted).max() <= 2e-5 * float(wanted.std())
+
+
+def test_modules_are_small(modules: Path) -> None:
+    for module in modules.glob("*.wasm"):
+        assert module.stat().st_size <= 150_000
