@@ -18,6 +18,7 @@ check: $(STAMP)
 	$(BIN)/clang-format --dry-run -Werror $(wildcard native/*.cpp native/*.h tests/native/*.cpp)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file tests/mypy.ini tests tools docs/update.py
 	$(TESTS) -n 2 -m "not slow and not holds_only"
 
 # make holds OF=foundation: the numbered requirements of one issue, with the figures measured
