@@ -77,6 +77,7 @@ def test_the_page_shows_the_numbers_of_the_method() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_parameters_and_multiply_adds_are_what_the_code_counts() -> None:
     check_counts("pretrain", {"sparse weights", "others", "encoder"}, {"encoder", "decoder"}, 3 + 6)
 

@@ -59,6 +59,7 @@ def test_a_recipe_of_before_is_read(tmp_path: Path) -> None:
     assert (data.source, data.root) == ("sceneparse", "ade")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", ["finetune", "segment"])
 def test_a_run_of_before_is_continued(job: str, tmp_path: Path) -> None:
     words = (tiny_segment if job == "segment" else lambda out: tiny(job, out))(tmp_path / "run")

@@ -40,6 +40,7 @@ def names(splits: Splits, split: Any = "train") -> set[str]:
     return {os.path.relpath(source.filename(i), splits.root) for i in range(len(source))}
 
 
+@pytest.mark.slow
 def test_item_1_names_of_equal_natural_keys_have_an_order_of_their_own(tmp_path: Path) -> None:
     for name in ("1", "01", "Cat", "cat", "10", "2"):
         fill(tmp_path / "train", ["ant"], 2, rename=name)

@@ -123,6 +123,7 @@ def expected(tree: Tree) -> set[tuple[str, str]]:
 
 
 @pytest.mark.filterwarnings("ignore:get_state and legacy")  # hypothesis asks numpy, whose generator is ours
+@pytest.mark.slow
 @pytest.mark.holds("right.2")
 def test_folder_tar_and_shards_are_one_set_under_any_hash_seed(tmp_path: Path, figure: Any) -> None:
     found: list[Tree] = []

@@ -21,7 +21,7 @@ def blob(model: PackedModel) -> bytes:
         vit.global_pool == "", vit.norm_eps,
     )  # fmt: skip
     for name, shape in dense_shapes(vit).items():
-        pattern = model.config.patterns.get(name.removesuffix(".weight"))
+        pattern = model.config.card.patterns.get(name.removesuffix(".weight"))
         rows, columns = shape[0], int(np.prod(shape[1:]))
         if pattern is None:
             stored = model.tensors[name]

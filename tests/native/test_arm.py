@@ -25,7 +25,7 @@ KINDS = {
     "one token": ("2:32", {"image_height": 4, "image_width": 4, "class_token": False}),
 }
 
-pytestmark = pytest.mark.skipif(not shutil.which(COMPILER), reason=f"needs {COMPILER}")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which(COMPILER), reason=f"needs {COMPILER}")]
 
 
 @pytest.fixture(scope="module")
