@@ -71,7 +71,7 @@ reliability: $(STAMP)
 fuzz: $(STAMP)
 	SPARSEMAE_TEST_FUZZ=10000 $(TESTS) --holds survive tests/faults/test_fuzz.py
 
-# the native tests again, under the address and undefined-behaviour sanitizers
+# the native tests again, under the address and undefined-behavior sanitizers
 sanitize: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt cmake nanobind
 	PATH="$(CURDIR)/$(BIN):$$PATH" SPARSEMAE_TEST_SANITIZE=1 $(TESTS) tests/native/test_sanitize.py

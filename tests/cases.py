@@ -1,6 +1,6 @@
 """Inputs as people have them, each from a public bug report of this field, with what must come of them: one table.
 
-Colour patches, one hue a class: a correct run reaches 100 % in seconds, so that a lower figure means that something was
+Color patches, one hue a class: a correct run reaches 100 % in seconds, so that a lower figure means that something was
 read wrongly.
 """
 

@@ -158,7 +158,7 @@ def read_mask(file: str | Path, table: bool = False) -> np.ndarray:
 
 
 def distinct_colors(count: int) -> list[tuple[int, int, int]]:
-    """Gray, for background or wall, then colors whose neighbours differ: hues a golden section apart."""
+    """Gray, for background or wall, then colors whose neighbors differ: hues a golden section apart."""
     colors = [(150, 150, 150)]
     for i in range(1, count):
         rgb = colorsys.hsv_to_rgb(i * 0.618034 % 1, (0.85, 0.55, 0.75)[i % 3], (0.95, 0.9, 0.6)[i // 3 % 3])

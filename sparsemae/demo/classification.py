@@ -23,8 +23,8 @@ from sparsemae.tasks.loading import TorchPredictor, load_model
 OUT, MINUTES = "runs/demo", 6.0
 ENDING_SECONDS = 35.0
 """Set aside for evaluation, predictions and the picture."""
-INTRODUCTION = "SparseMAE on 10,000 unlabelled and 1,000 labelled Fashion-MNIST images (28 x 28), 2:32 sparse\n"
-TITLE = "Test accuracy after 20 epochs on 1,000 labelled images (10,000 test images)"
+INTRODUCTION = "SparseMAE on 10,000 unlabeled and 1,000 labeled Fashion-MNIST images (28 x 28), 2:32 sparse\n"
+TITLE = "Test accuracy after 20 epochs on 1,000 labeled images (10,000 test images)"
 HEADINGS = ("trained", "top-1", "± s.e.", *SIZES)
 OURS = "SparseMAE"
 STAGES = [  # in order of starting

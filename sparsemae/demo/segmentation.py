@@ -21,10 +21,10 @@ OUT, MINUTES = "runs/demo-segment", 12.0
 ENDING_SECONDS = 20.0
 """Set aside for predictions and the tables."""
 INTRODUCTION = (
-    "Segmentation of Fashion-MNIST images (28 x 28) into 10 garments and background, 1,000 of them labelled, 2:32 "
+    "Segmentation of Fashion-MNIST images (28 x 28) into 10 garments and background, 1,000 of them labeled, 2:32 "
     "sparse.\nThe masks are computed from the images, not drawn by people.\n"
 )
-TITLE = "On the 10,000 test images, after 10 epochs on 1,000 labelled ones"
+TITLE = "On the 10,000 test images, after 10 epochs on 1,000 labeled ones"
 HEADINGS = ("trained", "seeds", "mIoU", "± s.e.", "pixel accuracy", *SIZES)
 SEEDS = 3
 OURS, SCRATCH = "SparseMAE", "sparse from scratch"

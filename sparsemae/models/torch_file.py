@@ -2,7 +2,7 @@
 
 ``weights_only=True`` runs no code, but it believes what it reads: an array of any size can be asked for in a few bytes,
 a zip may unfold, and no checksum is looked at. So a file is taken only if its pickles name nothing but what a state
-dict is made of, are small beside the data, and its zip is stored plainly and unharmed; and torch maps it, so that no
+dict is made of, are small beside the data, and its zip is stored plainly and intact; and torch maps it, so that no
 storage can reach beyond it. Files from before torch 1.6 are no zips; torch compares their storages with the data.
 
 Checkpoints of MAE, DeiT and their kin also hold the arguments of their run and numbers of numpy. Their types are known
@@ -110,8 +110,8 @@ def _names(path: Path) -> tuple[set[str], bool]:
                 raise ValueError("its zip is compressed")
             if sum(entry.file_size for entry in entries) > size:
                 raise ValueError("its zip says to hold more than itself")
-            if harmed := archive.testzip():
-                raise ValueError(f"{harmed} differs from its checksum")
+            if corrupt := archive.testzip():
+                raise ValueError(f"{corrupt} differs from its checksum")
             names = set()
             for entry in entries:
                 if entry.filename.lower().endswith(".pkl"):

@@ -69,7 +69,7 @@ def nm_mask(weight: Tensor, pattern: NMPattern, name: str = "weight") -> Tensor:
 
 
 def select_mask(weight: Tensor, pattern: NMPattern) -> Tensor:
-    """`nm_mask` without its checks, for the training forward (a check for NaN would synchronise the device)."""
+    """`nm_mask` without its checks, for the training forward (a check for NaN would synchronize the device)."""
     n, m = pattern.n, pattern.m
     groups = weight.detach().abs().reshape(-1, m)
     if n == m:

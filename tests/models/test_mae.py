@@ -170,7 +170,7 @@ def test_position_embeddings_want_a_dimension_that_four_divides():
 @pytest.mark.parametrize(
     "options",
     [{}, {"img_size": (16, 40)}, {"img_size": (24, 16), "patch_size": (8, 4)}, {"in_chans": 1}],
-    ids=["square", "wide", "oblong patches", "grey"],
+    ids=["square", "wide", "oblong patches", "gray"],
 )
 def test_patches_and_back(options):
     model = make_mae(**options)

@@ -1,4 +1,4 @@
-"""The native tests again, under the address and undefined-behaviour sanitizers: `make sanitize`, some minutes."""
+"""The native tests again, under the address and undefined-behavior sanitizers: `make sanitize`, some minutes."""
 
 import os
 import shutil
