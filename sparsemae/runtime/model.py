@@ -145,19 +145,10 @@ def processors() -> int:
 
 def _quota() -> int | None:
     """Processors that the process's cgroup (version 2) and those above it leave, rounded up; None: no limit."""
-    try:
-        own = OWN_CGROUP.read_text().partition("0::/")[2].split("\n")[0]
-    except OSError:
-        return None
-    quotas = []
-    for group in (CGROUPS / own, *(CGROUPS / own).parents):
-        try:
-            quota, period = (group / "cpu.max").read_text().split()
-        except OSError:
-            continue
-        if quota != "max":
-            quotas.append(-(-int(quota) // int(period)))
-    return min(quotas, default=None)
+    own = OWN_CGROUP.read_text().partition("0::/")[2].split("\n")[0] if OWN_CGROUP.is_file() else ""
+    files = [group / "cpu.max" for group in (CGROUPS / own, *(CGROUPS / own).parents)]
+    limits = [file.read_text().split() for file in files if file.is_file()]
+    return min((-(-int(quota) // int(period)) for quota, period in limits if quota != "max"), default=None)
 
 
 def _build(packed: PackedModel, threads: int, isa: str, quantize: bool = True) -> Vit:

@@ -4,7 +4,8 @@ import struct
 
 import numpy as np
 
-from sparsemae.packing.format import PackedModel, dense_shapes, from_bf16, parse_pattern
+from sparsemae.packing.format import PackedModel, dense_shapes, from_bf16
+from sparsemae.packing.metadata import parse_pattern
 
 TYPES = {np.dtype(np.float32): 0, np.dtype(np.uint16): 1, np.dtype(np.int8): 2}
 VECTOR, DENSE, SPARSE = range(3)

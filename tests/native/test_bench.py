@@ -7,7 +7,8 @@ import pytest
 import reference
 
 from sparsemae.benchmark import kernels
-from sparsemae.benchmark.command import BenchmarkConfig, benchmark
+from sparsemae.benchmark.command import benchmark
+from sparsemae.options import BenchmarkConfig
 from sparsemae.runtime import _native
 
 SMALL = reference.vit_shape(depth=1)
