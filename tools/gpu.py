@@ -120,7 +120,7 @@ def options_over(default: Any, tree: dict[str, Any]) -> Any:
     return replace(default, **values)
 
 
-def recipe(name: str, **changes: dict[str, Any]) -> Any:
+def recipe(name: str, **changes: Any) -> Any:
     """A recipe's options, with some groups' settings changed."""
     tree = yaml.safe_load((ROOT / f"sparsemae/recipes/{name}.yaml").read_text())
     job = name.removeprefix("demo_").split("_")[0]

@@ -1,13 +1,14 @@
 """Samples are functions of seed, epoch and index; what cannot be read is replaced and counted, or named."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from sparsemae.data.dataset import ImageDataset
+from sparsemae.data.dataset import ImageDataset, Unreadable
 from sparsemae.data.images import DefaultRules
 from sparsemae.data.loader import UnreadableImages, batches
 from sparsemae.data.sampling import BatchPlan, EvaluationSampler, TrainingSampler
@@ -16,7 +17,7 @@ from sparsemae.data.transforms import training_transform
 from sparsemae.options.data import ImageDataConfig
 
 
-def folder(root: Path, **options: object) -> ImageDataConfig:
+def folder(root: Path, **options: Any) -> ImageDataConfig:
     return ImageDataConfig(source="folder", root=str(root), img_size=32, **options)
 
 
@@ -56,7 +57,8 @@ def test_an_image_smaller_than_a_patch_is_named(image_folder: Path) -> None:
 
 def run_epochs(data: ImageDataConfig, workers: int, world: int = 1) -> tuple[list[list[int]], list[str]]:
     """Indices taken in three epochs, micro-batch by micro-batch, and the lines said."""
-    source, said = open_source(data, "train"), []
+    source = open_source(data, "train")
+    said: list[str] = []
     dataset = ImageDataset(source, training_transform(data), seed=7, max_unreadable=0.2)
     plan = BatchPlan.make(len(source), 4, 2, world)
     feeds = []
@@ -110,8 +112,9 @@ def test_exif_orientation_is_applied_only_when_asked_for(image_folder: Path, exi
     tag[0x0112] = 6  # to be shown turned clockwise by 90 degrees
     turned.save(image_folder / "train" / "cat" / "0.png", exif=tag)
     dataset = ImageDataset(open_source(folder(image_folder), "train"), as_array, rules=DefaultRules(exif))
-    got = dataset[0]["image"]
-    np.testing.assert_array_equal(got, upright if exif else np.asarray(turned))
+    got = dataset[0]
+    assert not isinstance(got, Unreadable)
+    np.testing.assert_array_equal(got["image"], upright if exif else np.asarray(turned))
 
 
 def all_batches(data: ImageDataConfig, workers: int, start: int = 0) -> list[dict]:

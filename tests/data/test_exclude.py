@@ -5,10 +5,11 @@ import pytest
 
 from sparsemae.data.exclude import read_exclude, write_exclude
 from sparsemae.data.sources import open_source
+from sparsemae.data.tree import Split
 from sparsemae.options.data import SourceConfig
 
 
-def names(root: Path, split: str, exclude: Path | None, limit: int | None = None) -> list[str]:
+def names(root: Path, split: Split, exclude: Path | None, limit: int | None = None) -> list[str]:
     data = SourceConfig("folder", str(root), exclude=None if exclude is None else str(exclude))
     source = open_source(data, split, limit)
     return [os.path.relpath(source.filename(i), root) for i in range(len(source))]

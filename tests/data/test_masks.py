@@ -15,8 +15,8 @@ def saved(folder: Path, kind: str) -> Path:
     file = folder / f"{kind}.png"
     if kind == "16-bit":
         Image.fromarray(VALUES.astype(np.uint16)).save(file)
-        with Image.open(file) as picture:
-            assert picture.mode == "I;16"
+        with Image.open(file) as written:
+            assert written.mode == "I;16"
     else:
         picture = Image.fromarray(VALUES.astype(np.uint8))
         if kind == "palette":

@@ -21,6 +21,7 @@ from sparsemae.data.dataset import ImageDataset
 from sparsemae.data.loader import batches
 from sparsemae.data.sampling import BatchPlan, EvaluationSampler, TrainingSampler
 from sparsemae.data.sources import Source, open_source
+from sparsemae.data.tree import Split
 from sparsemae.options.data import DataConfig, SourceConfig
 
 COUNT = 75
@@ -105,7 +106,7 @@ def cifar10(root: Path) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("kind", ["tar", "wds"])
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_tars_and_shards_hold_what_the_folder_holds(photos: Path, kind: str, split: str) -> None:
+def test_tars_and_shards_hold_what_the_folder_holds(photos: Path, kind: Any, split: Split) -> None:
     folder = open_source(SourceConfig("folder", str(photos / "folder")), split)
     other = open_source(SourceConfig(kind, str(photos / kind)), split)
     pairs = [sorted(content(s, i) for i in range(len(s))) for s in (folder, other)]
@@ -117,7 +118,7 @@ def test_tars_and_shards_hold_what_the_folder_holds(photos: Path, kind: str, spl
 
 
 def test_where_tars_of_the_splits_may_lie(photos: Path, tmp_path: Path) -> None:
-    def opened(kind: str, root: Path) -> tuple[int, int]:
+    def opened(kind: Any, root: Path) -> tuple[int, int]:
         data = SourceConfig(kind, str(root))
         return len(open_source(data, "train")), len(open_source(data, "val"))
 
@@ -153,7 +154,7 @@ def _small(image: Image.Image, target: int) -> tuple[torch.Tensor, int]:
 @pytest.mark.holds("imagenet.2")
 @pytest.mark.parametrize("kind", ["folder", "tar", "wds", "torchvision"])
 def test_each_image_exactly_once_over_two_processes(
-    photos: Path, tmp_path: Path, kind: str, figure: Any, monkeypatch: pytest.MonkeyPatch
+    photos: Path, tmp_path: Path, kind: Any, figure: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = photos / kind if kind != "torchvision" else tmp_path
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", cifar10(tmp_path))
@@ -191,7 +192,7 @@ def test_listed_members_of_tars_are_left_out(photos: Path, tmp_path: Path) -> No
 
 
 def test_torchvision_splits_by_flag_by_word_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = cifar10(tmp_path)
+    base: Any = cifar10(tmp_path)
 
     class Flowers102(base):
         def __init__(self, root: str, split: str = "train") -> None:
@@ -242,7 +243,7 @@ def test_a_set_of_torchvision_from_its_own_files(tmp_path: Path) -> None:
         ({"source": "tar", "root": "nowhere.tar"}, r"nowhere\.tar: no such folder"),
     ],
 )
-def test_mistakes(tmp_path: Path, options: dict[str, str], message: str) -> None:
+def test_mistakes(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         open_source(SourceConfig(**{"root": str(tmp_path), **options}), "train")
 

@@ -1,6 +1,7 @@
 """Transforms of images are timm's where timm has them."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,9 +37,9 @@ def test_shift_moves_by_at_most_the_pixels_given_and_fills_with_black() -> None:
 
 def test_randaugment_at_full_magnitude_keeps_no_bits_as_it_did() -> None:
     """Pillow 13 refuses to posterize to 0 bits, which timm asks of one image in 700; Pillow 12 gave black."""
-    transform = training_transform(ImageDataConfig(auto_augment="rand-m10-inc1-n15", img_size=8))
+    steps: Any = training_transform(ImageDataConfig(auto_augment="rand-m10-inc1-n15", img_size=8)).steps
     image = Image.new("RGB", (8, 8), (200, 100, 50))
-    operations = [op for step in transform.steps.transforms for op in getattr(step, "ops", ())]
+    operations = [op for step in steps.transforms for op in getattr(step, "ops", ())]
     (posterize,) = [op for op in operations if op.name == "PosterizeIncreasing"]
     posterize.prob = 1.0
     assert np.asarray(posterize(image)).max() == 0

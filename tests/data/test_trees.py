@@ -109,7 +109,8 @@ def list_all(root: Path, seed: int) -> Any:
 
 def expected(tree: Tree) -> set[tuple[str, str]]:
     """Class and content of what is seen, by ten lines of another kind."""
-    plain, found = [], set()
+    plain: list[str] = []
+    found = set()
     for number, (path, kind) in enumerate(tree):
         parts, content = path.split("/"), f"{number:04d}"
         seen = not any(part.startswith(".") or part in ("__MACOSX", "@eaDir") for part in parts)

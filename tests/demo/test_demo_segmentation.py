@@ -3,6 +3,7 @@
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -33,7 +34,7 @@ def test_the_arms_of_a_pair_differ_in_their_start_alone() -> None:
 
 @pytest.mark.holds("ade20k.5")
 @pytest.mark.holds_only
-def test_pretraining_is_worth_more_than_two_standard_errors(tmp_path: Path, figure: object) -> None:
+def test_pretraining_is_worth_more_than_two_standard_errors(tmp_path: Path, figure: Any) -> None:
     stages = [PRETRAINING[0], *PAIRED]
     done = run_stages(stages, tmp_path, 0, time.monotonic() + 3600, Console(quiet=True))
     assert len(done) == len(stages)

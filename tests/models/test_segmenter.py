@@ -1,6 +1,8 @@
 """The heads against transformers' with copied weights, the pyramid, the loss, and who is trained how."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import timm
@@ -35,7 +37,7 @@ def maps(sizes: list[int]) -> list[torch.Tensor]:
     return [torch.randn(2, 24, size, size, generator=generator) for size in sizes]
 
 
-def compare(ours: nn.Module, theirs: nn.Module, inputs: list[torch.Tensor], of_ours: object) -> float:
+def compare(ours: nn.Module, theirs: nn.Module, inputs: list[torch.Tensor], of_ours: Callable[..., Any]) -> float:
     """Copies our weights into theirs; the largest relative difference of outputs, inputs' and weights' gradients."""
     generator = torch.Generator().manual_seed(1)
     for tensor in (*ours.parameters(), *ours.buffers()):
@@ -84,7 +86,7 @@ def order(module: nn.Module) -> list[str]:
 
 @pytest.mark.holds("ade20k.2")
 @pytest.mark.parametrize("sizes", [[16, 8, 4, 2], [28, 14, 7, 4]])
-def test_upernets_head_is_transformers(sizes: list[int], figure: object) -> None:
+def test_upernets_head_is_transformers(sizes: list[int], figure: Any) -> None:
     config = UperNetConfig(hidden_size=16, pool_scales=[1, 2, 3, 6], num_labels=CLASSES)
     error = compare(UperNetHead(WIDTHS, 16, CLASSES), TheirHead(config, WIDTHS), maps(sizes), lambda x: (x,))
     figure(f"largest relative difference of a tensor {error:.1e}")
@@ -92,7 +94,7 @@ def test_upernets_head_is_transformers(sizes: list[int], figure: object) -> None
 
 
 @pytest.mark.holds("ade20k.2")
-def test_the_auxiliary_head_is_transformers(figure: object) -> None:
+def test_the_auxiliary_head_is_transformers(figure: Any) -> None:
     config = UperNetConfig(auxiliary_channels=16, num_labels=CLASSES, auxiliary_in_channels=None)
     error = compare(FCNHead(24, 16, CLASSES), UperNetFCNHead(config, WIDTHS), maps([16, 8, 4, 2]), lambda x: (x[2],))
     figure(f"largest relative difference of a tensor {error:.1e}")
@@ -111,7 +113,8 @@ def test_the_pyramids_strides_and_the_logits_size() -> None:
 
 
 def test_out_indices_are_the_blocks_outputs() -> None:
-    model, seen = segmenter().eval(), {}
+    model = segmenter().eval()
+    seen: dict[int, torch.Tensor] = {}
     for i, block in enumerate(model.encoder.blocks):
         block.register_forward_hook(lambda _, __, out, i=i: seen.__setitem__(i, out))
     image = torch.randn(1, 3, 32, 32)

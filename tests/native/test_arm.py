@@ -53,7 +53,8 @@ def test_neon_agrees_with_the_twin(program: Path, kind: str, dtype: str, tmp_pat
     (tmp_path / "images").write_bytes(images.tobytes())
     outputs = []
     for threads in (1, 2):
-        command = ["qemu-aarch64", program, tmp_path / "model", tmp_path / "images", "3", str(threads), ""]
+        files: list[str | Path] = [program, tmp_path / "model", tmp_path / "images"]
+        command = ["qemu-aarch64", *files, "3", str(threads), ""]
         done = subprocess.run(command, capture_output=True, check=True)
         assert done.stderr == b"neon\n"
         outputs.append(np.frombuffer(done.stdout, np.float32).reshape(wanted.shape))

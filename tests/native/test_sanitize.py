@@ -24,9 +24,9 @@ def library(name: str) -> str:
 @pytest.mark.holds("packed.8")
 def test_native_code_under_sanitizers(tmp_path: Path) -> None:
     build = ROOT / "build" / "sanitize"
-    cmake = ["cmake", "-S", ROOT, "-B", build, "-DSPARSEMAE_SANITIZE=ON", f"-DPython_EXECUTABLE={sys.executable}"]
-    subprocess.run(cmake, check=True, capture_output=True)
-    subprocess.run(["cmake", "--build", build, "-j2"], check=True, capture_output=True)
+    cmake = ["cmake", "-S", str(ROOT), "-B", str(build), "-DSPARSEMAE_SANITIZE=ON"]
+    subprocess.run([*cmake, f"-DPython_EXECUTABLE={sys.executable}"], check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", str(build), "-j2"], check=True, capture_output=True)
     shutil.copytree(
         ROOT / "sparsemae", tmp_path / "sparsemae", ignore=shutil.ignore_patterns("_native*.so", "__pycache__")
     )

@@ -229,7 +229,7 @@ def test_shared_modules_and_tied_weights_stay_shared():
 def test_hooks_dtype_mode_and_other_members_are_kept():
     model = Net().to(torch.bfloat16).eval()
     layer = model.blocks[0].fc1
-    calls = []
+    calls: list[object] = []
     layer.register_forward_hook(lambda module, args, output: calls.append(type(module)))
     layer.register_forward_pre_hook(lambda module, args: calls.append("pre"))
     layer.weight.requires_grad_(False)
