@@ -35,6 +35,7 @@ def test_dense_models_and_unfinished_runs_are_evaluated(tmp_path: Path) -> None:
     assert evaluate(EvaluateConfig(str(checkpoint))) == evaluate(EvaluateConfig(str(tmp_path / "run")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
 def test_a_packed_model_predicts_and_evaluates_like_its_source(
     runs: Path, tmp_path: Path, image_folder: Path, dtype: str, capsys: pytest.CaptureFixture[str]

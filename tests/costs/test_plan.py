@@ -30,6 +30,7 @@ def giga(found: Plan, forward: int) -> dict[str, tuple[float, float]]:
     return {part: (dense / 1e9, kept / 1e9) for part, dense, kept in (*parts.parts, parts.total)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pattern", "kept", "linear", "total"), [("2:32", 6_172_416, 1.05, 1.88), ("4:32", 11_480_832, 2.09, 2.92)]
 )
@@ -50,6 +51,7 @@ def test_the_methods_arithmetic(tmp_path: Path, pattern: str, kept: int, linear:
     assert giga(found, 1)["dense linear"][0] * 1e9 == pytest.approx(decoder)
 
 
+@pytest.mark.slow
 def test_a_finetuned_model_has_a_head_and_a_dense_one_keeps_all(tmp_path: Path) -> None:
     found = planned(tmp_path, "finetune", "seed: 0", devices=8)
     assert found.encoder.kept + found.encoder.dense_total == 6_172_416 + 769_000
@@ -59,6 +61,7 @@ def test_a_finetuned_model_has_a_head_and_a_dense_one_keeps_all(tmp_path: Path) 
     assert giga(dense, 0)["total"][0] == giga(dense, 0)["total"][1] == pytest.approx(17.56, abs=0.005)
 
 
+@pytest.mark.slow
 def test_steps_hours_and_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = MEDIUM + "trainer: {epochs: 400, global_batch: 4096, num_nodes: 2}"
     found = planned(tmp_path, "pretrain", text, devices=8, device_batch=64)
@@ -169,6 +172,7 @@ def test_a_demos_recipe_is_counted_on_the_embedded_images(recipe: str, images: i
     assert plan(PlanConfig(recipe)).batches.images == images
 
 
+@pytest.mark.slow
 def test_which_job_a_recipe_is_for(tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("trainer: {global_batch: 8}\nmodel: {args: {embed_dim: 32, depth: 1, num_heads: 2}}")

@@ -35,6 +35,7 @@ def run(words: list[str], capfd: pytest.CaptureFixture[str]) -> tuple[int, str]:
     return status, printed.out + printed.err
 
 
+@pytest.mark.slow
 @pytest.mark.holds("right.1")
 @pytest.mark.parametrize("name", CASES)
 def test_a_case_comes_to_the_right_figure_or_is_refused(

@@ -19,6 +19,7 @@ CHILDREN = 40
 SECONDS = 60
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("calling", [False, True], ids=["idle", "during another thread's call"])

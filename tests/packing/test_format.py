@@ -149,6 +149,7 @@ def test_int8_scale_must_be_positive(tmp_path: Path) -> None:
         read(path)
 
 
+@pytest.mark.slow
 @pytest.mark.holds("packed.8")
 def test_mutated_files_are_refused_or_harmless(packed: Path) -> None:
     """2,000 files with bytes flipped, cut out, doubled, or cut off: each runs, or is refused with one line."""
