@@ -59,7 +59,7 @@ class Saver:
             name: {key: self._copy(name, key, t) for key, t in tensors.items()} for name, tensors in files.items()
         }
         if any(tensor.is_cuda for tensors in files.values() for tensor in tensors.values()):
-            torch.cuda.synchronize()
+            torch.cuda.current_stream().synchronize()  # others may be stuck in a collective
         self.step = step
         self._thread = threading.Thread(target=self._write, args=(step, copies, metadata, best), daemon=True)
         self._thread.start()

@@ -1,0 +1,149 @@
+"""Two processes stand and fall together: whatever ends or stops one of them, at any point, on either of them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny
+from harness import Job
+from lightning_fabric import Fabric
+
+from sparsemae.cli import main
+from sparsemae.models.weights import read_weights
+from sparsemae.tasks.classification import Classification
+from sparsemae.training import fit
+from sparsemae.training.checkpoint import list_checkpoints, load_checkpoint
+from sparsemae.training.feed import Feed
+
+POINTS = ("load", "forward", "backward", "all-reduce", "save", "evaluate")
+FAULTS = ("error", "kill -9", "SIGSTOP", "endless loop")
+ALL = list(itertools.product(POINTS, FAULTS, (0, 1)))
+FEW = [("forward", "error", 1), ("backward", "kill -9", 0), ("all-reduce", "SIGSTOP", 0), ("evaluate", "endless loop", 1)]
+
+
+def words(out: Path, *options: str) -> list[str]:
+    """A finetuning of 6 steps, evaluated and saved after 2 and 4 of them."""
+    saves = ["--trainer.evaluate_every_epochs", "1", "--trainer.save_every_steps", "4", "--trainer.device_batch", "8"]
+    return tiny("finetune", out, *saves, *options)
+
+
+def strike(fault: str) -> None:
+    """Happens to this process."""
+    Path(os.environ["STRUCK"]).touch()
+    if fault == "error":
+        raise RuntimeError("a fault\nof two lines")
+    if fault == "endless loop":
+        while True:
+            time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGKILL if fault == "kill -9" else signal.SIGSTOP)
+    time.sleep(1000)
+
+
+def inject(point: str, fault: str, rank: int, struck: Path) -> None:
+    """Have a fault happen to one process: in step 4, or at what comes after it."""
+    os.setpgid(0, 0)  # by which its loader processes are found
+    if int(os.environ["RANK"]) != rank:
+        return
+    os.environ["STRUCK"] = str(struck)
+    owner, name, at = {
+        "load": (Feed, "micro_batch", 4),
+        "forward": (Classification, "loss", 4),
+        "backward": (Classification, "loss", 4),
+        "all-reduce": (Fabric, "all_reduce", 4),
+        "save": (fit._Loop, "_save", 2),
+        "evaluate": (Classification, "evaluate", 2),
+    }[point]
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def struck_call(self: Any, *args: Any, **named: Any) -> Any:
+        due = next(calls) == at
+        if due and point != "backward":
+            strike(fault)
+        result = original(self, *args, **named)
+        if due:
+            result.register_hook(lambda gradient: strike(fault))
+        return result
+
+    setattr(owner, name, struck_call)
+
+
+def living(groups: list[int]) -> list[str]:
+    """Processes of these process groups, loader processes included."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, group = entry.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        if int(group) in groups and state != "Z":
+            found.append(f"{entry.parent.name} {state}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed run."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    main(words(out))
+    return out
+
+
+def stand_and_fall(
+    point: str, fault: str, rank: int, tmp_path: Path, whole: Path, hang: int, came_out: Any, benchmark_line: Any
+) -> None:
+    """The fault in two processes with a loader process each, and the same command again."""
+    options = ["--trainer.hang_timeout_seconds", str(hang), "--data.workers", "1"]
+    struck, own = tmp_path / "struck", words(tmp_path / "run", *options)
+    job = Job(own, 2, partial(inject, point, fault, rank, struck))
+    pids = [process.pid for process in job.processes if process.pid is not None]
+    try:
+        statuses = job.wait(180)
+        seconds = time.time() - struck.stat().st_mtime
+        output = job.output.read_text()
+        assert None not in statuses, output
+        assert statuses[1 - rank] == 2, (statuses, output)
+        assert statuses[rank] == (-signal.SIGKILL if fault in ("kill -9", "SIGSTOP") else 2), output
+        time.sleep(0.5)  # the system ends the loader processes
+        assert not living(pids)
+    finally:
+        job.end()
+    errors = [line for line in output.splitlines() if line.startswith("sparsemae") and "error: " in line]
+    assert len(errors) == (1 if fault in ("kill -9", "SIGSTOP") else 2), output
+    assert not [line for line in output.splitlines() if "Traceback" in line or "frame #" in line], output
+    last = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    assert load_checkpoint(last)[1]["done"] == (4 if point in ("save", "evaluate") else 3), output
+    main([*own, "--data.workers", "0"])
+    one, other = (read_weights(folder)[0] for folder in (whole, tmp_path / "run"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    if benchmark_line is not None:
+        benchmark_line(f"{fault} at {point} in process {rank}: seconds until all were gone", seconds, 60)
+    said = next((line for line in errors if "failed" in line), errors[0])
+    made = f"in process {rank} of 2, at {point}; trainer.hang_timeout_seconds {hang}; then the same command again"
+    came_out(f"one of two processes: {fault}", made, f"{statuses[0]} and {statuses[1]}, then 0", said, equal=True)
+
+
+@pytest.mark.slow
+@pytest.mark.holds("held.1")
+@pytest.mark.parametrize(("point", "fault", "rank"), FEW)
+def test_2_one_of_two_processes_takes_the_other_with_it(
+    tmp_path: Path, whole: Path, came_out: Any, point: str, fault: str, rank: int
+) -> None:
+    stand_and_fall(point, fault, rank, tmp_path, whole, 5, came_out, None)
+
+
+@pytest.mark.holds_only
+@pytest.mark.holds("held.2")
+@pytest.mark.parametrize(("point", "fault", "rank"), ALL)
+def test_a_fault_at_any_point_on_either_of_two_processes(
+    tmp_path: Path, whole: Path, came_out: Any, benchmark_line: Callable[..., None], point: str, fault: str, rank: int
+) -> None:
+    stand_and_fall(point, fault, rank, tmp_path, whole, 10, came_out, benchmark_line)
