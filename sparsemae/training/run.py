@@ -4,6 +4,8 @@ import atexit
 import gc
 import json
 import logging
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -159,8 +161,11 @@ def with_pixels_of_before(config: C) -> C:
 
 
 def _leave_process_group(group: Group) -> None:
-    """gloo's threads, left alive, can abort a process that ends (pytorch #190489); NCCL would wait for lost ones."""
-    if dist.is_initialized() and (group.succeeded or dist.get_backend() == "gloo"):
+    """gloo's threads, left alive, can abort a process that ends (pytorch #190489); NCCL may wait for lost ones."""
+    if dist.is_initialized():
+        if dist.get_backend() == "nccl" and not group.succeeded:
+            sys.stdout.flush()
+            os._exit(2)
         dist.destroy_process_group()
         gc.collect()  # cycles with DDP's modules in them hold the group, and so its threads
 

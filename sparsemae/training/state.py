@@ -78,7 +78,7 @@ class TrainingState:
         Buffers are each process's own, and the images may lie elsewhere on another machine.
         """
         bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-        weights = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        weights = {f"the checksum of {name}": weight.detach() for name, weight in self.model.named_parameters()}
         sums = [weight.view(bits[weight.element_size()]).sum(dtype=torch.int64) for weight in weights.values()]
         same = dict(zip(weights, torch.stack(sums).tolist(), strict=True))
         settings = {name: value for name, value in flatten_config(self.origin["config"]).items() if name != "data.root"}

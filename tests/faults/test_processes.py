@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny
-from harness import Job
+from harness import Job, living
 from lightning_fabric import Fabric
 
 from sparsemae.cli import main
@@ -27,7 +27,12 @@ from sparsemae.training.feed import Feed
 POINTS = ("load", "forward", "backward", "all-reduce", "save", "evaluate")
 FAULTS = ("error", "kill -9", "SIGSTOP", "endless loop")
 ALL = list(itertools.product(POINTS, FAULTS, (0, 1)))
-FEW = [("forward", "error", 1), ("backward", "kill -9", 0), ("all-reduce", "SIGSTOP", 0), ("evaluate", "endless loop", 1)]
+FEW = [
+    ("forward", "error", 1),
+    ("backward", "kill -9", 0),
+    ("all-reduce", "SIGSTOP", 0),
+    ("evaluate", "endless loop", 1),
+]
 
 
 def words(out: Path, *options: str) -> list[str]:
@@ -76,31 +81,18 @@ def inject(point: str, fault: str, rank: int, struck: Path) -> None:
     setattr(owner, name, struck_call)
 
 
-def living(groups: list[int]) -> list[str]:
-    """Processes of these process groups, loader processes included."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, group = entry.read_text().rpartition(")")[2].split()[:3]
-        except OSError:
-            continue
-        if int(group) in groups and state != "Z":
-            found.append(f"{entry.parent.name} {state}")
-    return found
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The undisturbed run."""
+    """The undisturbed run, with a checkpoint of each step."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    main(words(out))
+    main(words(out, "--trainer.save_every_steps", "1", "--trainer.keep_checkpoints", "6"))
     return out
 
 
 def stand_and_fall(
-    point: str, fault: str, rank: int, tmp_path: Path, whole: Path, hang: int, came_out: Any, benchmark_line: Any
-) -> None:
-    """The fault in two processes with a loader process each, and the same command again."""
+    point: str, fault: str, rank: int, tmp_path: Path, whole: Path, hang: int
+) -> tuple[list[str], float, str]:
+    """The fault in two processes with a loader process each; the command line, how long it took, and what was said."""
     options = ["--trainer.hang_timeout_seconds", str(hang), "--data.workers", "1"]
     struck, own = tmp_path / "struck", words(tmp_path / "run", *options)
     job = Job(own, 2, partial(inject, point, fault, rank, struck))
@@ -120,15 +112,12 @@ def stand_and_fall(
     assert len(errors) == (1 if fault in ("kill -9", "SIGSTOP") else 2), output
     assert not [line for line in output.splitlines() if "Traceback" in line or "frame #" in line], output
     last = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
-    assert load_checkpoint(last)[1]["done"] == (4 if point in ("save", "evaluate") else 3), output
-    main([*own, "--data.workers", "0"])
-    one, other = (read_weights(folder)[0] for folder in (whole, tmp_path / "run"))
-    assert all(torch.equal(one[key], other[key]) for key in one)
-    if benchmark_line is not None:
-        benchmark_line(f"{fault} at {point} in process {rank}: seconds until all were gone", seconds, 60)
-    said = next((line for line in errors if "failed" in line), errors[0])
-    made = f"in process {rank} of 2, at {point}; trainer.hang_timeout_seconds {hang}; then the same command again"
-    came_out(f"one of two processes: {fault}", made, f"{statuses[0]} and {statuses[1]}, then 0", said, equal=True)
+    (files, counters), (wanted, _) = load_checkpoint(last), load_checkpoint(whole / "checkpoints" / last.name)
+    assert counters["done"] == (4 if point in ("save", "evaluate") else 3), output
+    for name, tensors in wanted.items():
+        assert all(torch.equal(tensors[key], files[name][key]) for key in tensors), name
+    assert all(line.endswith(f"; the last checkpoint is {last}") or " been at " in line for line in errors), output
+    return own, seconds, next((line for line in errors if "failed" in line), errors[0])
 
 
 @pytest.mark.slow
@@ -137,13 +126,21 @@ def stand_and_fall(
 def test_2_one_of_two_processes_takes_the_other_with_it(
     tmp_path: Path, whole: Path, came_out: Any, point: str, fault: str, rank: int
 ) -> None:
-    stand_and_fall(point, fault, rank, tmp_path, whole, 5, came_out, None)
+    """The last whole step is saved, and the same command goes on to the same weights."""
+    own, _, said = stand_and_fall(point, fault, rank, tmp_path, whole, 5)
+    main([*own, "--data.workers", "0"])
+    one, other = (read_weights(folder)[0] for folder in (whole, tmp_path / "run"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    statuses = {"error": "2 and 2", "endless loop": "2 and 2"}.get(fault, "-9 and 2")
+    made = f"in process {rank} of 2, at {point}; then the same command again"
+    came_out(f"one of two processes: {fault}", made, f"{statuses}, then 0", said, equal=True)
 
 
 @pytest.mark.holds_only
 @pytest.mark.holds("held.2")
 @pytest.mark.parametrize(("point", "fault", "rank"), ALL)
 def test_a_fault_at_any_point_on_either_of_two_processes(
-    tmp_path: Path, whole: Path, came_out: Any, benchmark_line: Callable[..., None], point: str, fault: str, rank: int
+    tmp_path: Path, whole: Path, benchmark_line: Callable[..., None], point: str, fault: str, rank: int
 ) -> None:
-    stand_and_fall(point, fault, rank, tmp_path, whole, 10, came_out, benchmark_line)
+    _, seconds, _ = stand_and_fall(point, fault, rank, tmp_path, whole, 10)
+    benchmark_line(f"{fault} at {point} in process {rank}: seconds until all were gone", seconds, 60)
