@@ -16,6 +16,7 @@ import sparsemae
 from sparsemae.cli import main, usage
 from sparsemae.config import OPTIONAL_POSITIONAL, RECIPES, read_config, recipe_names
 from sparsemae.jobs import JOBS, resolve, training_jobs
+from sparsemae.options import StudyConfig
 
 PACKAGE = ROOT / "sparsemae"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -36,7 +37,8 @@ ALLOWED = {
     "loading": {"packing", "runtime", "tasks"},
     "commands": {"sparsity", "data", "models", "training", "packing", "runtime", "tasks", "options", "loading"},
     "report": {"sparsity", "data", "models", "training", "options"},
-    "demo": {"sparsity", "data", "tasks", "commands", "report", "benchmark", "runtime", "options", "config", "jobs"},
+    "study": {"sparsity", "tasks", "data", "commands", "benchmark", "runtime", "options", "config", "jobs"},
+    "demo": {"study", "sparsity", "data", "tasks", "commands", "report", "benchmark", "runtime", "options"},
     "benchmark": {"packing", "runtime", "sparsity", "data", "models", "training", "tasks", "options", "config", "jobs"},
     "config": set(),
     "jobs": {"options"},
@@ -151,8 +153,8 @@ def test_public_names_exist() -> None:
 def test_recipes_parse_and_have_a_header(name: str) -> None:
     text = (RECIPES / f"{name}.yaml").read_text()
     assert all(f"# {word}:" in text for word in ("Command", "Cost", "Result"))
-    kind = next(kind for job, kind in training_jobs().items() if job in name)
-    config = read_config(kind, ["--config", name])
+    kind = next(kind for job, kind in {**training_jobs(), "study": StudyConfig}.items() if job in name)
+    config: Any = read_config(kind, ["--config", name])
     assert config.out == yaml.safe_load(text)["out"]
 
 
