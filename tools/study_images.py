@@ -61,7 +61,7 @@ def openclipart(source: Path, root: Path) -> None:
                     rgba = image.convert("RGBA")
                 rgba.thumbnail((CLIPART_SIDE, CLIPART_SIDE), Image.Resampling.BICUBIC)
                 square = Image.new("RGB", (CLIPART_SIDE, CLIPART_SIDE), "white")
-                square.paste(rgba, tuple((CLIPART_SIDE - side) // 2 for side in rgba.size), rgba)
+                square.paste(rgba, ((CLIPART_SIDE - rgba.width) // 2, (CLIPART_SIDE - rgba.height) // 2), rgba)
                 save(square, root / split_of(stem) / name / f"{number:04}.png")
 
 
