@@ -18,7 +18,7 @@ DEMO = """
 import sys, time
 from pathlib import Path
 from rich.console import Console
-from sparsemae.demo.stages import Stage, run_stages
+from sparsemae.study.stages import Stage, run_stages
 stage = Stage("pretrain-sparse", "pretrain", "sparse MAE", ("--data.workers", "1"), required=True)
 run_stages([stage], Path(sys.argv[1]), 0, time.monotonic() + 600, Console(stderr=True))
 """
