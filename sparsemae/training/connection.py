@@ -180,5 +180,5 @@ class _Handler(socketserver.StreamRequestHandler):
     server: _Server
 
     def handle(self) -> None:
-        with suppress(OSError, ValueError, TypeError, KeyError):  # a stranger's words
+        with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):  # a stranger's words
             self.server.connection.hear(self)

@@ -370,7 +370,9 @@ class _Loop:
                     with torch.cuda.stream(stream):
                         self._write()
                     self.saver.wait()
-        return f"; {self._last_checkpoint()}"
+        with suppress(OSError):
+            return f"; {self._last_checkpoint()}"
+        return ""
 
     def _end(self) -> NoReturn:
         """Save and leave, all processes together; the first one says why, and gives the status."""

@@ -60,6 +60,7 @@ class Group:
         self._limit = trainer.hang_timeout()
         self._line: Connection
         self._store: Any = None
+        self._port = 0
         self._children: list[Any] = []
         self._over, self._ending, self._ended = threading.Event(), threading.Lock(), False
 
@@ -76,6 +77,7 @@ class Group:
                 place.address, place.port, is_master=self.rank == 0 and not agent, wait_for_workers=False,
                 timeout=timedelta(seconds=JOIN_SECONDS),
             )  # fmt: skip
+            self._port = store.port
             self._store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             self._line = Connection(self.rank, self.world, place.address, self._store, JOIN_SECONDS)
         except (RuntimeError, OSError) as error:
@@ -84,13 +86,16 @@ class Group:
                 f"{str(error).splitlines()[0]}"
             ) from error
         threading.Thread(target=self._watch, daemon=True).start()
-        self._children = place.start_others(store.port)
         return self
 
     def launch(self, device: torch.device) -> None:
-        """Wait for all processes, and make the group of their collectives. Raises ValueError if one does not come."""
+        """Start the other processes, unless a launcher has, and make the group of their collectives.
+
+        Raises ValueError if one does not come.
+        """
         if self.world == 1:
             return
+        self._children = self._place.start_others(self._port)
         end, line = time.monotonic() + JOIN_SECONDS, self._line
         while not line.complete:
             for number, child in zip(self._place.to_start, self._children, strict=True):
@@ -144,7 +149,7 @@ class Group:
         self.succeeded = True
 
     def _wait_for_children(self) -> None:
-        end = time.monotonic() + 4 * GRACE_SECONDS
+        end = time.monotonic() + SAVING_SECONDS + GRACE_SECONDS
         for child in self._children:
             with suppress(Exception):
                 child.wait(max(0.0, end - time.monotonic()))
@@ -249,9 +254,10 @@ class Group:
 
     def _look_at(self, member: Member) -> None:
         member.beats += 1
-        limit = self._limit if member.sign.machine == MACHINE else min(self._limit, LOST_SECONDS)
+        sign = member.sign
+        lost = sign.machine != MACHINE and sign.place  # before the loop, sorting millions of names stops all threads
+        limit = min(self._limit, LOST_SECONDS) if lost else self._limit
         if member.beats * BEAT_SECONDS > limit and member.connected and self._line.complete:
-            sign = member.sign
             who = f"process {sign.rank} of {self.world} (pid {sign.pid} on {sign.machine.split()[0]})"
             self._line.judge(Verdict(sign.rank, f"{who} gave no sign for {limit:g} s", silent=True))
 
@@ -271,10 +277,12 @@ class Group:
 
     def _end_process(self, verdict: Verdict) -> NoReturn:
         """In place of a main thread that does not come."""
-        text, mine = verdict.text, self._ending.acquire(blocking=False)
+        said, mine = [verdict.text], self._ending.acquire(blocking=False)
         if mine and (verdict.rank != self.rank or verdict.alive):
-            text = self._saved(text)
-        os.write(2, f"sparsemae: error: {text}\n".encode())
+            saving = threading.Thread(target=lambda: said.append(self._saved(verdict.text)), daemon=True)
+            saving.start()
+            saving.join(SAVING_SECONDS + GRACE_SECONDS)  # a device or a disk may be stuck, too
+        os.write(2, f"sparsemae: error: {said[-1]}\n".encode())
         time.sleep(2 * BEAT_SECONDS)  # the others hear of it
         self._wait_for_children()
         os._exit(2)

@@ -13,7 +13,7 @@ import pytest
 from conftest import tiny
 from harness import Job, living, wait_for
 
-KILLS = 5
+KILLS = 3
 DEMO = """
 import sys, time
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_14_a_killed_run_leaves_no_loader_processes(tmp_path: Path, came_out: An
     came_out("kill -9 of a run with loader processes", "while it trains; none of them is left", -9, times=KILLS)
 
 
-@pytest.mark.slow
+@pytest.mark.holds_only
 @pytest.mark.holds("held.1")
 def test_14_a_killed_demo_leaves_no_workers(tmp_path: Path, came_out: Any) -> None:
     command = [sys.executable, "-c", DEMO, str(tmp_path)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -13,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny
-from harness import Job, living
+from conftest import on_scene, scene_folder, tiny
+from harness import Job, living, run, wait_for
 from lightning_fabric import Fabric
 
 from sparsemae.cli import main
@@ -144,3 +146,60 @@ def test_a_fault_at_any_point_on_either_of_two_processes(
 ) -> None:
     _, seconds, _ = stand_and_fall(point, fault, rank, tmp_path, whole, 10)
     benchmark_line(f"{fault} at {point} in process {rank}: seconds until all were gone", seconds, 60)
+
+
+@pytest.mark.slow
+@pytest.mark.holds("held.1")
+@pytest.mark.parametrize("job", ["pretrain", "finetune", "segment"])
+def test_3_an_image_that_cannot_be_read_ends_both_processes(
+    tmp_path: Path, image_folder: Path, came_out: Any, job: str
+) -> None:
+    """One image, which one of the processes reads: in training, and in the evaluation of the others."""
+    where = ["--data.source", "folder", "--data.root", str(image_folder), "--trainer.device_batch", "8"]
+    own = tiny(job, tmp_path / "run", *where)
+    harmed = image_folder / ("train/cat/3.png" if job == "pretrain" else "val/cat/1.png")
+    if job == "segment":
+        root = scene_folder(tmp_path / "scenes", train=4, val=2, longest=96)
+        own = on_scene(tmp_path / "run", root, "--data.workers", "0", "--trainer.evaluate_every_epochs", "1")
+        harmed = sorted((root / "images" / "validation").iterdir())[1]
+    harmed.write_bytes(harmed.read_bytes()[:200])
+    statuses, output = run(own, 2)
+    assert statuses == [2, 2], output
+    assert "Traceback" not in output
+    errors = [line for line in output.splitlines() if "error: " in line]
+    assert len(errors) == 2, output
+    assert all(f"{harmed.name}: unreadable image" in line for line in errors)
+    came_out("image that cannot be read", f"{job} on two processes, of which one reads it", "2 and 2", errors[0])
+
+
+@pytest.mark.holds_only
+@pytest.mark.holds("held.1")
+def test_2_a_first_process_that_is_killed_leaves_a_checkpoint_and_no_process(tmp_path: Path, came_out: Any) -> None:
+    """As `sparsemae --trainer.devices 2` starts them: the second one saves and ends, the same command goes on."""
+
+    def start(*options: str) -> subprocess.Popen[str]:
+        own = tiny("pretrain", tmp_path / "run", "--trainer.epochs", "500", "--trainer.device_batch", "8", *options)
+        command = [sys.executable, "-m", "sparsemae", *own, "--trainer.devices", "2", "--trainer.accelerator", "cpu"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, process_group=0)
+
+    log = tmp_path / "run" / "metrics.jsonl"
+    first = start()
+    wait_for(lambda: log.is_file() and len(log.read_text().splitlines()) > 5, 300)
+    first.kill()
+    output = first.communicate(timeout=120)[1]  # the pipe is the second one's, too
+    wait_for(lambda: not living([first.pid]))
+    assert "Traceback" not in output
+    (line,) = [line for line in output.splitlines() if "error: " in line]
+    (last,) = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert f"process 0 of 2 (pid {first.pid}) ended without a word" in line
+    assert line.endswith(f"the last checkpoint is {last}")
+    steps = load_checkpoint(last)[1]["done"] + 2
+    again = start("--trainer.max_steps", str(steps))
+    output = again.communicate(timeout=300)[1]
+    assert again.returncode == 0, output
+    words = ["--trainer.epochs", "500", "--trainer.device_batch", "8", "--trainer.max_steps", str(steps)]
+    main(tiny("pretrain", tmp_path / "whole", *words))
+    one, other = (read_weights(tmp_path / name)[0] for name in ("run", "whole"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    came_out("first of two processes killed", "kill -9, as --trainer.devices 2 starts them", "-9, then 0", line)
