@@ -296,24 +296,23 @@ class _Loop:
             self.group.at(f"log of step {done}")
             self.unreadable.synchronize()
             self.group.agree(state.identity)
-        self.whole.acquire()
-        if logged:
-            loss = {"loss": fmean(state.losses)} if state.losses else {}
-            lr = learning_rate(self.optim, (done - 1) / self.plan.steps_per_epoch, self.epochs)
-            bad = {"bad_steps": state.bad.total} if state.bad.total else {}
-            rate = progress.images_per_second(done)
-            self.run.log.write("metrics.jsonl", {**where, **loss, "lr": lr, "images_per_second": rate, **bad})
-            progress.advance(done, f"loss {loss['loss']:.4f}" if loss else "no good step")
-            state.losses.clear()
-        if state.topology is not None and (within == 0 or done == self.total):
-            moved = state.topology.update()
-            self.run.log.write("topology.jsonl", {**where, **asdict(moved)})
-        best = False
-        if metric is not None:
-            self.run.log.write("metrics.jsonl", {**where, **self.metrics})
-            best = state.is_best(self.metrics[metric], self.task.higher_is_better)
-        state.logged_through = done
-        self.whole.release()
+        with self.whole:
+            if logged:
+                loss = {"loss": fmean(state.losses)} if state.losses else {}
+                lr = learning_rate(self.optim, (done - 1) / self.plan.steps_per_epoch, self.epochs)
+                bad = {"bad_steps": state.bad.total} if state.bad.total else {}
+                rate = progress.images_per_second(done)
+                self.run.log.write("metrics.jsonl", {**where, **loss, "lr": lr, "images_per_second": rate, **bad})
+                progress.advance(done, f"loss {loss['loss']:.4f}" if loss else "no good step")
+                state.losses.clear()
+            if state.topology is not None and (within == 0 or done == self.total):
+                moved = state.topology.update()
+                self.run.log.write("topology.jsonl", {**where, **asdict(moved)})
+            best = False
+            if metric is not None:
+                self.run.log.write("metrics.jsonl", {**where, **self.metrics})
+                best = state.is_best(self.metrics[metric], self.task.higher_is_better)
+            state.logged_through = done
         minutes, longest = (time.monotonic() - self.saved_at) / 60, trainer.save_every_minutes
         if last or best or (longest is not None and minutes >= longest) or done % trainer.save_every_steps == 0:
             self._save()
@@ -371,7 +370,7 @@ class _Loop:
                         self._write()
                     self.saver.wait()
         with suppress(OSError):
-            return f"; {self._last_checkpoint()}"
+            return f"; {checkpoint.last(self.run.checkpoints)}"
         return ""
 
     def _end(self) -> NoReturn:
@@ -391,11 +390,6 @@ class _Loop:
             self.group.fail(ValueError(f"{reason or signal}{unsaved}"))
         if not self.fabric.is_global_zero:
             raise SystemExit(0)  # another status has launchers kill the first process
-        self.run.log.info(
-            f"ended by {signal} at step {self.state.done}; {self._last_checkpoint()}; the same command goes on"
-        )
+        last = checkpoint.last(self.run.checkpoints)
+        self.run.log.info(f"ended by {signal} at step {self.state.done}; {last}; the same command goes on")
         raise SystemExit(signals.STOPPED_STATUS)
-
-    def _last_checkpoint(self) -> str:
-        kept = checkpoint.list_checkpoints(self.run.checkpoints)
-        return f"the last checkpoint is {kept[-1] if kept else 'none'}"

@@ -116,8 +116,10 @@ def stand_and_fall(
     last = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
     (files, counters), (wanted, _) = load_checkpoint(last), load_checkpoint(whole / "checkpoints" / last.name)
     assert counters["done"] == (4 if point in ("save", "evaluate") else 3), output
-    for name, tensors in wanted.items():
-        assert all(torch.equal(tensors[key], files[name][key]) for key in tensors), name
+    for name, tensors in wanted.items():  # the topology is brought up to date after an evaluation
+        keys = [key for key in tensors if point != "evaluate" or not key.startswith("topology")]
+        assert keys
+        assert all(torch.equal(tensors[key], files[name][key]) for key in keys), name
     assert all(line.endswith(f"; the last checkpoint is {last}") or " been at " in line for line in errors), output
     return own, seconds, next((line for line in errors if "failed" in line), errors[0])
 
