@@ -24,7 +24,7 @@ STATEMENTS = {"the commit before the house was rebuilt (f31ab9b)": 6952, "right"
               "better": 383}  # fmt: skip
 """The house has no more than were there before; then what each later issue added, counted when it landed."""
 # Who may import whom, by first name below the package. What everybody may import imports nothing but itself.
-LEAVES = {"limits", "renamed", "card", "files", "predictor"}
+LEAVES = {"limits", "renamed", "card", "files", "plain_yaml", "predictor", "terminal"}
 ALLOWED = {
     "sparsity": set(),
     "options": set(),
@@ -47,8 +47,9 @@ ALLOWED = {
     "__main__": {"cli"},
     "__init__": set(),
 } | {leaf: set() for leaf in LEAVES}
-WITHOUT_TORCH = ("options/", "limits.py", "renamed.py", "card.py", "files.py", "predictor.py", "config.py", "jobs.py",
-                 "cli.py", "tasks/__init__.py", "runtime/", "data/images.py", "commands/predict.py")  # fmt: skip
+WITHOUT_TORCH = ("options/", "limits.py", "renamed.py", "card.py", "files.py", "plain_yaml.py", "predictor.py",
+                 "terminal.py", "config.py", "jobs.py", "cli.py", "tasks/__init__.py", "runtime/", "data/images.py",
+                 "commands/predict.py")  # fmt: skip
 
 
 def imported(file: Path) -> set[str]:

@@ -47,7 +47,7 @@ def _train(config: TrainingConfig, group: Group) -> Path:
         check_blocks(encoder_of(model))
     except ValueError as error:
         notes.append(f"warning: this model can be trained, not packed: {error}")
-    run.log.info("\n".join([str(summarize(encoder_of(model))), *notes, *task.notes(model)]))
+    run.log.info(*str(summarize(encoder_of(model))).split("\n"), *notes, *task.notes(model))
     task.prepare(model, run.fabric, plan)
     card = replace(card, patterns={name: str(layer.pattern) for name, layer in iter_sparse(model)})
 

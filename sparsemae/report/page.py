@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from matplotlib.figure import Figure
 
 from sparsemae.files import write_atomic
 from sparsemae.options import ReportConfig
+from sparsemae.plain_yaml import read_yaml
+from sparsemae.terminal import printable
 from sparsemae.training.config import flatten_config
 
 WHERE = {"step", "epoch"}
@@ -35,7 +36,7 @@ def report(config: ReportConfig) -> Path:
     metrics = {name: _lines(run / "metrics.jsonl") for name, run in runs.items()}
     topology = {name: _lines(run / "topology.jsonl") for name, run in runs.items()}
     totals = {name: [{**row, **row["total"]} for row in rows] for name, rows in topology.items()}
-    settings = {name: flatten_config(yaml.safe_load((run / "config.yaml").read_text())) for name, run in runs.items()}
+    settings = {name: flatten_config(read_yaml(run / "config.yaml")) for name, run in runs.items()}
     machine = {name: flatten_config(json.loads((run / "environment.json").read_text())) for name, run in runs.items()}
     out, named = Path(config.out or runs[config.runs[0]] / "report.html"), html.escape(", ".join(runs))
     found = sorted({key for rows in metrics.values() for row in rows for key in row} - WHERE - LINE)
@@ -48,7 +49,7 @@ def report(config: ReportConfig) -> Path:
         f"<!doctype html><meta charset=utf-8><title>{named}</title><style>{STYLE}</style><h1>{named}</h1>"
         f"<div class=curves>{''.join(curves)}</div>{''.join(layers)}{tables}\n",
     )
-    print(f"wrote {out}")
+    print(printable(f"wrote {out}"))
     return out
 
 
