@@ -136,6 +136,7 @@ class _Loop:
             for path in damaged:
                 checkpoint.set_aside(path)
         run.log.truncate_after(state.done)
+        run.log.mirror(self.task.config.loggers, run.config)
         self.saver.step = state.done
         if state.done:
             run.log.info(f"continuing {run.folder} at step {state.done}")

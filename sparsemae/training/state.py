@@ -10,6 +10,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from sparsemae.card import ModelCard
+from sparsemae.limits import flatten
 from sparsemae.models.weights import load_weights, public_state
 from sparsemae.sparsity import MaskSchedule, Topology, iter_sparse
 from sparsemae.sparsity.pattern import check_finite
@@ -19,7 +20,6 @@ from sparsemae.training.checkpoint import (
     VERSION,
     WEIGHTS,
     Tensors,
-    flatten,
     load_checkpoint,
     unflatten,
 )
@@ -82,7 +82,7 @@ class TrainingState:
             "optimizer": optimizer, "topology": self.topology.state_dict() if self.topology else {},
             "masks": self.masks.state_dict(),
         }  # fmt: skip
-        files = {WEIGHTS: public_state(self.model), TRAINING: flatten(training)}
+        files = {WEIGHTS: public_state(self.model), TRAINING: flatten(training, "/")}
         card = replace(card, step=self.done)
         metadata = {WEIGHTS: replace(card, ema_decay=None).to_dict(), TRAINING: self._counters()}
         if self.average is not None:
