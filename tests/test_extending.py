@@ -20,9 +20,10 @@ from rich.console import Console
 
 from sparsemae.demo import classification
 from sparsemae.demo.results import read_arms
-from sparsemae.demo.stages import PRETRAINING, run_stages
+from sparsemae.demo.stages import PRETRAINING
 from sparsemae.jobs import JOBS
 from sparsemae.packing.format import write
+from sparsemae.study.stages import run_stages
 from sparsemae.tasks import TASKS
 
 PAGE = ROOT / "docs/extending.md"
