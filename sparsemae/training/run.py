@@ -25,7 +25,7 @@ from sparsemae.models.weights import card_of, read_metadata
 from sparsemae.options import TrainerConfig, TrainingConfig
 from sparsemae.plain_yaml import read_yaml
 from sparsemae.renamed import OPTIONS, renamed
-from sparsemae.training import checkpoint, lock, logs
+from sparsemae.training import checkpoint, lock, logs, mirrors
 from sparsemae.training.config import PRECISIONS, differences, resolved_precision
 from sparsemae.training.group import Group
 
@@ -69,6 +69,7 @@ class Run:
                     self._check_folder()
                     self.checkpoints.mkdir(parents=True, exist_ok=True)
                     self.log.lost = held.enter_context(lock.run_lock(self.folder, self.log.info))
+                    held.push(self.log.close)
                     checkpoint.remove_leftovers(self.checkpoints)
                     # first: it is what tells a run's folder from somebody's
                     write_atomic(self.folder / "environment.json", json.dumps(logs.environment(), indent=1))
@@ -123,6 +124,7 @@ def start(config: TrainingConfig, group: Group) -> Run:
     Raises ValueError on settings that cannot work.
     """
     trainer = config.trainer
+    mirrors.require_packages(config.loggers)
     precision = resolved_precision(trainer)
     if precision not in PRECISIONS:
         raise ValueError(
