@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from sparsemae.data.images import open_image, reason
 from sparsemae.limits import MAX_PIXELS
