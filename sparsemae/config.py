@@ -38,10 +38,9 @@ class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if word := re.search(r"unrecognized arguments: --([\w.]+)", message, re.IGNORECASE):
             known = [*SHORT, *(name[2:] for name in self._option_string_actions if name.startswith("--"))]
-            meant = difflib.get_close_matches(word[1], known, 1) or [
-                name for name in known if name.rpartition(".")[2] == word[1].rpartition(".")[2]
-            ]
-            message += f" (did you mean --{meant[0]}?)" * bool(meant)
+            leaf = word[1].rpartition(".")[2]
+            meant = difflib.get_close_matches(word[1], known, 1) + [n for n in known if n.rpartition(".")[2] == leaf]
+            message += "".join(f" (did you mean --{name}?)" for name in meant[:1])
         raise ValueError(message) from ex
 
 
@@ -109,9 +108,9 @@ def help_page(kind: type[Any], program: str, examples: Sequence[str], common: Se
     lines += [(kind.__doc__ or "").partition("\n")[0], "", *(f"  {example}" for example in examples), ""]
     for name in (*_positional(kind), *common):
         short = next((short for short, dotted in SHORT.items() if dotted == name and _trains(kind)), name)
-        positional = name in _positional(kind)
-        what = re.split(r"(?<=[.:;])\s", " ".join((actions[name].help or "").split()))[0].rstrip(".:;")
-        head = name.upper() if positional else f"--{short.replace('_', '-')}"
+        what = textwrap.shorten(re.split(r"(?<=[.])\s", " ".join((actions[name].help or "").split()))[0], 230)
+        what += f" {actions[name].metavar}" * str(actions[name].metavar).startswith("{")
+        head = name.upper() if name in _positional(kind) else f"--{short.replace('_', '-')}"
         lines += textwrap.wrap(what, 110, initial_indent=f"  {head:<22}", subsequent_indent=" " * 24)
     return "\n".join([*lines, "", f"{program} --help-all lists every option"])
 

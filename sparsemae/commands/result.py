@@ -1,14 +1,18 @@
 """A finished training's figures: the frozen model on the validation images again, and once on a test split."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from sparsemae.card import ModelCard
+from sparsemae.commands.probe import probe_network
+from sparsemae.data.sampling import INIT, seed_all
 from sparsemae.files import write_atomic
 from sparsemae.tasks.guessing import warning
+from sparsemae.tasks.sparse import make_sparse
 from sparsemae.tasks.task import Task, smallest_side
 from sparsemae.training.fit import Fitted
 from sparsemae.training.run import Run
@@ -56,6 +60,8 @@ def measured(run: Run, task: Task[Any], model: nn.Module, fitted: Fitted) -> Res
 def tested(run: Run, task: Task[Any], model: nn.Module, card: ModelCard, result: Result) -> Result:
     """The same with the figures of a test split, where there is one with classes or masks."""
     splits, notes = task.splits, list(result.notes)
+    if task.best_by is None and task.config.from_data:
+        return replace(result, notes=helped(run, task, model, card))
     if task.best_by is None or splits is None or splits.data.root is None:
         return result
     test: dict[str, float] | None = None
@@ -69,6 +75,26 @@ def tested(run: Run, task: Task[Any], model: nn.Module, card: ModelCard, result:
     elif run.trainer.keep == "best":
         notes.append("the epoch was chosen by these images; a split named test would be measured once, at the end")
     return replace(result, test=test, notes=notes)
+
+
+def helped(run: Run, task: Task[Any], model: nn.Module, card: ModelCard) -> list[str]:
+    """Whether a pretraining on images with classes gave better features than random weights: a k-NN vote by both."""
+    source = task.sources["train"]
+    if len(source.class_names) < 2 or task.config.data.train_images is not None:
+        return []
+    seed_all(task.config.seed, INIT)
+    random = task.build(card)
+    make_sparse(random, task.config.sparse)
+    found, without = (
+        probe_network("knn", network.eval(), card, task.config.data, run.fabric) for network in (model, random)
+    )
+    gain = found["top1"] - without["top1"]
+    clear = abs(gain) > 2 * math.hypot(found["standard_error"], without["standard_error"])
+    verdict = ("it helped" if gain > 0 else "it did harm") if clear else "no difference beyond two standard errors"
+    return [
+        f"k-NN vote by its features on {found['images']:,} held-out images: top-1 {found['top1']:.1%} ± "
+        f"{found['standard_error']:.1%}, by random weights {without['top1']:.1%}: {verdict}"
+    ]
 
 
 def _evaluations(run: Run, metric: str) -> int:

@@ -389,7 +389,8 @@ def _numbered(source: Source, class_names: Sequence[str], wanted: str) -> Source
 def names_digest(source: Source, root: str | None) -> str:
     """Of the names of all images, relative to the root, and of their classes."""
     reader = source.reader
-    digest, prefix = hashlib.sha256(), f"{Path(root)}/" if root else ""
+    base = Path(root or "")
+    digest, prefix = hashlib.sha256(), f"{base.parent if base.suffix in ('.csv', '.tsv') else base}/" if root else ""
     digest.update("\0".join(source.class_names).encode(errors="surrogateescape"))
     for i in source.indices.tolist():
         name = reader.filename(i, absolute=True).removeprefix(prefix)
