@@ -10,6 +10,7 @@ from lightning_fabric import Fabric
 
 import sparsemae
 from sparsemae.commands.probe import probe
+from sparsemae.limits import with_values
 from sparsemae.options import EvaluateConfig, InferenceConfig, SourceConfig
 from sparsemae.packing.format import is_packed
 from sparsemae.predictor import Predictor
@@ -60,9 +61,10 @@ def own_data(model: str, data: SourceConfig) -> SourceConfig:
     for folder in (path, *path.absolute().parents[:3]):  # of a file, or of a checkpoint
         if (folder / "config.yaml").is_file() and (folder / "environment.json").is_file():
             kept = renamed(yaml.safe_load((folder / "config.yaml").read_text()), OPTIONS).get("data", {})
-            own = {field.name: kept[field.name] for field in fields(SourceConfig) if field.name in kept}
-            values = {name: tuple(value) if isinstance(value, list) else value for name, value in own.items()}
-            found = SourceConfig(**{**values, "workers": data.workers, "exif": data.exif, "download": data.download})
+            own = {f"data.{f.name}": kept[f.name] for f in fields(SourceConfig) if f.name in kept} | {
+                "data.workers": data.workers, "data.exif": data.exif, "data.download": data.download,
+            }  # fmt: skip
+            found = with_values(EvaluateConfig(model, data), own).data
             if found.root is not None and not Path(found.root).exists() and "{" not in found.root:
                 raise ValueError(f"{model}: its images are no longer in {found.root}: wanted --data.root")
             return found
