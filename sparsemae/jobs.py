@@ -77,6 +77,11 @@ JOBS = {
         "sparsemae.report.page:report", options.ReportConfig, "one page of curves and masks of runs",
         None, ("sparsemae report runs/mine",), ("out",),
     ),
+    "study": Job(
+        "sparsemae.study.command:study", options.StudyConfig, "arms at several seeds, compared in pairs", None,
+        ("sparsemae study --config study.yaml --plan true",),
+        ("config", "out", "root", "seeds", "plan", "print_commands", "report"),
+    ),
     "benchmark": Job(
         "sparsemae.benchmark.command:benchmark", options.BenchmarkConfig, "packed models or training, beside rivals",
         None, ("sparsemae benchmark --section kernels --runs 1",),

@@ -86,6 +86,7 @@ def test_processes_that_cannot_keep_the_micro_batch_are_refused(tmp_path: Path) 
 @pytest.mark.holds("held.1")
 @pytest.mark.parametrize("at", [3, 6])
 @pytest.mark.parametrize("fate", ["deleted", "renamed", "renamed, and a new one in its place"])
+@pytest.mark.slow
 def test_16_a_run_notices_that_its_folder_is_gone(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], came_out: Any, fate: str, at: int
 ) -> None:

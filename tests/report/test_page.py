@@ -24,6 +24,7 @@ class Page(HTMLParser):
         self.words += [data.strip()] if data.strip() else []
 
 
+@pytest.mark.slow
 def test_two_runs_on_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, other = tmp_path / "one", tmp_path / "other <b>"
     main(tiny("pretrain", one, "--trainer.max_steps", "2"))
