@@ -178,7 +178,7 @@ def test_the_readmes_tree_is_the_tree() -> None:
 def test_help_describes_every_option(job: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert job in usage()
     with pytest.raises(SystemExit) as exit_:
-        main([job, "--help"])
+        main([job, "--help-all"])
     assert exit_.value.code == 0
     text = capsys.readouterr().out
     undocumented = re.findall(r"^  (--\S+ \S+)\s+\((?:type|required)", text, re.MULTILINE)

@@ -1,7 +1,7 @@
 """Images that are one picture, saved twice: found by a difference hash, whatever their format, quality and size.
 
-A hash is one bit for each of 16 x 16 cells of the gray image: whether the next cell to the right is brighter
-(N. Krawetz, *Kind of like that*, 2013). Two of at most `MOST` different bits agree in one of `BANDS` whole parts, by
+A hash is one bit for each of 16 x 16 cells of the gray image: whether the next cell to the right is clearly
+brighter (N. Krawetz, *Kind of like that*, 2013, but for `NOISE`). Two of at most `MOST` different bits agree in one of `BANDS` whole parts, by
 which candidates are found without a look at all pairs.
 """
 
@@ -12,6 +12,8 @@ import numpy as np
 from PIL import Image
 
 SIDE = 16
+NOISE = 2
+"""Steps of brightness, of 255, that JPEG may make in an even sky."""
 MOST = 15
 """Of 256 bits, that may differ."""
 BANDS = 16
@@ -21,7 +23,7 @@ _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=
 def fingerprint(image: Image.Image) -> bytes:
     """32 bytes of an RGB image; empty where too little of it varies to tell it from others."""
     gray = np.asarray(image.convert("L").resize((SIDE + 1, SIDE), Image.Resampling.BOX), np.int16)
-    brighter = np.diff(gray, axis=1) > 0
+    brighter = np.diff(gray, axis=1) > NOISE
     return np.packbits(brighter).tobytes() if SIDE <= brighter.sum() <= SIDE * (SIDE - 1) else b""
 
 

@@ -192,7 +192,7 @@ class Splits:
         """Which split is which, of how many images, and what else is to be said of them."""
         if self.data.root is None:
             return []
-        parts = []
+        parts, single = list[str](), list[str]()
         for split, (name, _) in self.openers.items():
             use = {"train": "training", "val": "validation", "test": "left for --split test"}[split]
             with suppress(ValueError):  # one that is not wanted may be amiss
@@ -206,15 +206,15 @@ class Splits:
                 parts.append(f"where validation is wanted, {count:,} of them are held out for it (data.val_share)")
             counts = whole.class_counts() if self.data.val_rule == "stratified" else None
             single = [] if counts is None else [whole.class_names[i] for i in np.flatnonzero(counts == 1)]
-            if single:
-                few = ", ".join(single[:4]) + ", ..." * (len(single) > 4)
-                self._notes.append(f"{len(single):,} classes of one image, which stays in training: {few}")
         own = [note for reader in self._readers.values() for note in getattr(reader, "notes", ())]
         lines = [f"{self.root}: {'; '.join(parts)}", *dict.fromkeys(self._notes + own)]
         train = self._readers.get("train")
         if train is not None and train.class_names != [""] and getattr(train, "legend", None) is None:
             shown = ", ".join(train.class_names[:4]) + ", ..." * (len(train.class_names) > 4)
             lines[0] += f"; {len(train.class_names):,} classes: {shown}"
+        if single:
+            few = ", ".join(single[:4]) + ", ..." * (len(single) > 4)
+            lines.append(f"{len(single):,} classes of one image, which stays in training: {few}")
         return lines
 
     def whole(self, split: Part) -> Source:

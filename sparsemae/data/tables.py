@@ -29,7 +29,7 @@ class TableReader:
         rows, classes = _rows(table, image_column, label_column), dict[str, str]()
         for line, name, label in rows:
             if not name or not label:
-                raise ValueError(f"{table}: line {line}: wanted file and class, got {name!r:.50}, {label!r:.40}")
+                raise ValueError(f"{table}: line {line}: wanted a file and a class, got {name!r:.40}, {label!r:.40}")
             if (before := classes.setdefault(name, label)) != label:
                 raise ValueError(f"{table}: line {line}: wanted one class of {name}, got {before} and {label}")
         files = {name: _file(table, name) for name in classes}

@@ -6,7 +6,6 @@ the best of several looks at the same images is held to that level divided by th
 
 import math
 from collections.abc import Mapping
-from itertools import count
 from statistics import NormalDist
 
 LEVEL = 1 - NormalDist().cdf(2.0)
@@ -39,8 +38,8 @@ def warning(metrics: Mapping[str, float]) -> str | None:
     if tail(round(top1 * images), images, guess) <= level:
         return None
     best_of = f" as the best of {metrics['looks']:g} epochs" * (metrics["looks"] > 1)
-    more = next((n for n in count(images) if n > MOST_IMAGES or tail(round(top1 * n), n, guess) <= level), 0)
-    hint = f"; the same figure on {more:,} images would be" if top1 > guess and more <= MOST_IMAGES else ""
+    more = _images_that_tell(top1, images, guess, level) if top1 > guess else 0
+    hint = f"; the same figure on {more:,} images would be" * bool(more)
     if guess < 1 and guess**images > level:
         return (
             f"warning: {images:,} validation images are too few to tell top-1 {top1:.1%}{best_of} from guessing, which "
@@ -50,3 +49,17 @@ def warning(metrics: Mapping[str, float]) -> str | None:
         f"warning: top-1 {top1:.1%}{best_of} is not above guessing or the most frequent class, {guess:.1%}, by two "
         f"standard errors on {images:,} images{hint}"
     )
+
+
+def _images_that_tell(top1: float, images: int, guess: float, level: float) -> int:
+    """The number of images, about, from which the same figure is above guessing; 0: more than `MOST_IMAGES`."""
+    low, high = images, 2 * images
+    while tail(round(top1 * high), high, guess) > level:
+        low, high = high, 2 * high
+        if high > MOST_IMAGES:
+            return 0
+    while high - low > 1:
+        middle = (low + high) // 2
+        tells = tail(round(top1 * middle), middle, guess) <= level
+        low, high = (low, middle) if tells else (middle, high)
+    return high
