@@ -15,7 +15,7 @@ import numpy as np
 
 from sparsemae.data.loader import UnreadableImages, batches
 from sparsemae.data.sampling import STEP, TrainingSampler, seed_all
-from sparsemae.files import replacing, write_atomic
+from sparsemae.files import write_atomic
 from sparsemae.report.page import PREDICTIONS, RECORD, write_page
 from sparsemae.sparsity import summarize
 from sparsemae.tasks.outcomes import Outcomes, Shown
@@ -58,11 +58,9 @@ def collect(run: Run, subject: Subject) -> None:
         }
         if task.outcomes is not None:
             found |= _figures(task.outcomes)
-            with (
-                replacing(run.folder / PREDICTIONS) as file,
-                file.open("w", newline="", errors="surrogateescape") as to,
-            ):
-                csv.writer(to).writerows(task.outcomes.table())
+            rows = io.StringIO(newline="")
+            csv.writer(rows).writerows(task.outcomes.table())
+            write_atomic(run.folder / PREDICTIONS, rows.getvalue().encode(errors="surrogateescape"))
         write_atomic(run.folder / RECORD, json.dumps(found))
         run.log.info(f"wrote {write_page([run.folder])}")
     except (ValueError, OSError) as error:
