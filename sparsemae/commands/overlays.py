@@ -3,6 +3,7 @@
 A mask's values are those of the data set that the model was trained on: it may be used where an annotation is.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from sparsemae.predictor import Prediction
 
 SMALLEST_SIDE = 320
 """Of an overlay, px: a smaller image is magnified."""
+LARGEST = 1 << 22
+"""Pixels of a magnified image: a strip stays as narrow as that takes."""
 FONT_SIZE, ROW, SWATCH, MARGIN, LINE = 15, 22, 14, 10, 1
 """Of the legend and the outlines, px, while the image's shorter side is at most `LEGIBLE_SIDE`; in proportion above."""
 LEGIBLE_SIDE = 700
@@ -68,7 +71,7 @@ def overlay_image(
     areas: Sequence[Prediction],
 ) -> Image.Image:
     """The image under its classes' colors, outlines between them, and a legend of the classes at its right."""
-    factor = max(1, -(-SMALLEST_SIDE // min(image.size)))
+    factor = max(1, min(-(-SMALLEST_SIDE // min(image.size)), math.isqrt(LARGEST // (image.width * image.height))))
     size = (image.width * factor, image.height * factor)
     classes = classes.repeat(factor, axis=0).repeat(factor, axis=1)
     larger = max(1.0, min(size) / LEGIBLE_SIDE)  # or a full-size photograph's legend could not be read

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sparsemae.data.images import FORMATS, UNREADABLE, reason
+from sparsemae.data.images import open_image, reason
+from sparsemae.limits import MAX_PIXELS
 
 IGNORED = 255
 MAX_CLASSES = 254
@@ -138,15 +139,15 @@ def _color_line(line: str) -> tuple[tuple[int, int, int], str] | None:
     return (red, green, blue), name
 
 
-def read_mask(file: str | Path, table: bool = False) -> np.ndarray:
+def read_mask(file: str | Path, table: bool = False, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """An index mask's values ``[H, W]``, or a color mask's colors uint8 ``[H, W, 3]``.
 
     Without a color ``table``, colors that are all gray are values.
 
-    Raises ValueError naming the file if it is unreadable or neither.
+    Raises ValueError naming the file if it is unreadable, too large, or neither.
     """
     try:
-        with Image.open(file, formats=FORMATS) as opened:
+        with open_image(file, max_pixels) as opened:
             if opened.mode in ("RGB", "RGBA"):
                 colors = np.asarray(opened.convert("RGB"))
                 gray = (colors == colors[:, :, :1]).all()
@@ -155,7 +156,7 @@ def read_mask(file: str | Path, table: bool = False) -> np.ndarray:
             if image.mode in ("1", "L", "P", "I") or image.mode.startswith("I;16"):
                 return np.asarray(image).astype(np.int32)
             mode = image.mode
-    except UNREADABLE as error:
+    except Exception as error:
         raise ValueError(f"{file}: unreadable mask: {reason(error)}") from error
     raise ValueError(f"{file}: wanted a mask of indices or colors, got an image of mode {mode}")
 

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from sparsemae.files import write_atomic
 from sparsemae.limits import flatten
 from sparsemae.options import ReportConfig
+from sparsemae.plain_yaml import read_yaml
 from sparsemae.report.charts import heat_map, line_chart
 from sparsemae.report.markup import details, escaped, pictures, section, table
 from sparsemae.report.tables import MATRIX_CLASSES, class_table, confusion_table, layer_table, settings_table
+from sparsemae.terminal import printable
 
 PAGE, RECORD, PREDICTIONS = "report.html", "report.json", "predictions.csv"
 RESULT = "result.json"
@@ -52,7 +53,7 @@ def report(config: ReportConfig) -> Path:
         if not (folder / "metrics.jsonl").is_file():
             raise ValueError(f"{folder}: wanted the folder of a run, got one without metrics.jsonl")
     out = write_page(folders, config.out)
-    print(f"wrote {out}")
+    print(printable(f"wrote {out}"))
     return out
 
 
@@ -66,7 +67,7 @@ def write_page(folders: Sequence[Path], out: str | Path | None = None) -> Path:
         try:
             runs[str(folder)] = _Run(folder)
             body = _one(runs[str(folder)]) if len(folders) == 1 else ""
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder}: wanted the files of a run: {error!r:.200}") from error
     body = body or _comparison(runs)
     title = escaped(", ".join(folder.name for folder in folders))
@@ -87,7 +88,7 @@ class _Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.metrics, self.topology = _lines(folder / "metrics.jsonl"), _lines(folder / "topology.jsonl")
-        self.settings = flatten(yaml.safe_load((folder / "config.yaml").read_text()))
+        self.settings = flatten(read_yaml(folder / "config.yaml"))
         self.machine = flatten(json.loads((folder / "environment.json").read_text()))
         self.record, self.result = (
             json.loads((folder / name).read_text()) if (folder / name).is_file() else {} for name in (RECORD, RESULT)

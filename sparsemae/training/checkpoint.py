@@ -50,6 +50,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder / name for name in names if re.fullmatch(r"step-\d{8,}", name))
 
 
+def last(folder: Path) -> str:
+    """Which checkpoint is the last, for a message."""
+    kept = list_checkpoints(folder)
+    return f"the last checkpoint is {kept[-1] if kept else 'none'}"
+
+
 def save_checkpoint(
     path: Path, files: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, Mapping[str, Any]]
 ) -> None:

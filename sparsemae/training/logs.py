@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sparsemae.files import write_atomic
+from sparsemae.terminal import printable
 from sparsemae.training.mirrors import Mirror, mirrored, open_mirrors
 
 METRICS = "metrics.jsonl"
@@ -37,15 +38,16 @@ class RunLog:
 
     def __init__(self, folder: Path | None, active: bool = True) -> None:
         self.folder, self.active = folder if active else None, active
-        self.console = Console(stderr=True, quiet=not active, highlight=False, soft_wrap=True)
+        self.console = Console(stderr=True, quiet=not active, highlight=False, emoji=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._unwritten: dict[str, str] = {}
         self._mirrors: list[Mirror] = []
         self.lost: Callable[[], str] = str
         """Says what became of the folder, if it is gone: nothing is written then."""
 
-    def info(self, text: str) -> None:
-        """Print one message, above the progress bar where there is one."""
+    def info(self, *lines: str) -> None:
+        """Print lines, above the progress bar where there is one."""
+        text = "\n".join(map(printable, lines))
         (self._bar.console if self._bar else self.console).print(text, markup=False)
 
     def write(self, file: str, record: Mapping[str, Any]) -> None:
