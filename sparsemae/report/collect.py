@@ -16,10 +16,11 @@ import numpy as np
 from sparsemae.data.loader import UnreadableImages, batches
 from sparsemae.data.sampling import STEP, TrainingSampler, seed_all
 from sparsemae.files import write_atomic
-from sparsemae.report.page import PREDICTIONS, RECORD, write_page
+from sparsemae.report.page import PREDICTIONS, RECORD, read_lines, write_page
 from sparsemae.sparsity import summarize
 from sparsemae.tasks.outcomes import Outcomes, Shown
 from sparsemae.tasks.task import Task
+from sparsemae.training.logs import METRICS
 from sparsemae.training.run import Run
 from sparsemae.training.subject import Subject
 
@@ -48,6 +49,7 @@ def collect(run: Run, subject: Subject) -> None:
         root = task.config.data.root
         found: dict[str, Any] = {
             "version": 1,
+            "step": read_lines(run.folder / METRICS)[-1]["step"],
             "title": task.title,
             "layers": vars(summarize(model)),
             "batch": [_encoded(shown, root) for shown in seen],

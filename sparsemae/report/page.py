@@ -87,12 +87,14 @@ class _Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.metrics, self.topology = _lines(folder / "metrics.jsonl"), _lines(folder / "topology.jsonl")
+        self.metrics, self.topology = read_lines(folder / "metrics.jsonl"), read_lines(folder / "topology.jsonl")
         self.settings = flatten(read_yaml(folder / "config.yaml"))
         self.machine = flatten(json.loads((folder / "environment.json").read_text()))
         self.record, self.result = (
             json.loads((folder / name).read_text()) if (folder / name).is_file() else {} for name in (RECORD, RESULT)
         )
+        if self.metrics and self.record.get("step", self.metrics[-1]["step"]) != self.metrics[-1]["step"]:
+            self.record, self.result = {}, {}  # the run has gone on since
 
     def points(self, name: str) -> list[tuple[float, float]]:
         """One quantity over the epochs."""
@@ -274,7 +276,7 @@ def _layers(record: Mapping[str, Any]) -> str:
     return details("What is sparse", layer_table(record["layers"])) if "layers" in record else ""
 
 
-def _lines(file: Path) -> Rows:
+def read_lines(file: Path) -> Rows:
     """Records of a run's file, none without it; the last line may be torn where the run goes on."""
     text = file.read_text() if file.is_file() else ""
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
