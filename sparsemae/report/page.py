@@ -28,29 +28,39 @@ border-bottom: 1px solid #ddd; vertical-align: top } caption { text-align: left;
 
 
 def report(config: ReportConfig) -> Path:
-    """Write the page and return its path. Raises ValueError naming a folder that holds no run."""
+    """Write the page and return its path. Raises ValueError naming a folder that holds no run, or a malformed one."""
     runs = {folder: Path(folder) for folder in config.runs}
     for folder, run in runs.items():
         if not (run / "metrics.jsonl").is_file():
             raise ValueError(f"{folder}: wanted the folder of a run, got one without metrics.jsonl")
+    out = Path(config.out or runs[config.runs[0]] / "report.html")
+    try:
+        page = _page(runs)
+    except Exception as error:  # its files may hold anything, deeply nested
+        said = " ".join(str(error).split()) or type(error).__name__
+        names = ", ".join(runs)
+        raise ValueError(f"{names}: wanted the files of a run, got some that are malformed: {said}") from error
+    write_atomic(out, page)
+    print(printable(f"wrote {out}"))
+    return out
+
+
+def _page(runs: Mapping[str, Path]) -> str:
     metrics = {name: _lines(run / "metrics.jsonl") for name, run in runs.items()}
     topology = {name: _lines(run / "topology.jsonl") for name, run in runs.items()}
     totals = {name: [{**row, **row["total"]} for row in rows] for name, rows in topology.items()}
     settings = {name: flatten_config(read_yaml(run / "config.yaml")) for name, run in runs.items()}
     machine = {name: flatten_config(json.loads((run / "environment.json").read_text())) for name, run in runs.items()}
-    out, named = Path(config.out or runs[config.runs[0]] / "report.html"), html.escape(", ".join(runs))
+    named = html.escape(", ".join(runs))
     found = sorted({key for rows in metrics.values() for row in rows for key in row} - WHERE - LINE)
     curves = [_curve(metrics, name) for name in ("loss", "lr", *found, "images_per_second")]
     curves += [_curve(totals, name) for name in ("flip_rate", "sad")]
     layers = [_layers(name, rows) for name, rows in topology.items() if rows]
     tables = _table("Settings" if len(runs) == 1 else "Settings that differ", settings) + _table("Machine", machine)
-    write_atomic(
-        out,
+    return (
         f"<!doctype html><meta charset=utf-8><title>{named}</title><style>{STYLE}</style><h1>{named}</h1>"
-        f"<div class=curves>{''.join(curves)}</div>{''.join(layers)}{tables}\n",
+        f"<div class=curves>{''.join(curves)}</div>{''.join(layers)}{tables}\n"
     )
-    print(printable(f"wrote {out}"))
-    return out
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
