@@ -10,6 +10,7 @@ from sparsemae.models.start import start_from
 from sparsemae.models.weights import save_model
 from sparsemae.options import TrainingConfig
 from sparsemae.packing.pack import check_blocks
+from sparsemae.report.collect import collect
 from sparsemae.sparsity import freeze, iter_sparse, summarize
 from sparsemae.tasks import task_class
 from sparsemae.tasks.sparse import make_sparse, mask_schedule
@@ -47,12 +48,13 @@ def _train(config: TrainingConfig, group: Group) -> Path:
         check_blocks(encoder_of(model))
     except ValueError as error:
         notes.append(f"warning: this model can be trained, not packed: {error}")
-    run.log.info("\n".join([str(summarize(encoder_of(model))), *notes, *task.notes(model)]))
+    run.log.info(*str(summarize(encoder_of(model))).split("\n"), *notes, *task.notes(model))
     task.prepare(model, run.fabric, plan)
     card = replace(card, patterns={name: str(layer.pattern) for name, layer in iter_sparse(model)})
 
     masks = mask_schedule(model, sparse, trainer, plan)
-    metrics = fit(run, Subject(task, model, task.wrapped(model), dataset, card, masks, plan, images))
+    subject = Subject(task, model, task.wrapped(model), dataset, card, masks, plan, images)
+    metrics = fit(run, subject)
     frozen = task.freezes and sparse.pattern != "dense"
     if frozen:
         freeze(model)
@@ -60,6 +62,7 @@ def _train(config: TrainingConfig, group: Group) -> Path:
     if run.fabric.is_global_zero:
         save_model(path, model, replace(card, frozen=frozen, metrics=metrics))
         run.log.info(f"wrote {path}: {task.result(metrics)}")
+    collect(run, subject)
     return path
 
 

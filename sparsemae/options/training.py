@@ -5,6 +5,9 @@ from typing import Literal
 
 from sparsemae.limits import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, UNIT_INTERVAL, UP_TO_1, Options, option
 
+LOGGERS = ("tensorboard", "csv", "wandb")
+"""What `TrainingConfig.log` may name."""
+
 
 @dataclass
 class OptimConfig(Options):

@@ -142,6 +142,7 @@ class _Loop:
             for path in damaged:
                 checkpoint.set_aside(path)
         run.log.truncate_after(state.done)
+        run.log.mirror(self.task.config.loggers, run.config)
         self.saver.step = state.done
         self.group.rescue = self._rescue
         if state.done:

@@ -23,8 +23,9 @@ from sparsemae.files import retried, write_atomic
 from sparsemae.limits import marked
 from sparsemae.models.weights import card_of, read_metadata
 from sparsemae.options import TrainerConfig, TrainingConfig
+from sparsemae.plain_yaml import read_yaml
 from sparsemae.renamed import OPTIONS, renamed
-from sparsemae.training import checkpoint, lock, logs
+from sparsemae.training import checkpoint, lock, logs, mirrors
 from sparsemae.training.config import PRECISIONS, differences, resolved_precision
 from sparsemae.training.group import Group
 
@@ -68,6 +69,7 @@ class Run:
                     self._check_folder()
                     self.checkpoints.mkdir(parents=True, exist_ok=True)
                     self.log.lost = held.enter_context(lock.run_lock(self.folder, self.log.info))
+                    held.push(self.log.close)
                     checkpoint.remove_leftovers(self.checkpoints)
                     # first: it is what tells a run's folder from somebody's
                     write_atomic(self.folder / "environment.json", json.dumps(logs.environment(), indent=1))
@@ -122,6 +124,7 @@ def start(config: TrainingConfig, group: Group) -> Run:
     Raises ValueError on settings that cannot work.
     """
     trainer = config.trainer
+    mirrors.require_packages(config.loggers)
     precision = resolved_precision(trainer)
     if precision not in PRECISIONS:
         raise ValueError(
@@ -182,12 +185,12 @@ def _kept_config(folder: Path, info: Callable[[str], None]) -> dict[str, Any]:
         counters = retried(partial(read_metadata, kept[-1] / f"{checkpoint.TRAINING}.safetensors"), info)
     counters = checkpoint.migrated(counters, kept[-1])
     try:
-        before = renamed(counters.get("config") or yaml.safe_load((folder / "config.yaml").read_text()), OPTIONS)
+        before = renamed(counters.get("config") or read_yaml(folder / "config.yaml"), OPTIONS)
         before["data"] = asdict(PIXELS_OF_BEFORE) | before["data"]
         trainer = before["trainer"]
         if trainer["device_batch"] is None:  # written before it was resolved
             trainer["device_batch"] = trainer["global_batch"] // (trainer["devices"] * trainer["num_nodes"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"{folder}/config.yaml: wanted the configuration of the run to continue: {error}") from error
     return before
 

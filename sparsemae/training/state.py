@@ -11,6 +11,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from sparsemae.card import ModelCard
+from sparsemae.limits import flatten
 from sparsemae.models.weights import load_weights, public_state
 from sparsemae.sparsity import MaskSchedule, Topology, iter_sparse
 from sparsemae.sparsity.pattern import check_finite
@@ -20,7 +21,6 @@ from sparsemae.training.checkpoint import (
     VERSION,
     WEIGHTS,
     Tensors,
-    flatten,
     load_checkpoint,
     unflatten,
 )
@@ -97,7 +97,7 @@ class TrainingState:
             "optimizer": optimizer, "topology": self.topology.state_dict() if self.topology else {},
             "masks": self.masks.state_dict(),
         }  # fmt: skip
-        files = {WEIGHTS: public_state(self.model), TRAINING: flatten(training)}
+        files = {WEIGHTS: public_state(self.model), TRAINING: flatten(training, "/")}
         card = replace(card, step=self.done)
         metadata = {WEIGHTS: replace(card, ema_decay=None).to_dict(), TRAINING: self._counters()}
         if self.average is not None:
