@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test check holds bench gpu kernels fuzz reliability sanitize format results segment wasm
+.PHONY: demo test check lint types fast holds bench gpu kernels fuzz reliability sanitize format results segment wasm
 
 demo: $(STAMP)
 	$(BIN)/sparsemae demo
@@ -14,11 +14,19 @@ test: $(STAMP)
 	$(TESTS) -n 2
 
 check: $(STAMP)
+	$(MAKE) --no-print-directory --jobs 3 lint types fast
+
+lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(wildcard native/*.cpp native/*.h tests/native/*.cpp)
 	$(BIN)/ruff check .
+
+types: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/mypy --config-file tests/mypy.ini tests tools docs/update.py
+
+# the tests that take less than a second or two
+fast: $(STAMP)
 	$(TESTS) -n 2 -m "not slow and not holds_only"
 
 # make holds OF=foundation: the numbered requirements of one issue, with the figures measured

@@ -1,7 +1,7 @@
 """Limits of settings, checked when a configuration is made: one line that says what was wanted and what was got."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -85,3 +85,12 @@ def marked(settings: Any, mark: str, prefix: str = "") -> Iterator[tuple[str, An
             yield from marked(value, mark, f"{name}.")
         elif found(settings) if callable(found) else found:
             yield name, value
+
+
+def flatten(tree: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, their keys joined."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, Mapping)
+        leaves |= flatten(value, separator, f"{prefix}{key}{separator}") if nested else {f"{prefix}{key}": value}
+    return leaves

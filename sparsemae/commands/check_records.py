@@ -20,6 +20,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from sparsemae.data.images import PixelRules, is_16_bit, open_image, orientation
+from sparsemae.data.loader import begin_worker
 from sparsemae.data.masks import IGNORED, read_mask
 from sparsemae.data.splits import Source
 from sparsemae.data.survey import Traits
@@ -163,7 +164,10 @@ def read_records(
 ) -> tuple[list[FileRecord], list[float], list[float]]:
     """Read every image of the splits, with a progress display: records, and mean and standard deviation of train's."""
     dataset = _Files(sources, smallest, data)
-    loader = DataLoader(dataset, batch_size=FILES_PER_TURN, num_workers=data.workers, collate_fn=list)
+    loader = DataLoader(
+        dataset, batch_size=FILES_PER_TURN, num_workers=data.workers, collate_fn=list,
+        worker_init_fn=begin_worker,
+    )  # fmt: skip
     turns = iter(loader)  # starts the processes, before the progress display starts its thread
     files, sums = [], np.zeros((2, 3), object)  # python's integers do not overflow
     pixels = faulty = 0

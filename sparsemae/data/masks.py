@@ -5,11 +5,13 @@ index mask are values (1, 8 or 16 bits; a palette PNG's are its indices, never i
 """
 
 import colorsys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from sparsemae.data.images import open_image, reason
 from sparsemae.limits import MAX_PIXELS
@@ -19,6 +21,8 @@ MAX_CLASSES = 254
 SCENEPARSE150 = Path(__file__).parent / "sceneparse150.txt"
 """The first name of each class in the data set's own list."""
 IGNORED_NAME = "ignore"
+OPACITY = 0.55
+"""Of the classes' colors over an image."""
 _FULL_ADE20K = "; masks of the full ADE20K? wanted those of SceneParse150 (ADEChallengeData2016)"
 
 
@@ -155,6 +159,24 @@ def read_mask(file: str | Path, table: bool = False, max_pixels: int = MAX_PIXEL
     except Exception as error:
         raise ValueError(f"{file}: unreadable mask: {reason(error)}") from error
     raise ValueError(f"{file}: wanted a mask of indices or colors, got an image of mode {mode}")
+
+
+def overlaid(image: Image.Image, classes: np.ndarray, palette: Sequence[Sequence[int]], line: int = 1) -> Image.Image:
+    """An RGB image under the colors of its classes uint8 ``[H, W]``, with white outlines of ``line`` px between them.
+
+    Ignored pixels stay as they are.
+    """
+    colors = np.zeros((256, 3), np.float32)
+    colors[: len(palette)] = palette
+    blended = np.array(image, np.float32)
+    known = classes != IGNORED
+    blended[known] = blended[known] * (1 - OPACITY) + colors[classes[known]] * OPACITY
+    edge = np.zeros(classes.shape, bool)
+    for px in range(1, line + 1):
+        edge[px:] |= classes[px:] != classes[:-px]
+        edge[:, px:] |= classes[:, px:] != classes[:, :-px]
+    blended[edge] = 255
+    return Image.fromarray(blended.astype(np.uint8))
 
 
 def distinct_colors(count: int) -> list[tuple[int, int, int]]:

@@ -93,3 +93,9 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     """
     middle, scale = (255 * torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (mean, std))
     return images.float().sub_(middle).div_(scale)  # in place: a third of the time on a CPU
+
+
+def denormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """The inverse of `normalize`; what lies beyond bytes is clipped."""
+    middle, scale = (255 * torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (mean, std))
+    return (images * scale + middle).round().clamp(0, 255).byte()

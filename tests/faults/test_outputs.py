@@ -101,6 +101,7 @@ def test_15_a_failure_names_the_file_and_leaves_what_was_there(tmp_path: Path) -
 
 
 @pytest.mark.holds("held.1")
+@pytest.mark.slow
 def test_15_commands_refuse_and_name_what_they_cannot_write(
     tmp_path: Path, image_folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,7 +129,7 @@ OWN_WAY = {
     "sparsemae/files.py",
     "sparsemae/data/embedded.py",  # makes the file that ships
     "sparsemae/data/tars.py",  # a cache
-    "sparsemae/demo/stages.py",  # a log, which grows
+    "sparsemae/study/stages.py",  # a log, which grows
     "sparsemae/training/logs.py",  # lines, which are appended
     "sparsemae/training/fit.py",  # checkpoints, whose folders are renamed
     "sparsemae/benchmark/saving.py",  # the same
