@@ -67,7 +67,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if config.getoption("--rows") is not None:
         passed = sorted(terminalreporter.stats.get("passed", ()), key=lambda report: report.nodeid)
         told = [(name, value) for report in passed for name, value in report.user_properties]
-        kinds = {kind: [value for name, value in told if name == kind] for kind in ("fault", "resume")}
+        kinds = {kind: [value for name, value in told if name == kind] for kind in ("fault", "resume", "soak")}
         Path(config.getoption("--rows")).write_text(json.dumps(kinds, indent=1))
     skipped = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", ())]
     if count := sum(NEEDS_ROOT in reason for reason in skipped):
@@ -129,6 +129,29 @@ def resumed(record_property: RecordProperty) -> Callable[..., None]:
     def note(job: str, source: str, stops: Any, steps: int, workers: Any, processes: Any) -> None:
         row = {"job": job, "source": source, "stops": stops, "steps": steps, "workers": workers, "processes": processes}
         record_property("resume", row)
+
+    return note
+
+
+@pytest.fixture
+def soaked(record_property: RecordProperty, figure: Figure) -> Callable[..., None]:
+    """Call with what ran for long, and what it held: a row of docs/reliability.md, and a figure.
+
+    ``resident``, ``rise`` and ``bound`` in MB, ``slope`` in MB per second or step; descriptors and threads at the end.
+    """
+
+    def note(
+        what: str, amount: str, samples: int, resident: float, slope: float, rise: float, bound: float,
+        descriptors: float, threads: float,
+    ) -> None:  # fmt: skip
+        row = {
+            "what": what, "amount": amount, "samples": samples, "resident": resident, "slope": slope, "rise": rise,
+            "bound": bound, "descriptors": descriptors, "threads": threads,
+        }  # fmt: skip
+        record_property("soak", row)
+        figure(
+            f"{what}, {amount}: {resident:.1f} MB, {rise:+.2f} MB, {descriptors:.0f} descriptors, {threads:.0f} threads"
+        )
 
     return note
 

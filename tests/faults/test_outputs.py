@@ -130,6 +130,8 @@ OWN_WAY = {
     "sparsemae/data/embedded.py",  # makes the file that ships
     "sparsemae/data/tars.py",  # a cache
     "sparsemae/study/stages.py",  # a log, which grows
+    "sparsemae/study/command.py",  # images, whose folder is renamed
+    "sparsemae/study/results.py",  # the null device
     "sparsemae/training/logs.py",  # lines, which are appended
     "sparsemae/training/fit.py",  # checkpoints, whose folders are renamed
     "sparsemae/benchmark/saving.py",  # the same
