@@ -66,10 +66,11 @@ def write_page(folders: Sequence[Path], out: str | Path | None = None) -> Path:
     for folder in folders:
         try:
             runs[str(folder)] = _Run(folder)
-            body = _one(runs[str(folder)]) if len(folders) == 1 else ""
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            body = _one(runs[str(folder)])
+        except Exception as error:  # they may hold anything
             raise ValueError(f"{folder}: wanted the files of a run: {error!r:.200}") from error
-    body = body or _comparison(runs)
+    if len(folders) > 1:
+        body = _comparison(runs)
     title = escaped(", ".join(folder.name for folder in folders))
     path = Path(out or folders[0] / PAGE)
     write_atomic(

@@ -296,7 +296,8 @@ def _pixel_accuracy(sums: NDArray[np.int64]) -> NDArray[np.float64]:
 def _mean(part: NDArray[np.int64], whole: NDArray[np.int64], there: NDArray[np.bool_]) -> NDArray[np.float64]:
     """Of fractions, over the classes that are there; nan where none is."""
     with np.errstate(invalid="ignore"):
-        return np.where(there, part / np.maximum(whole, 1), 0).sum(axis=-1) / there.sum(axis=-1)
+        mean: NDArray[np.float64] = np.where(there, part / np.maximum(whole, 1), 0).sum(axis=-1) / there.sum(axis=-1)
+    return mean
 
 
 def beside(images: Sequence[Image.Image], gap: int = 4) -> Image.Image:
