@@ -94,10 +94,11 @@ class Classification(Task[FinetuneConfig]):
             target = (target - smoothing / len(names)) / (1 - smoothing)
         pictures = map(picture, transforms.denormalize(images, data.mean, data.std))
         best = target.topk(2)  # mixed of two at most
-        return [
-            Shown(shown, "", " + ".join(f"{names[i]} {p:.0%}" for p, i in zip(*both, strict=True) if p > 0.005))
-            for shown, *both in zip(pictures, best.values.tolist(), best.indices.tolist(), strict=True)
-        ]
+        notes = (
+            f"{names[i]} {p:.0%} + {names[j]} {q:.0%}" if q > 0.005 else names[i]
+            for (p, q), (i, j) in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        )
+        return [Shown(shown, "", note) for shown, note in zip(pictures, notes, strict=True)]
 
     def example_batch(self, model: nn.Module, size: int) -> dict[str, Any]:
         return {"image": blank_images(size, self.config.data.img_size), "target": torch.zeros(size, dtype=torch.long)}
