@@ -10,7 +10,7 @@ from sparsemae.models.start import start_from
 from sparsemae.models.weights import save_model
 from sparsemae.options import TrainingConfig
 from sparsemae.packing.pack import check_blocks
-from sparsemae.sparsity import freeze, iter_sparse, summarize
+from sparsemae.sparsity import freeze, summarize
 from sparsemae.tasks import task_class
 from sparsemae.tasks.sparse import make_sparse, mask_schedule
 from sparsemae.tasks.task import encoder_of
@@ -37,22 +37,21 @@ def train(config: TrainingConfig) -> Path:
     if config.init is not None:
         run.log.info(f"{config.init}: {start_from(model, config.init)}")
     make_sparse(model, sparse)
+    masks = mask_schedule(model, sparse, trainer, plan)
     try:
         check_blocks(encoder_of(model))
     except ValueError as error:
         notes.append(f"warning: this model can be trained, not packed: {error}")
     run.log.info("\n".join([str(summarize(encoder_of(model))), *notes, *task.notes(model)]))
     task.prepare(model, run.fabric, plan)
-    card = replace(card, patterns={name: str(layer.pattern) for name, layer in iter_sparse(model)})
 
-    masks = mask_schedule(model, sparse, trainer, plan)
     metrics = fit(run, Subject(task, model, task.wrapped(model), dataset, card, masks, plan, images))
     frozen = task.freezes and sparse.pattern != "dense"
     if frozen:
         freeze(model)
     path = run.folder / "model.safetensors"
     if run.fabric.is_global_zero:
-        save_model(path, model, replace(card, frozen=frozen, metrics=metrics))
+        save_model(path, model, replace(card, patterns=masks.patterns, frozen=frozen, metrics=metrics))
         run.log.info(f"wrote {path}: {task.result(metrics)}")
     return path
 

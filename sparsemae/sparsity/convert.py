@@ -157,8 +157,8 @@ def densify(model: nn.Module) -> list[str]:
     for _, layer in layers:
         layer.drop_mask()
         del layer.pattern
-        layer.__dict__.pop("held_mask", None)
-        layer.__dict__.pop("use_dense", None)
+        for name in ("held_mask", "use_dense", "pruned_scale"):
+            layer.__dict__.pop(name, None)
         layer.__class__ = nn.Linear  # type: ignore[assignment]
     return [name for name, _ in layers]
 

@@ -184,7 +184,8 @@ class _Loop:
     def _step(self) -> None:
         """One optimizer step over its micro-batches, if all processes find it good."""
         state, epoch = self.state, self.state.done / self.plan.steps_per_epoch
-        set_learning_rate(self.optimizer, learning_rate(self.optim, epoch, self.epochs))
+        frozen = self.optim.freeze_variance_epoch is not None and epoch >= self.optim.freeze_variance_epoch
+        set_learning_rate(self.optimizer, learning_rate(self.optim, epoch, self.epochs), frozen)
         verdict, losses, indices = _Verdict(0.0, 0.0, 0.0, 0.0), torch.empty(0), torch.empty(0)
 
         def backward() -> None:

@@ -146,6 +146,10 @@ def test_a_changed_configuration_is_refused_with_the_difference(
         ["--sparse.term", "decoupled", "--sparse.strength", "0.5"],
         ["--sparse.init_weights", "sparse"],
         ["--dense_loss_weight", "0.5"],
+        ["--sparse.decay_epochs", "2"],
+        ["--sparse.allocation", "magnitude", "--sparse.allocation_epoch", "1"],
+        ["--sparse.dense_epochs", "1", "--optim.freeze_variance_epoch", "1"],
+        ["--sparse.freeze_epoch", "1", "--trainer.ema_decay", "0.9"],
     ],
 )
 def test_the_methods_open_points_change_the_run_and_resume_exactly(tmp_path: Path, options: list[str]) -> None:
