@@ -44,6 +44,10 @@ JOBS = {
         "sparsemae.commands.predict:predict", options.PredictConfig,
         "classes of image files, or of their pixels",
     ),
+    "study": Job(
+        "sparsemae.study.command:study", options.StudyConfig,
+        "arms at several seeds, compared in pairs",
+    ),
     "report": Job("sparsemae.report.page:report", options.ReportConfig, "one page of curves and masks of runs"),
     "benchmark": Job(
         "sparsemae.benchmark.command:benchmark", options.BenchmarkConfig,

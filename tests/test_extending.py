@@ -21,9 +21,10 @@ from rich.console import Console
 from sparsemae import nm_mask
 from sparsemae.demo import classification
 from sparsemae.demo.results import read_arms
-from sparsemae.demo.stages import PRETRAINING, run_stages
+from sparsemae.demo.stages import PRETRAINING
 from sparsemae.jobs import JOBS
 from sparsemae.packing.format import write
+from sparsemae.study.stages import run_stages
 from sparsemae.tasks import TASKS
 
 PAGE = ROOT / "docs/extending.md"

@@ -14,10 +14,11 @@ from sparsemae.commands.evaluate import evaluate
 from sparsemae.commands.pack import pack
 from sparsemae.commands.predict import predict
 from sparsemae.demo.results import SIZES, Arms, Rows, ranked, sizes, table
-from sparsemae.demo.stages import DENSE, PRETRAINING, SMALL, Stage
+from sparsemae.demo.stages import DENSE, PRETRAINING, SMALL
 from sparsemae.options import EvaluateConfig, PackConfig, PredictConfig, SourceConfig
 from sparsemae.report.plots import reconstruction_picture
 from sparsemae.runtime import load
+from sparsemae.study.stages import Stage
 from sparsemae.tasks.loading import TorchPredictor, load_model
 
 OUT, MINUTES = "runs/demo", 6.0

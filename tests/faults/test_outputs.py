@@ -129,7 +129,7 @@ OWN_WAY = {
     "sparsemae/files.py",
     "sparsemae/data/embedded.py",  # makes the file that ships
     "sparsemae/data/tars.py",  # a cache
-    "sparsemae/demo/stages.py",  # a log, which grows
+    "sparsemae/study/stages.py",  # a log, which grows
     "sparsemae/training/logs.py",  # lines, which are appended
     "sparsemae/training/fit.py",  # checkpoints, whose folders are renamed
     "sparsemae/benchmark/saving.py",  # the same
