@@ -33,6 +33,8 @@ class Pretraining(Task[PretrainConfig]):
     freezes: ClassVar[bool] = False
     teacher: MaskedAutoencoder | None = None
     """Opened with the data: a plan or a benchmark has none."""
+    said: Sequence[str] = ()
+    """Of the teacher: what of it was taken, and its license."""
 
     def open_data(self) -> None:
         self.splits = find_source(self.config.data)
@@ -43,7 +45,8 @@ class Pretraining(Task[PretrainConfig]):
 
     def _open_teacher(self, source: str) -> MaskedAutoencoder:
         card, teacher = self.card(), self.build(self.card())
-        theirs = start_from(teacher, source).card
+        start = start_from(teacher, source)
+        theirs, self.said = start.card, [f"teacher {source}: {start}"]
         if theirs is not None and theirs.patterns:
             raise ValueError(f"--teacher {source}: wanted a dense network, got one with N:M sparse layers")
         if theirs is not None and (theirs.input.mean, theirs.input.std) != (card.input.mean, card.input.std):
@@ -52,6 +55,9 @@ class Pretraining(Task[PretrainConfig]):
                 f"got {theirs.input.mean} and {theirs.input.std}"
             )
         return teacher.eval().requires_grad_(False)
+
+    def notes(self, model: nn.Module) -> list[str]:
+        return [*self.said, *super().notes(model)]
 
     def settings(self) -> dict[str, Any]:
         config = self.config

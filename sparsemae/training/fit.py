@@ -81,7 +81,7 @@ class _Loop:
         self.stop = self.total if trainer.max_steps is None else min(self.total, trainer.max_steps)
         self.model = model = subject.model
         if fabric.device.type == "cpu" and run.precision == "bf16":
-            use_plain_attention(model)
+            use_plain_attention(subject.forward)
         compiled = fabric.device.type == "cuda" if trainer.compile == "auto" else trainer.compile
         forward: Any = torch.compile(subject.forward) if compiled else subject.forward
         # set up before resuming: optimizer state follows its parameters' device. Fabric compiles again around DDP, so

@@ -21,14 +21,15 @@ from sparsemae.tasks.loading import load_model
 def test_the_knapsack_is_brute_force(figure: Figure) -> None:
     generator, cases = np.random.default_rng(0), 40
     for _ in range(cases):
-        items = generator.integers(1, 6)
+        items = int(generator.integers(1, 6))
         options = [
             [(int(cost), float(generator.integers(0, 9))) for cost in generator.integers(1, 7, 4)] for _ in range(items)
         ]
-        sums = {}
+        sums: dict[int, float] = {}
         for taken in product(range(4), repeat=items):
-            cost, value = (sum(options[i][index][part] for i, index in enumerate(taken)) for part in (0, 1))
-            sums[cost] = max(value, sums.get(cost, -1.0))
+            chosen = [options[i][index] for i, index in enumerate(taken)]
+            cost = sum(cost for cost, _ in chosen)
+            sums[cost] = max(sum(value for _, value in chosen), sums.get(cost, -1.0))
         for budget in range(1, 31):
             if budget not in sums:
                 with pytest.raises(ValueError, match=f"cost {budget}, got none"):
