@@ -9,6 +9,7 @@ import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from sparsemae.limits import marked
+from sparsemae.plain_yaml import read_yaml
 from sparsemae.renamed import OPTIONS, new_option, renamed
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -84,9 +85,9 @@ def _recipe(name: str) -> str:
     if not path.is_file() or not name:
         raise ValueError(f"--config: wanted a YAML file or a recipe ({', '.join(recipe_names())}), got {name!r}")
     try:
-        settings = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"--config: {path}: wanted a YAML file: {error}") from error
+        settings = read_yaml(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--config: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"--config: {path}: wanted options by name, got {settings!r:.60}")
     current = renamed(settings, OPTIONS)

@@ -16,6 +16,7 @@ from sparsemae.packing.pack import PackReport, pack as pack_model
 from sparsemae.runtime import load
 from sparsemae.tasks import task_class
 from sparsemae.tasks.loading import load_model
+from sparsemae.terminal import printable
 
 _BATCH = 64
 
@@ -30,7 +31,7 @@ def pack(config: PackConfig) -> PackReport:
     print(report)
     agreement = compare(model, load(config.out), checked_images(config.data, card))
     kind = "random images" if config.data is None else "images"
-    print(f"{config.out}: against the masked dense model on {agreement.images} {kind}: {agreement}")
+    print(printable(f"{config.out}: against the masked dense model on {agreement.images} {kind}: {agreement}"))
     return report
 
 

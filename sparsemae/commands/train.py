@@ -10,17 +10,24 @@ from sparsemae.models.start import start_from
 from sparsemae.models.weights import save_model
 from sparsemae.options import TrainingConfig
 from sparsemae.packing.pack import check_blocks
+from sparsemae.report.collect import collect
 from sparsemae.sparsity import freeze, summarize
 from sparsemae.tasks import task_class
 from sparsemae.tasks.sparse import make_sparse, mask_schedule
 from sparsemae.tasks.task import encoder_of
 from sparsemae.training.fit import fit
+from sparsemae.training.group import Group
 from sparsemae.training.run import start, with_pixels_of_before
 from sparsemae.training.subject import Subject
 
 
 def train(config: TrainingConfig) -> Path:
     """Run (or continue) a training; returns the file of its weights, frozen where the task ends in a frozen model."""
+    with Group(config.trainer) as group:
+        return _train(config, group)
+
+
+def _train(config: TrainingConfig, group: Group) -> Path:
     config, notes = with_model_of_source(with_pixels_of_before(config))
     task = task_class(config.task)(config)
     task.open_data()
@@ -29,7 +36,7 @@ def train(config: TrainingConfig) -> Path:
     model = task.build(card, config.model.drop_path)
     dataset, _ = task.datasets(model)
 
-    run = start(config)
+    run = start(config, group)
     images = record(task.sources, config.data.root)
     run.compare_images(images)
     trainer = run.trainer  # device_batch resolved
@@ -42,10 +49,11 @@ def train(config: TrainingConfig) -> Path:
         check_blocks(encoder_of(model))
     except ValueError as error:
         notes.append(f"warning: this model can be trained, not packed: {error}")
-    run.log.info("\n".join([str(summarize(encoder_of(model))), *notes, *task.notes(model)]))
+    run.log.info(*str(summarize(encoder_of(model))).split("\n"), *notes, *task.notes(model))
     task.prepare(model, run.fabric, plan)
 
-    metrics = fit(run, Subject(task, model, task.wrapped(model), dataset, card, masks, plan, images))
+    subject = Subject(task, model, task.wrapped(model), dataset, card, masks, plan, images)
+    metrics = fit(run, subject)
     frozen = task.freezes and sparse.pattern != "dense"
     if frozen:
         freeze(model)
@@ -53,6 +61,7 @@ def train(config: TrainingConfig) -> Path:
     if run.fabric.is_global_zero:
         save_model(path, model, replace(card, patterns=masks.patterns, frozen=frozen, metrics=metrics))
         run.log.info(f"wrote {path}: {task.result(metrics)}")
+    collect(run, subject)
     return path
 
 

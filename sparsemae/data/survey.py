@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from sparsemae.data.images import FORMATS, UNREADABLE, PixelRules, is_16_bit, orientation
+from sparsemae.data.images import PixelRules, is_16_bit, open_image, orientation
 from sparsemae.data.splits import Source
 
 LOOKED_AT = 1000
@@ -66,9 +66,9 @@ def survey(source: Source, rules: PixelRules) -> list[str]:
             with file:
                 if isinstance(file, Image.Image):
                     return []  # a set that is decoded by its library
-                with Image.open(file, formats=FORMATS) as image:
+                with open_image(file, source.max_pixels) as image:
                     traits.add(image, source.filename(int(index)))
-        except (*UNREADABLE, ConnectionError):
+        except Exception:
             continue  # named when it is its turn
     if refuse and traits.turned:
         raise ValueError(

@@ -6,7 +6,7 @@ from typing import ClassVar
 from sparsemae.limits import ABOVE_0, AT_LEAST_0, BELOW_1, UNIT_INTERVAL, UP_TO_1, Options, option
 from sparsemae.options.data import DataConfig, ImageDataConfig, MaskDataConfig
 from sparsemae.options.model import DEFAULT_MODEL, DecoderConfig, HeadConfig, InferenceConfig, ModelConfig, SparseConfig
-from sparsemae.options.training import OptimConfig, TrainerConfig
+from sparsemae.options.training import LOGGERS, OptimConfig, TrainerConfig
 
 
 def _is_online(source: str | None) -> bool:
@@ -24,6 +24,8 @@ class TrainingConfig(Options):
     """The run's folder."""
     seed: int = option(0, AT_LEAST_0)
     """Seed of everything random."""
+    log: str | None = option(None, may_change=True)
+    """Where the lines of metrics.jsonl go besides, comma-separated: tensorboard, csv, wandb."""
     init: str | None = option(None, must_exist=lambda config: not _is_online(config.init))
     """Weights to start from: a run folder, a file (MAE, timm, HF ViTMAE, our own), or timm:NAME; None: from scratch."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -34,12 +36,19 @@ class TrainingConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if unknown := {*self.loggers} - {*LOGGERS}:
+            raise ValueError(f"log: wanted some of {', '.join(LOGGERS)}, got {', '.join(sorted(unknown))}")
         if self.init is None and self.model.name is None:
             self.model.name = DEFAULT_MODEL
         if self.init is None and self.sparse.allocation != "uniform" and not self.sparse.allocation_epoch:
             raise ValueError(
                 "sparse.allocation_epoch: wanted more than 0 without weights to start from (--init), got 0"
             )
+
+    @property
+    def loggers(self) -> list[str]:
+        """What `log` names, each once."""
+        return list(dict.fromkeys(name.strip() for name in (self.log or "").split(",") if name.strip()))
 
 
 @dataclass
