@@ -72,7 +72,7 @@ class FrozenVarianceAdamW(torch.optim.AdamW):
     def step(self, closure: Any = None) -> Any:
         """One step; of AdamW as it is before the freeze, and while there is no second moment."""
         first: dict[str, Tensor] = next(iter(self.state.values()), {})
-        if not first or not (self.param_groups[0]["variance_frozen"] or "variance" in first):
+        if not first or not (self.param_groups[0].get("variance_frozen") or "variance" in first):
             return super().step(closure)
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
