@@ -98,7 +98,7 @@ class _Loop:
         self.stop = self.total if trainer.max_steps is None else min(self.total, trainer.max_steps)
         self.model = model = subject.model
         if fabric.device.type == "cpu" and run.precision == "bf16":
-            use_plain_attention(model)
+            use_plain_attention(subject.forward)
         compiled = fabric.device.type == "cuda" if trainer.compile == "auto" else trainer.compile
         forward: Any = torch.compile(subject.forward) if compiled else subject.forward
         # set up before resuming: optimizer state follows its parameters' device. Fabric compiles again around DDP, so
@@ -213,7 +213,8 @@ class _Loop:
     def _step(self) -> None:
         """One optimizer step over its micro-batches, if all processes find it good."""
         state, epoch = self.state, self.state.done / self.plan.steps_per_epoch
-        set_learning_rate(self.optimizer, learning_rate(self.optim, epoch, self.epochs))
+        frozen = self.optim.freeze_variance_epoch is not None and epoch >= self.optim.freeze_variance_epoch
+        set_learning_rate(self.optimizer, learning_rate(self.optim, epoch, self.epochs), frozen)
         verdict, losses, indices = _Verdict(0.0, 0.0, 0.0, 0.0), torch.empty(0), torch.empty(0)
 
         def backward() -> None:
