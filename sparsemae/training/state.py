@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from sparsemae.card import ModelCard
+from sparsemae.files import retried
 from sparsemae.limits import flatten
 from sparsemae.models.weights import load_weights, public_state
 from sparsemae.sparsity import MaskSchedule, Topology, iter_sparse
@@ -20,7 +22,9 @@ from sparsemae.training.checkpoint import (
     TRAINING,
     VERSION,
     WEIGHTS,
+    DamagedCheckpoint,
     Tensors,
+    list_checkpoints,
     load_checkpoint,
     unflatten,
 )
@@ -135,6 +139,27 @@ class TrainingState:
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
             raise ValueError(f"{path}: wanted a checkpoint of this run: {error}") from error
         return counters
+
+    def restore_newest(self, folder: Path, info: Callable[[str], None]) -> tuple[dict[str, Any], list[Path]]:
+        """Become what the last intact checkpoint of a run holds, if there are any; its counters, and the damaged ones.
+
+        Raises ValueError, and leaves all files as they are, if none is intact or one cannot be read for another reason.
+        """
+        counters, damaged = dict[str, Any](), list[Path]()
+        for path in reversed(list_checkpoints(folder)):
+            try:
+                counters = retried(partial(self.restore, path), info)
+                break
+            except DamagedCheckpoint as error:
+                damaged.append(path)
+                info(str(error))
+            except (OSError, MemoryError) as error:
+                raise ValueError(
+                    f"{path}: {error or 'out of memory'}; nothing is lost, the same command goes on when it can be read"
+                ) from error
+        if damaged and not self.done:
+            raise ValueError(f"{folder}: no intact checkpoint to continue from; choose another --out")
+        return counters, damaged
 
     def _check_moments(self, moments: Mapping[int, Mapping[str, Tensor]]) -> None:
         """torch would take anything, and fail, or make weights that are not finite, in the step."""
