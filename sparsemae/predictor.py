@@ -53,8 +53,18 @@ class Predictor(Protocol):
         """
 
 
+def require_finite(finite: Any) -> None:
+    """Raises ValueError unless an image's logits are finite: there is no most probable class among others."""
+    if not finite:
+        raise ValueError("wanted finite logits, got NaN or infinite ones")
+
+
 def rank(logits: NDArray[np.float32], class_names: Sequence[str], top_k: int = 5) -> list[Prediction]:
-    """The `top_k` most probable classes by one image's logits [C], best first; class_names may be empty."""
+    """The `top_k` most probable classes by one image's logits [C], best first; class_names may be empty.
+
+    Raises ValueError if they are not finite.
+    """
+    require_finite(np.isfinite(logits).all())
     exponentials = np.exp(logits - logits.max(), dtype=np.float64)
     probabilities = exponentials / exponentials.sum()
     order = np.argsort(-logits, kind="stable")[:top_k]

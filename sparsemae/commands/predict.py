@@ -14,7 +14,7 @@ from sparsemae.commands.overlays import Pictures
 from sparsemae.data.images import PixelRules, as_rgb
 from sparsemae.data.tree import image_files
 from sparsemae.options import PredictConfig
-from sparsemae.predictor import Prediction
+from sparsemae.predictor import Prediction, Predictor
 from sparsemae.terminal import printable
 
 BATCH = 8
@@ -33,8 +33,10 @@ def predict(config: PredictConfig) -> dict[str, Any]:
     results: dict[str, Any] = {}
     rest = iter(images)
     while batch := list(islice(rest, 1 if pictures else BATCH)):
-        found = predictor.predict([image for _, image in batch], config.top_k)
-        for (file, image), result in zip(batch, found, strict=True):
+        for (file, image), result in zip(batch, _results(predictor, batch, config.top_k), strict=True):
+            if isinstance(result, ValueError):
+                images.miss(result)
+                continue
             best = pictures.write(file, image, result)[: config.top_k] if pictures else result
             results[str(file)] = best
             print(printable(f"{file}: {_shown(best)}"), flush=True)
@@ -55,12 +57,26 @@ class _Images:
             try:
                 image = as_rgb(file, self.rules, self.max_pixels)
             except (ValueError, OSError) as error:
-                if len(self.files) == 1:
-                    raise
-                self.unreadable += 1
-                print(f"sparsemae predict: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+                self.miss(error)
             else:
                 yield file, image
+
+    def miss(self, error: Exception) -> None:
+        """Name one that cannot be used and go on, unless there is no other."""
+        if len(self.files) == 1:
+            raise error
+        self.unreadable += 1
+        print(f"sparsemae predict: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+
+
+def _results(predictor: Predictor, batch: Sequence[tuple[Path, Image.Image]], top_k: int) -> list[Any]:
+    """Of each image; its ValueError, which names it, where the model gives none."""
+    try:
+        return predictor.predict([image for _, image in batch], top_k)
+    except ValueError as error:
+        if len(batch) == 1:
+            return [ValueError(f"{batch[0][0]}: {error}")]
+        return [result for one in batch for result in _results(predictor, [one], top_k)]
 
 
 def _shown(result: Any) -> str:

@@ -83,14 +83,19 @@ class Model:
         """The `top_k` most probable classes of each image, best first.
 
         Raises:
-            ValueError: the model is no classifier, or pillow cannot read a file.
+            ValueError: the model is no classifier, a file cannot be read, or its logits are not finite.
             OSError: a file cannot be opened.
         """
         self._require_classes()
         results = []
         for start in range(0, len(images), batch_size):
-            batch = np.stack([self.prepare(image) for image in images[start : start + batch_size]])
-            results += [self.rank(logits, top_k) for logits in self(batch)]
+            part = images[start : start + batch_size]
+            for image, logits in zip(part, self(np.stack([self.prepare(image) for image in part])), strict=True):
+                try:
+                    results.append(self.rank(logits, top_k))
+                except ValueError as error:
+                    name = "" if isinstance(image, Image.Image) else f"{image}: "
+                    raise ValueError(f"{name}{error}") from None
         return results
 
     def rank(self, logits: NDArray[np.float32], top_k: int = 5) -> list[Prediction]:
