@@ -127,9 +127,9 @@ def load(path: str | Path, threads: int | None = None, quantize: bool = True) ->
     Args:
         threads: how many to compute with, fewer where the system lets no more start; default: the processors this
             process may use, within its cgroup's quota, as far as the model has work for them.
-        quantize: of int8 files, on processors that multiply int8 (amx, amxvnni, avx512vnni): round the inputs of every sparse
-            layer to int8 with a scale per token, for about 1.5 times the speed; off, the int8 weights are multiplied as
-            bf16.
+        quantize: of int8 files, on processors that multiply int8 (amx, amxvnni, avx512vnni): round the inputs of every
+            sparse layer to int8 with a scale per token, for about 1.5 times the speed; off, the int8 weights are
+            multiplied as bf16.
 
     Raises:
         ValueError: it is no packed model that can be used (one line, naming it), `threads` is no number of threads, or
