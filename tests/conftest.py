@@ -7,6 +7,7 @@ as much of the machine as of the code.
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Generator
@@ -23,6 +24,8 @@ from sparsemae.cli import main
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
 ROOT = Path(__file__).parent.parent
 MISSED = "MISSED"
+NEEDS_ROOT = "needs root: "
+"""Begins the reason for which a test is skipped where it may not mount or make devices; CI as root fails at it."""
 RecordProperty = Callable[[str, object], None]
 Figure = Callable[[str], None]
 sys.path.insert(0, str(Path(__file__).parent))  # tests/reference.py
@@ -52,6 +55,9 @@ def _held(item: pytest.Item) -> list[str]:
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
     outcome = yield
     report = outcome.get_result()
+    reason = report.longrepr[2].removeprefix("Skipped: ") if report.skipped and len(report.longrepr) == 3 else ""
+    if reason.startswith(NEEDS_ROOT) and os.geteuid() == 0 and os.environ.get("CI"):
+        report.outcome, report.longrepr = "failed", f"{item.nodeid}: skipped while CI runs as root: {reason}"
     if report.when == "call" or report.outcome != "passed":
         figures = "; ".join(str(value) for name, value in item.user_properties if name in ("figure", "benchmark"))
         report.held = [(name, report.outcome, figures, item.nodeid.split("::")[-1]) for name in _held(item)]
@@ -63,6 +69,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         told = [(name, value) for report in passed for name, value in report.user_properties]
         kinds = {kind: [value for name, value in told if name == kind] for kind in ("fault", "resume", "soak")}
         Path(config.getoption("--rows")).write_text(json.dumps(kinds, indent=1))
+    skipped = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", ())]
+    if count := sum(NEEDS_ROOT in reason for reason in skipped):
+        terminalreporter.write_line(f"{count} skipped that need root (sudo make test)")
     if config.getoption("--holds") is None:
         return
     rows = {row for reports in terminalreporter.stats.values() for r in reports for row in getattr(r, "held", ())}

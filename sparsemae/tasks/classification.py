@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 from PIL import Image
@@ -61,8 +62,15 @@ class Classification(Task[FinetuneConfig]):
             self.mix = Mixup(
                 config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=len(self.class_names)
             )
+        weights = None
+        if config.class_weights == "balanced":
+            counts = self.train.class_counts()
+            if counts is None:
+                raise ValueError(f"class_weights: wanted none: the labels of {config.data.source} are not listed")
+            weights = torch.from_numpy(len(self.train) / (np.maximum(counts, 1) * (counts > 0).sum()))
+            weights = weights.to(fabric.device, torch.float32)
         self.criterion: Callable[[Tensor, Tensor], Tensor] = nn.CrossEntropyLoss(
-            label_smoothing=0.0 if self.mix else config.label_smoothing
+            weights, label_smoothing=0.0 if self.mix else config.label_smoothing
         )
         self.erase: Callable[[Tensor], Tensor] = lambda images: images
         if config.erasing:  # on the normalized batch; draws from the generators that the loop seeds
@@ -106,6 +114,11 @@ class Classification(Task[FinetuneConfig]):
         return self.measure(
             fabric, model, self.card(), self.validation, self.config.data.workers, outcomes=self.outcomes
         )
+
+    def guess(self, looks: int) -> dict[str, float]:
+        counts, images = self.val.class_counts(), len(self.validation)
+        most = 0.0 if counts is None else counts.max() / images
+        return {"images": images, "guess": max(1 / len(self.class_names), float(most)), "looks": looks}
 
     def result(self, metrics: dict[str, float]) -> str:
         return f"top-1 {metrics['top1']:.2%} on {len(self.validation):,} images"

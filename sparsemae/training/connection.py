@@ -83,12 +83,12 @@ class Connection:
         """Of process 0: the others, as they come. Of each other one: process 0."""
         self.verdict: Verdict | None = None
         self.complete = self.all_left = False
-        self._world, self._news, self._server = world, threading.Event(), None
-        if rank == 0:
+        self._world, self._news = world, threading.Event()
+        self._server = _Server(self) if rank == 0 else None
+        if self._server is not None:
             self._token = secrets.token_hex()
-            server = _Server(self)
-            threading.Thread(target=server.serve_forever, daemon=True).start()
-            store.set("connection", f"{server.server_address[1]} {self._token}")
+            threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True).start()
+            store.set("connection", f"{self._server.server_address[1]} {self._token}")
         else:
             port, self._token = store.get("connection").decode().split()
             stream = socket.create_connection((address, int(port)), timeout)
@@ -105,6 +105,12 @@ class Connection:
         """Tell a new state of this process at once."""
         self.sign.state = state
         self._news.set()
+
+    def close(self) -> None:
+        """Hear nobody new."""
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
 
     def gone(self, member: Member) -> None:
         """The connection to a process has ended."""

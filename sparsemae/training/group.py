@@ -133,6 +133,7 @@ class Group:
         finally:
             self._over.set()
             self._wait_for_children()
+            self._line.close()
 
     def _leave(self) -> None:
         """Wait until all have done what they had to do."""

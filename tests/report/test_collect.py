@@ -6,13 +6,17 @@ import base64
 import csv
 import io
 import json
+import os
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import SceneRun, tiny
+from conftest import SceneRun, tiny, tiny_segment
 from pages import CHROMIUM, Page, browse, served
 from PIL import Image
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
@@ -156,6 +160,31 @@ def test_the_page_shows_the_first_batch_as_the_loss_had_it(tmp_path: Path, monke
     batch = record_of(tmp_path / "run")["batch"]
     assert len(batch) == 16
     assert any("%" in one["note"] for one in batch)  # mixed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["finetune", "segment"])
+def test_two_processes_bring_all_images_together(tmp_path: Path, job: str) -> None:
+    """Each looks at every other image; the page is of all."""
+    words = partial(tiny, "finetune") if job == "finetune" else tiny_segment
+    short = ["--trainer.max_steps", "1", "--trainer.device_batch", "8", "--data.source", "embedded"]
+    command = words(tmp_path / "run", *short, "--trainer.devices", "2", "--trainer.accelerator", "cpu")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    start = [sys.executable, "-m", "sparsemae.cli", *command]
+    done = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    alone = tmp_path / "alone"
+    main(words(alone, *short))
+    name = {"finetune": "Top-1 accuracy", "segment": "mIoU"}[job]
+    for run in (tmp_path / "run", alone):
+        rows, record = rows_of(run), record_of(run)
+        assert len(rows) == record["images"] > 100
+        metric = sparsemae.load(run).card.metrics["top1" if job == "finetune" else "miou"]
+        assert next(one["value"] for one in record["headlines"] if one["name"] == name) == pytest.approx(metric)
+    both, one = (record_of(run) for run in (tmp_path / "run", alone))
+    assert [row["file"] for row in rows_of(tmp_path / "run")] == [row["file"] for row in rows_of(alone)]
+    assert both["confusion"] == one["confusion"]
+    assert both["galleries"] == one["galleries"]
 
 
 @pytest.mark.slow
