@@ -1,9 +1,9 @@
 """A packed model ready to run: reads the file, hands its tensors to the native library, and names what comes out.
 
 Which instruction set is used is chosen when a model is loaded: the fastest that the processor has, or the one that
-`SPARSEMAE_ISA` names (avx512fp16, amx, avx512vnni, avx512bf16, avx512, avx2, neon, portable). A file with fp32 weights
-is computed in fp32 everywhere; bf16 and int8 weights are multiplied as int8, fp16 or bf16 where the processor can, else
-as fp32.
+`SPARSEMAE_ISA` names (avx512fp16, amxvnni, amx, avx512vnni, avx512bf16, avx512, avx2, neon, portable). A file with fp32
+weights is computed in fp32 everywhere; bf16 and int8 weights are multiplied as int8, fp16 or bf16 where the processor
+can, else as fp32.
 """
 
 import os
@@ -132,9 +132,9 @@ def load(path: str | Path, threads: int | None = None, quantize: bool = True) ->
     Args:
         threads: how many to compute with, fewer where the system lets no more start; default: the processors this
             process may use, within its cgroup's quota, as far as the model has work for them.
-        quantize: of int8 files, on processors that multiply int8 (amx, avx512vnni): round the inputs of every sparse
-            layer to int8 with a scale per token, for about 1.5 times the speed; off, the int8 weights are multiplied as
-            bf16.
+        quantize: of int8 files, on processors that multiply int8 (amx, amxvnni, avx512vnni): round the inputs of every
+            sparse layer to int8 with a scale per token, for about 1.5 times the speed; off, the int8 weights are
+            multiplied as bf16.
 
     Raises:
         ValueError: it is no packed model that can be used (one line, naming it), `threads` is no number of threads, or
