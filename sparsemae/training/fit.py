@@ -384,7 +384,8 @@ class _Loop:
         if self.run.log.lost() or not self.run.checkpoints.is_dir():
             return ""
         with suppress(Exception):
-            if saves and self.whole.acquire(timeout=5.0):
+            patience = 0 if threading.current_thread() is threading.main_thread() else 5.0  # who holds it is no other
+            if saves and self.whole.acquire(timeout=patience):
                 self.saver.wait()
                 kept = checkpoint.list_checkpoints(self.run.checkpoints)
                 stream = None

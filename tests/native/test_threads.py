@@ -88,6 +88,7 @@ def test_a_step_goes_on_without_a_thread_that_is_held_up(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("isa", usable_isas())
+@pytest.mark.slow
 def test_more_threads_than_processors_give_the_same_bits(
     isa: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

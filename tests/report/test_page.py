@@ -95,6 +95,7 @@ def test_whatever_users_call_their_files_is_text(tmp_path: Path, classes: int) -
     assert f"warning: {shown}" in page.words
 
 
+@pytest.mark.slow
 def test_a_page_of_a_thousand_classes_stays_small(tmp_path: Path) -> None:
     run = made_run(tmp_path / "run", record(1000, "class", 24))
     write_page([run])

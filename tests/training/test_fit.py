@@ -148,6 +148,7 @@ def test_a_changed_configuration_is_refused_with_the_difference(
         ["--dense_loss_weight", "0.5"],
     ],
 )
+@pytest.mark.slow
 def test_the_methods_open_points_change_the_run_and_resume_exactly(tmp_path: Path, options: list[str]) -> None:
     main(tiny("pretrain", tmp_path / "base"))
     main(tiny("pretrain", tmp_path / "whole", *options))
