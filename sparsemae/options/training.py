@@ -100,6 +100,8 @@ class TrainerConfig(Options):
     had the whole pattern."""
     evaluate_every_epochs: int = option(1, AT_LEAST_1, may_change=True)
     """Epochs between evaluations, where the task has one; the end is always evaluated."""
+    patience: int | None = option(None, AT_LEAST_1, may_change=True)
+    """End the run after so many evaluations without one better than the best; None: go on to the schedule's end."""
     resume: Literal["auto", "never", "anyway"] = option("auto", may_change=True)
     """auto: a run folder that holds a checkpoint continues from the last one; anyway: even where settings differ;
     never: refuse such a folder."""

@@ -156,6 +156,7 @@ class _Loop:
                 while True:
                     if state.logged_through < state.done:
                         self._after_step(progress)
+                    self._lose_patience()
                     if state.done >= self.stop or self.ending:
                         break
                     self._step()
@@ -318,6 +319,21 @@ class _Loop:
         minutes, longest = (time.monotonic() - self.saved_at) / 60, trainer.save_every_minutes
         if last or best or (longest is not None and minutes >= longest) or done % trainer.save_every_steps == 0:
             self._save()
+
+    def _lose_patience(self) -> None:
+        """End the run here if trainer.patience says so: by what a checkpoint holds, so that a resumed run does, too."""
+        trainer, state, per_epoch = self.run.trainer, self.state, self.plan.steps_per_epoch
+        if trainer.patience is None or state.best is None or self.ending or state.done >= self.stop:
+            return
+        if state.logged_through - state.best["step"] >= trainer.patience * trainer.evaluate_every_epochs * per_epoch:
+            self.run.log.info(
+                f"ended at epoch {state.done / per_epoch:g} by trainer.patience {trainer.patience}: no evaluation was "
+                f"better than that of epoch {state.best['step'] / per_epoch:g}"
+            )
+            self.stop = state.done
+            state.masks.finish()
+            if self.saver.step != state.done:
+                self._save()
 
     def _evaluate(self) -> None:
         """Metrics of what would be written now: the average's where there is one, and the model's as ``raw_`` then."""

@@ -35,7 +35,7 @@ def swapped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finetuning on three colors, of whose validation images three lie in another class's folder."""
     folder = tmp_path_factory.mktemp("swapped")
     generator, root = np.random.default_rng(0), folder / "images"
-    for split, count in (("train", 16), ("val", 8)):
+    for split, count in (("train", 16), ("val", 8), ("test", 4)):
         for name, color in COLORS.items():
             (root / split / name).mkdir(parents=True)
             for i in range(count):
@@ -48,7 +48,8 @@ def swapped(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tiny(
             "finetune", folder / "run", "--data.source", "folder", "--data.root", str(root), "--data.workers", "0",
             "--data.train_images", "null", "--trainer.epochs", "12", "--mixup", "0", "--cutmix", "0", "--erasing", "0",
-            "--sparse.pattern", "8:16", "--optim.lr", "5e-3",
+            "--sparse.pattern", "8:16", "--optim.lr", "5e-3", "--trainer.keep", "best",
+            "--trainer.evaluate_every_epochs", "1",
         )
     )  # fmt: skip
     return folder
@@ -111,6 +112,18 @@ def test_rows_matrix_and_figures_are_one_anothers_and_scikit_learns(swapped: Pat
     loss = -np.log([float(row["p_label"]) for row in rows])
     assert headlines["Cross-entropy"]["value"] == pytest.approx(loss.mean(), rel=1e-3)
     assert headlines["Cross-entropy"]["error"] == pytest.approx(loss.std() / 24**0.5, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_the_page_is_of_the_epoch_that_was_written_and_says_what_a_test_split_says(swapped: Path) -> None:
+    run = swapped / "run"
+    result = json.loads((run / "result.json").read_text())
+    top1 = next(one["value"] for one in record_of(run)["headlines"] if one["name"] == "Top-1 accuracy")
+    assert top1 == pytest.approx(result["metrics"]["top1"])
+    words = Page((run / "report.html").read_text()).words
+    assert words[words.index("Test top-1") + 1] == f"{100 * result['test']['top1']:.1f}"
+    assert f"Written are the weights of epoch {result['kept']:g}." in words
+    assert all(note in words for note in result["notes"])
 
 
 @pytest.mark.slow
@@ -177,7 +190,7 @@ def test_two_processes_bring_all_images_together(tmp_path: Path, job: str, name:
     command = [*words(both), *short, "--trainer.devices", "2", "--trainer.accelerator", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     start = [sys.executable, "-m", "sparsemae.cli", *command]
-    done = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=570, check=False)
     assert done.returncode == 0, done.stderr
     main([*words(alone), *short])
     for run in (both, alone):
