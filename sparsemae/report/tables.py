@@ -61,7 +61,9 @@ def confusion_table(confusion: NDArray[np.int64], names: Sequence[str], unit: st
             said = f"{escaped(name)} → {escaped(names[j])}: {count:,} ({share:.0%})"
             cell = f"{share:.1%}" if unit == "pixels" else f"{count:,}"
             shown = cell if written and count else ""
-            cells.append(f'<td class="{kind}" style="--a:{share:.3f}" title="{said}">{shown}</td>' if count else "<td></td>")
+            cells.append(
+                f'<td class="{kind}" style="--a:{share:.3f}" title="{said}">{shown}</td>' if count else "<td></td>"
+            )
         lines.append(f"<tr><th>{escaped(name)}</th>{''.join(cells)}</tr>")
     small = "" if written else " dense"
     return f'<div class=scroll><table class="matrix{small}">{"".join(lines)}</table></div>'
