@@ -37,6 +37,9 @@ class OptimConfig(Options):
     """Adam's beta."""
     eps: float = option(1e-8, ABOVE_0)
     """Adam's epsilon."""
+    freeze_variance_epoch: float | None = option(None, ABOVE_0)
+    """Epoch from which AdamW's second moment stays as it is (STEP, arXiv 2302.01172: where sparse.dense_epochs end);
+    None: it never does."""
     clip_grad: float | None = option(None, ABOVE_0)
     """Largest norm of the gradient; None: no clipping."""
 

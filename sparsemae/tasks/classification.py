@@ -24,6 +24,7 @@ from sparsemae.options import FinetuneConfig, SourceConfig
 from sparsemae.predictor import Prediction
 from sparsemae.tasks.outcomes import ClassOutcomes, Shown
 from sparsemae.tasks.task import Network, Task, blank_images, encoder_of, picture, smallest_side
+from sparsemae.tasks.teacher import Teacher, distillation_loss, open_teacher
 from sparsemae.training.logs import with_progress
 
 EVALUATION_BATCH = 256
@@ -34,6 +35,8 @@ class Classification(Task[FinetuneConfig]):
 
     title: ClassVar[str] = "finetuning"
     best_by: ClassVar[str | None] = "top1"
+    teacher: Teacher | None = None
+    """Opened with the data: a plan or a benchmark has none."""
 
     def open_data(self) -> None:
         data = self.config.data
@@ -42,6 +45,8 @@ class Classification(Task[FinetuneConfig]):
         self.sources = {"train": self.train, "val": self.val}
         self.class_names = self.train.class_names
         sources.require_classes(self.train, str(data.root))
+        if self.config.teacher is not None:
+            self.teacher = open_teacher(self.config.teacher, self.class_names)
 
     def datasets(self, model: nn.Module) -> tuple[ImageDataset, ImageDataset]:
         data, smallest = self.config.data, smallest_side(model)
@@ -52,7 +57,11 @@ class Classification(Task[FinetuneConfig]):
         ), self.validation  # fmt: skip
 
     def prepare(self, model: nn.Module, fabric: Fabric, batches: sampling.BatchPlan) -> None:
-        config = self.config
+        config, self.autocast = self.config, fabric.autocast
+        if self.teacher is not None:
+            self.teacher.model.to(fabric.device)
+            if fabric.device.type == "cpu":
+                use_plain_attention(self.teacher.model)
         self.mix: Mixup | None = None
         if config.mixup or config.cutmix:  # timm's, on every batch; they make the targets soft and smooth them
             if batches.micro_batch % 2:
@@ -78,7 +87,14 @@ class Classification(Task[FinetuneConfig]):
 
     def loss(self, forward: nn.Module, batch: dict[str, Any]) -> Tensor:
         images, target = self._mixed(batch)
-        return self.criterion(forward(images).float(), target)
+        logits = forward(images).float()
+        loss = self.criterion(logits, target)
+        if self.teacher is None:
+            return loss
+        with self.autocast():
+            wanted = self.teacher.logits(images, self.config.data.mean, self.config.data.std).float()
+        weight = self.config.teacher_weight
+        return (1 - weight) * loss + weight * distillation_loss(logits, wanted, self.config.teacher_temperature)
 
     def _mixed(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         data = self.config.data
