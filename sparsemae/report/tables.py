@@ -60,10 +60,8 @@ def confusion_table(confusion: NDArray[np.int64], names: Sequence[str], unit: st
             kind = ("hit" if i == j else "miss") + " full" * bool(share > 0.55)
             said = f"{escaped(name)} → {escaped(names[j])}: {count:,} ({share:.0%})"
             cell = f"{share:.1%}" if unit == "pixels" else f"{count:,}"
-            shown = cell if written and count else ""
-            cells.append(
-                f'<td class="{kind}" style="--a:{share:.3f}" title="{said}">{shown}</td>' if count else "<td></td>"
-            )
+            shown, style = cell if written and count else "", f'class="{kind}" style="--a:{share:.3f}" title="{said}"'
+            cells.append(f"<td {style}>{shown}</td>" if count else "<td></td>")
         lines.append(f"<tr><th>{escaped(name)}</th>{''.join(cells)}</tr>")
     small = "" if written else " dense"
     return f'<div class=scroll><table class="matrix{small}">{"".join(lines)}</table></div>'
