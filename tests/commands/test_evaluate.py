@@ -111,7 +111,7 @@ def test_a_segmenter_on_photographs(scene_run: SceneRun, tmp_path: Path, capsys:
 def test_a_dataset_of_other_classes_is_refused(
     scene_run: SceneRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    alone = shutil.copy(scene_run.folder / "model.safetensors", tmp_path)  # without the run that says which images
+    alone = str(shutil.copy(scene_run.folder / "model.safetensors", tmp_path))  # without the run that says which images
     with pytest.raises(SystemExit):
         main(["evaluate", alone])
     printed = capsys.readouterr().err
