@@ -5,6 +5,7 @@ Files are not trusted: of Pillow's many decoders only those of `FORMATS` are eve
 
 import struct
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,7 +60,7 @@ def decode_rgb(file: Any, name: str, smallest: int = 1, rules: PixelRules = DEFA
     unreadable, too small, or of 32 bits.
     """
     try:
-        with file if isinstance(file, Image.Image) else Image.open(file, formats=FORMATS) as opened:
+        with nullcontext(file) if isinstance(file, Image.Image) else Image.open(file, formats=FORMATS) as opened:
             wide = is_16_bit(opened)
             image = _to_rgb(ImageOps.exif_transpose(opened) if rules.exif else opened, wide, rules)
     except UNREADABLE as error:

@@ -64,11 +64,18 @@ class PredictConfig(Options):
 
     model: str = field(metadata=READ)
     """The model: a packed file, a run folder, or its model.safetensors."""
-    images: list[str] = field(metadata=READ)
-    """Image files, or folders of them."""
+    images: list[str] = field(metadata={"must_exist": lambda config: "-" not in config.images})
+    """Image files, or folders of them; -: a file's path a line, from standard input."""
+    null: bool = False
+    """Paths from standard input end with NUL, as `find -print0` writes them."""
     top_k: int = option(3, AT_LEAST_1)
     """Classes to name for each image."""
-    out: str = "predictions"
+    format: Literal["text", "csv", "jsonl"] = "text"
+    """text: a line an image, for people; csv: a row a class, with file, rank, label, index and probability; jsonl: a
+    JSON object an image."""
+    out: str | None = None
+    """File to write to, which appears when all is done; None: standard output."""
+    pictures: str = "predictions"
     """Of a segmenter: folder for NAME.png, the mask as a palette PNG, and NAME-overlay.png with its legend."""
 
 

@@ -1,0 +1,101 @@
+"""What a caller hands to `predict`, made RGB images ahead of the model, on threads. Nothing here imports torch."""
+
+import io
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sparsemae.data.images import PixelRules, decode_rgb
+from sparsemae.predictor import Input, Inputs
+
+
+def results_of(
+    images: Inputs,
+    rules: PixelRules,
+    prepare: Callable[[Image.Image], Any],
+    run: Callable[[list[Any]], list[Any]],
+    batch: int,
+    threads: int,
+) -> Iterator[Any]:
+    """One result of ``run`` for each image, in order; of one that cannot be read, its ValueError.
+
+    Args:
+        prepare: an RGB image to what ``run`` takes a list of, at most ``batch`` together.
+        threads: that read and prepare what comes next while ``run`` computes.
+    """
+    prepared = _ahead(images, lambda image, name: prepare(decode_rgb(image, name, rules=rules)), rules, threads)
+    while found := list(islice(prepared, batch)):
+        readable = [one for one in found if not isinstance(one, ValueError)]
+        results = iter(run(readable) if readable else ())
+        yield from (one if isinstance(one, ValueError) else next(results) for one in found)
+
+
+def one_by_one(images: Inputs) -> Iterable[Input]:
+    """The images of a call: one alone, several, or those of an array [N, H, W, C]. Raises ValueError on no such."""
+    if isinstance(images, np.ndarray):
+        return images if images.ndim == 4 else [images]
+    alone: Any = images
+    if isinstance(alone, str | os.PathLike | bytes | Image.Image) or hasattr(alone, "read"):
+        return [alone]
+    if not isinstance(images, Iterable):
+        raise ValueError(f"images: wanted one image or several, got {type(images).__name__}")
+    return images
+
+
+def _ahead(
+    images: Inputs, prepare: Callable[[Any, str], Any], rules: PixelRules, threads: int
+) -> Iterator[Any | ValueError]:
+    waiting = deque[Future[Any]]()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for index, image in enumerate(one_by_one(images)):
+                waiting.append(pool.submit(_attempt, prepare, *_taken(image, index, rules)))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _attempt(prepare: Callable[[Any, str], Any], image: Any, name: str) -> Any:
+    try:
+        if isinstance(image, ValueError):
+            raise image
+        return prepare(image, name)
+    except ValueError as error:
+        return error
+
+
+def _taken(image: Any, index: int, rules: PixelRules) -> tuple[Any, str]:
+    """What a thread may decode, or why it cannot, and its name; of an open image, which may come twice, its pixels."""
+    if isinstance(image, str | os.PathLike):
+        return image, os.fspath(image)
+    name = f"image {index}"
+    try:
+        if isinstance(image, bytes):
+            return io.BytesIO(image), name
+        if isinstance(image, np.ndarray):
+            return _from_array(image, name), name
+        if isinstance(image, Image.Image) or hasattr(image, "read"):
+            return decode_rgb(image, name, rules=rules), name
+        raise ValueError(
+            f"{name}: wanted a path, bytes, an open file, a PIL image or a uint8 array, got {type(image).__name__}"
+        )
+    except ValueError as error:
+        return error, name
+
+
+def _from_array(pixels: np.ndarray, name: str) -> Image.Image:
+    if pixels.dtype != np.uint8:
+        raise ValueError(f"{name}: wanted an array of uint8, got {pixels.dtype}")
+    shape = pixels.shape[:2] if pixels.shape[2:] == (1,) else pixels.shape
+    if not pixels.size or not (len(shape) == 2 or (len(shape) == 3 and shape[2] in (3, 4))):
+        raise ValueError(f"{name}: wanted [H, W] or [H, W, C] with 1, 3 or 4 channels, got {list(pixels.shape)}")
+    return Image.fromarray(pixels.reshape(shape))
