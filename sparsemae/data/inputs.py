@@ -40,12 +40,12 @@ def one_by_one(images: Inputs) -> Iterable[Input]:
     """The images of a call: one alone, several, or those of an array [N, H, W, C]. Raises ValueError on no such."""
     if isinstance(images, np.ndarray):
         return images if images.ndim == 4 else [images]
-    alone: Any = images
-    if isinstance(alone, str | os.PathLike | bytes | Image.Image) or hasattr(alone, "read"):
-        return [alone]
-    if not isinstance(images, Iterable):
-        raise ValueError(f"images: wanted one image or several, got {type(images).__name__}")
-    return images
+    given: Any = images
+    if isinstance(given, str | os.PathLike | bytes | Image.Image) or hasattr(given, "read"):
+        given = [given]
+    if not isinstance(given, Iterable):
+        raise ValueError(f"images: wanted one image or several, got {type(given).__name__}")
+    return given
 
 
 def _ahead(
