@@ -35,6 +35,10 @@ JOBS = {
         "accuracy or mIoU of a finetuned model",
     ),
     "pack": Job("sparsemae.commands.pack:pack", options.PackConfig, "a finetuned model to one small file for any CPU"),
+    "export": Job(
+        "sparsemae.commands.export:export", options.ExportConfig,
+        "a trained model as timm, transformers or ONNX Runtime open it",
+    ),
     "check": Job(
         "sparsemae.commands.check:check", options.CheckConfig,
         "what in a data set would break or spoil a run",

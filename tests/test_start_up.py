@@ -21,6 +21,7 @@ PATHS = {
     **{job: ["--data.source=folder", "--data.root=nowhere"] for job in TRAINING},
     "evaluate": ["nowhere"],
     "pack": ["nowhere", "packed.safetensors"],
+    "export": ["nowhere", "folder"],
     "check": ["--data.root=nowhere"],
     "predict": [str(ROOT / "README.md"), "nowhere"],
     "report": ["nowhere"],

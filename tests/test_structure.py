@@ -32,7 +32,7 @@ ALLOWED = {
     "packing": set(),
     "runtime": {"packing", "data"},
     "costs": {"sparsity", "data", "models", "training", "tasks", "options", "config", "jobs"},
-    "tasks": {"sparsity", "data", "models", "training", "costs", "options", "jobs"},
+    "tasks": {"sparsity", "data", "models", "training", "costs", "options", "jobs", "packing"},
     "loading": {"packing", "runtime", "tasks"},
     "commands": {"sparsity", "data", "models", "training", "packing", "runtime", "tasks", "options", "loading"},
     "report": {"sparsity", "data", "models", "training", "options"},

@@ -25,7 +25,7 @@ def pack(config: PackConfig) -> PackReport:
     if Path(config.out).resolve() == find_weights(config.checkpoint).resolve():
         raise ValueError(f"out: wanted another file than the model's own, got {config.out}")
     model, card = load_model(config.checkpoint, "classify")
-    card = replace(card, source=str(config.checkpoint), license=config.license)
+    card = replace(card, source=str(config.checkpoint), license=config.license or card.license)
     report = pack_model(model, config.out, card, config.dtype)
     print(report)
     agreement = compare(model, load(config.out), checked_images(config.data, card))

@@ -9,6 +9,7 @@ from sparsemae.options.commands import (
     CheckConfig,
     DemoConfig,
     EvaluateConfig,
+    ExportConfig,
     PackConfig,
     PlanConfig,
     PredictConfig,
@@ -29,7 +30,7 @@ from sparsemae.options.training import OptimConfig, TrainerConfig
 
 __all__ = [
     "DEFAULT_MODEL", "BenchmarkConfig", "CheckConfig", "DataConfig", "DecoderConfig", "DemoConfig", "EvaluateConfig",
-    "FinetuneConfig", "HeadConfig", "ImageDataConfig", "InferenceChange", "InferenceConfig", "MaskDataConfig",
-    "ModelConfig", "OptimConfig", "PackConfig", "PlanConfig", "PredictConfig", "PretrainConfig", "ReportConfig",
-    "SegmentConfig", "SourceConfig", "SparseConfig", "TrainerConfig", "TrainingConfig",
+    "ExportConfig", "FinetuneConfig", "HeadConfig", "ImageDataConfig", "InferenceChange", "InferenceConfig",
+    "MaskDataConfig", "ModelConfig", "OptimConfig", "PackConfig", "PlanConfig", "PredictConfig", "PretrainConfig",
+    "ReportConfig", "SegmentConfig", "SourceConfig", "SparseConfig", "TrainerConfig", "TrainingConfig",
 ]  # fmt: skip

@@ -53,9 +53,28 @@ class PackConfig:
     dtype: Literal["bf16", "fp32", "int8"] = "bf16"
     """Type of the kept weights; int8 has one scale per output row."""
     license: str = ""
-    """License of the weights, recorded in the file."""
+    """License of the weights, recorded in the file; none: that of the weights the training started from."""
     data: SourceConfig | None = None
     """Images to check the file on, all of its validation part; None: eight random ones."""
+
+
+@dataclass
+class ExportConfig:
+    """Write a trained model as timm, transformers or ONNX Runtime open it."""
+
+    model: str = field(metadata=READ)
+    """The model: a run folder, its model.safetensors, or a packed file."""
+    folder: str
+    """New folder to write."""
+    to: Literal["timm", "hf", "onnx"] = "timm"
+    """timm, hf: one folder of a classifier that timm's and transformers' Auto classes open; hf of a pretrained run: a
+    ViTMAEForPreTraining; onnx: the forward of a classifier or a segmenter, with its preprocessing in the metadata."""
+    masked: bool = False
+    """Of a pretrained run: the kept weights alone, the others 0, in place of all latent ones."""
+    license: str = ""
+    """License of the weights, as the hub names it; none: that of the weights the training started from."""
+    push: str | None = None
+    """OWNER/NAME on the hub (huggingface.co, or HF_ENDPOINT) to upload the folder to."""
 
 
 @dataclass

@@ -21,7 +21,8 @@ class TrainingConfig(Options):
     seed: int = option(0, AT_LEAST_0)
     """Seed of everything random."""
     init: str | None = option(None, must_exist=lambda config: not (config.init or "").startswith(("timm:", "hf-hub:")))
-    """Weights to start from: a run folder, a file (MAE, timm, HF ViTMAE, our own), or timm:NAME; None: from scratch."""
+    """Weights to start from: a run folder, a file (MAE, timm, HF ViTMAE, our own), timm:NAME, or
+    hf-hub:OWNER/NAME; None: from scratch."""
     model: ModelConfig = field(default_factory=ModelConfig)
     sparse: SparseConfig = field(default_factory=SparseConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from sparsemae.card import ModelCard
 from sparsemae.data.inputs import results_of
 from sparsemae.models.weights import card_of, find_weights, load_weights, read_weights
+from sparsemae.packing.format import is_packed, read, unpack
+from sparsemae.packing.pack import build_vit
 from sparsemae.predictor import Inputs, checked, raised
 from sparsemae.sparsity import densify, freeze, iter_sparse, sparsify
 from sparsemae.tasks import task_class
@@ -69,25 +72,23 @@ class TorchPredictor:
 
 
 def load_model(source: str | Path, task: str | None = None) -> tuple[Any, ModelCard]:
-    """A model from its file or run folder, in evaluation mode, with its card.
+    """A model in torch from its file (a packed one, too) or run folder, in evaluation mode, with its card.
 
     It is built only once it is known to be as large as what the file holds. Raises ValueError, naming the file, if it
     is foreign, of another ``task``, or does not fit its own card.
     """
     path = find_weights(source)
-    state, metadata = read_weights(path)
-    card = card_of(metadata, path)
+    packed = read(path) if is_packed(path) else None
+    state, metadata = ({}, {}) if packed is not None else read_weights(path)
+    card = card_of(metadata, path) if packed is None else replace(packed.config.card, frozen=True)
     if task is not None and card.task != task:
         raise ValueError(f"{path}: wanted a model for {task}, got one for {card.task}")
     try:
-        build = task_class(card.task).build
-        _check_depth(state, card.model_args, "blocks")
-        _check_depth(state, card.settings.get("decoder", {}), "decoder_blocks")
-        with torch.device("meta"):
-            described = sum(parameter.numel() for parameter in build(card).parameters())
-        if described > (held := sum(value.numel() for value in state.values())):
-            raise ValueError(f"wanted {described:,} parameters, as its card says, got {held:,}")
-        model = build(card)
+        if packed is not None:
+            state = {name: torch.from_numpy(value) for name, value in unpack(packed, masks=True).items()}
+            model = build_vit(packed.config.vit)
+        else:
+            model = _built(card, state)
         for pattern in sorted(set(card.patterns.values())):
             sparsify(model, pattern, include=[name for name, own in card.patterns.items() if own == pattern])
         load_weights(model, state, strict=True, name=path)
@@ -100,6 +101,17 @@ def load_model(source: str | Path, task: str | None = None) -> tuple[Any, ModelC
     if card.frozen and moving:
         raise ValueError(f"{path}: wanted a frozen model, as its card says, got no mask for {moving[0]}")
     return model.eval(), card
+
+
+def _built(card: ModelCard, state: dict[str, Tensor]) -> Any:
+    build = task_class(card.task).build
+    _check_depth(state, card.model_args, "blocks")
+    _check_depth(state, card.settings.get("decoder", {}), "decoder_blocks")
+    with torch.device("meta"):
+        described = sum(parameter.numel() for parameter in build(card).parameters())
+    if described > (held := sum(value.numel() for value in state.values())):
+        raise ValueError(f"wanted {described:,} parameters, as its card says, got {held:,}")
+    return build(card)
 
 
 def _check_depth(state: dict[str, Tensor], args: dict[str, Any], blocks: str) -> None:
