@@ -15,7 +15,7 @@ test: $(STAMP)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(wildcard native/*.cpp native/*.h tests/native/*.cpp)
+	$(BIN)/clang-format --dry-run -Werror $(wildcard native/*.cpp native/*.h include/*.h tests/native/*.cpp tests/native/*.c)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/mypy --config-file tests/mypy.ini tests tools docs/update.py
@@ -78,7 +78,7 @@ sanitize: $(STAMP)
 
 format: $(STAMP)
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard native/*.cpp native/*.h tests/native/*.cpp)
+	$(BIN)/clang-format -i $(wildcard native/*.cpp native/*.h include/*.h tests/native/*.cpp tests/native/*.c)
 	$(BIN)/ruff check --fix .
 
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)

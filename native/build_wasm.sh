@@ -6,7 +6,8 @@ cd "$(dirname "$0")"
 mkdir -p "$2"
 build() {
   "$python" -m ziglang c++ -target wasm32-wasi -mexec-model=reactor -std=c++20 -O3 -fno-math-errno -ffp-contract=off -s \
-    c_api.cpp bounds.cpp codes.cpp dispatch.cpp kernels_portable.cpp processor.cpp vit.cpp vit_build.cpp "$@"
+    -I ../include c_api.cpp bounds.cpp codes.cpp dispatch.cpp json.cpp kernels_portable.cpp packed_file.cpp preprocess.cpp \
+    processor.cpp vit.cpp vit_build.cpp "$@"
 }
 python=$1
 build -msimd128 -o "$2/sparsemae.wasm"
