@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test check holds bench gpu kernels fuzz reliability sanitize format results segment wasm
+.PHONY: demo test check lint types fast holds bench gpu kernels fuzz reliability soak sanitize format results segment wasm
 
 demo: $(STAMP)
 	$(BIN)/sparsemae demo
@@ -14,11 +14,19 @@ test: $(STAMP)
 	$(TESTS) -n 2
 
 check: $(STAMP)
+	$(MAKE) --no-print-directory --jobs 3 lint types fast
+
+lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(wildcard native/*.cpp native/*.h include/*.h tests/native/*.cpp tests/native/*.c)
 	$(BIN)/ruff check .
+
+types: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/mypy --config-file tests/mypy.ini tests tools docs/update.py
+
+# the tests that take less than a second or two
+fast: $(STAMP)
 	$(TESTS) -n 2 -m "not slow and not holds_only"
 
 # make holds OF=foundation: the numbered requirements of one issue, with the figures measured
@@ -65,6 +73,12 @@ kernels: $(STAMP)
 reliability: $(STAMP)
 	mkdir -p runs
 	SPARSEMAE_TEST_FUZZ=10000 $(TESTS) -m "" --rows runs/reliability.json tests/faults
+	$(BIN)/python docs/update.py
+
+# half an hour of a server's load, and 3,000 training steps: what stays flat, into docs/reliability.md
+soak: $(STAMP)
+	mkdir -p runs
+	SPARSEMAE_TEST_SOAK_SECONDS=1800 SPARSEMAE_TEST_SOAK_STEPS=3000 $(TESTS) -m "" --rows runs/soak.json tests/faults/test_soak.py
 	$(BIN)/python docs/update.py
 
 # 10,000 mutated checkpoint files; the tests take 500 of them

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sparsemae.card import ModelCard
+from sparsemae.limits import MAX_PIXELS
 
 Input = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | NDArray[np.uint8]
 """An image: a file's path, its content, an open file (rewound), PIL's, or pixels [H, W] or [H, W, C], C 1, 3 or 4."""
@@ -59,7 +60,7 @@ class Predictor(Protocol):
         Raises ValueError, naming its file or its index, if one cannot be read.
         """
 
-    def stream(self, images: Inputs, top_k: int = 5) -> Iterator[Any]:
+    def stream(self, images: Inputs, top_k: int = 5, max_pixels: int = MAX_PIXELS) -> Iterator[Any]:
         """As `predict`, each as soon as it is known; of an image that cannot be read, its ValueError."""
 
 
@@ -75,11 +76,14 @@ def raised(results: Iterable[Any]) -> list[Any]:
 
 def checked(images: NDArray[np.float32], channels: int, size: Sequence[int] | None) -> NDArray[np.float32]:
     """Preprocessed images, contiguous. Raises ValueError unless they are float32 [B, channels, *size] (None: any)."""
-    fits = images.ndim == 4 and images.shape[1] == channels and tuple(size or images.shape[2:]) == images.shape[2:]
-    if images.dtype != np.float32 or not fits:
+    is_array = isinstance(images, np.ndarray)
+    fits = is_array and images.dtype == np.float32 and images.ndim == 4
+    fits = fits and images.shape[1:] == (channels, *(size or images.shape[2:]))
+    if not fits:
         wanted = ", ".join(map(str, (channels, *(size or ("H", "W")))))
-        raise ValueError(f"images: wanted float32 [B, {wanted}], got {images.dtype} {list(images.shape)}")
-    return np.ascontiguousarray(images)
+        got = f"{images.dtype} {list(images.shape)}" if is_array else f"a {type(images).__name__}"
+        raise ValueError(f"images: wanted float32 [B, {wanted}], got {got}")
+    return np.require(images, requirements=("C", "ALIGNED", "ENSUREARRAY"))
 
 
 def rank(logits: NDArray[np.float32], class_names: Sequence[str], top_k: int = 5) -> list[Prediction]:

@@ -24,6 +24,7 @@ from sparsemae.training.optim import make_optimizer
 SHAPE = {"patch_size": 16, "image_height": 224, "image_width": 224, "depth": 1}
 
 
+@pytest.mark.slow
 def test_packed_file_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "small.safetensors", reference.random_model(reference.vit_shape(**SHAPE)))
     config = BenchmarkConfig(

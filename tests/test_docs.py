@@ -168,7 +168,7 @@ def test_options_and_commands_in_the_text_exist() -> None:
     options: set[str] = {name for kind in kinds.values() for name in option_names(kind)}
     options |= {"config", "print_config", "debug", "help", "version", "data.root"}
     groups = {name.split(".")[0] for name in options if "." in name}
-    foreign = {"holds", "index_url", "signal"}  # pytest's, pip's and Slurm's
+    foreign = {"holds", "index_url", "kill_on_bad_exit", "signal"}  # pytest's, pip's and Slurm's
     for page in DOCUMENTS:
         for code in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", page.read_text()):
             if code.startswith(("pytest", "torchrun", ".venv", "python")):
@@ -210,7 +210,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_every_page_is_linked_from_the_readme_and_every_recipe_named() -> None:
     text = (ROOT / "README.md").read_text()
     assert all(f"](docs/{page.name})" in text for page in PAGES if page.parent.name == "docs")
-    assert {name.rstrip("ts").rstrip("_") for name in recipe_names() if not name.startswith("demo")} <= {
+    assert {name.rstrip("ts").rstrip("_") for name in recipe_names() if not name.startswith(("demo", "study"))} <= {
         name.removesuffix("_t") for name in re.findall(r"`(\w+_t)`", text)
     }
     assert text.count("\n") < 110, "one screen, then links"

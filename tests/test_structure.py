@@ -16,13 +16,15 @@ import sparsemae
 from sparsemae.cli import main, usage
 from sparsemae.config import OPTIONAL_POSITIONAL, RECIPES, read_config, recipe_names
 from sparsemae.jobs import JOBS, resolve, training_jobs
+from sparsemae.options import StudyConfig
 
 PACKAGE = ROOT / "sparsemae"
 FILES = sorted(PACKAGE.rglob("*.py"))
-STATEMENTS = {"the commit before the house was rebuilt (f31ab9b)": 6952, "right": 1150, "held": 76, "fast": 14}
+STATEMENTS = {"the commit before the house was rebuilt (f31ab9b)": 6952, "right": 1150, "held": 765, "fast": 14,
+              "own": 1544, "better": 383}  # fmt: skip
 """The house has no more than were there before; then what each later issue added, counted when it landed."""
 # Who may import whom, by first name below the package. What everybody may import imports nothing but itself.
-LEAVES = {"limits", "renamed", "card", "files", "predictor"}
+LEAVES = {"limits", "renamed", "card", "files", "plain_yaml", "predictor", "terminal"}
 ALLOWED = {
     "sparsity": set(),
     "options": set(),
@@ -34,9 +36,21 @@ ALLOWED = {
     "costs": {"sparsity", "data", "models", "training", "tasks", "options", "config", "jobs"},
     "tasks": {"sparsity", "data", "models", "training", "costs", "options", "jobs", "packing"},
     "loading": {"packing", "runtime", "tasks"},
-    "commands": {"sparsity", "data", "models", "training", "packing", "runtime", "tasks", "options", "loading"},
-    "report": {"sparsity", "data", "models", "training", "options"},
-    "demo": {"sparsity", "data", "tasks", "commands", "report", "benchmark", "runtime", "options", "config", "jobs"},
+    "report": {"sparsity", "data", "models", "training", "tasks", "options"},
+    "commands": {
+        "sparsity",
+        "data",
+        "models",
+        "training",
+        "packing",
+        "runtime",
+        "tasks",
+        "options",
+        "loading",
+        "report",
+    },
+    "study": {"sparsity", "tasks", "data", "commands", "benchmark", "runtime", "options", "config", "jobs"},
+    "demo": {"study", "sparsity", "data", "tasks", "commands", "report", "benchmark", "runtime", "options"},
     "benchmark": {"packing", "runtime", "sparsity", "data", "models", "training", "tasks", "options", "config", "jobs"},
     "config": set(),
     "jobs": {"options"},
@@ -44,8 +58,9 @@ ALLOWED = {
     "__main__": {"cli"},
     "__init__": set(),
 } | {leaf: set() for leaf in LEAVES}
-WITHOUT_TORCH = ("options/", "limits.py", "renamed.py", "card.py", "files.py", "predictor.py", "config.py", "jobs.py",
-                 "cli.py", "tasks/__init__.py", "runtime/", "data/images.py", "commands/predict.py")  # fmt: skip
+WITHOUT_TORCH = ("options/", "limits.py", "renamed.py", "card.py", "files.py", "plain_yaml.py", "predictor.py",
+                 "terminal.py", "config.py", "jobs.py", "cli.py", "tasks/__init__.py", "runtime/", "data/images.py",
+                 "commands/predict.py")  # fmt: skip
 
 
 def imported(file: Path) -> set[str]:
@@ -151,8 +166,8 @@ def test_public_names_exist() -> None:
 def test_recipes_parse_and_have_a_header(name: str) -> None:
     text = (RECIPES / f"{name}.yaml").read_text()
     assert all(f"# {word}:" in text for word in ("Command", "Cost", "Result"))
-    kind = next(kind for job, kind in training_jobs().items() if job in name)
-    config = read_config(kind, ["--config", name])
+    kind = next(kind for job, kind in {**training_jobs(), "study": StudyConfig}.items() if job in name)
+    config: Any = read_config(kind, ["--config", name])
     assert config.out == yaml.safe_load(text)["out"]
 
 
@@ -175,7 +190,7 @@ def test_the_readmes_tree_is_the_tree() -> None:
 def test_help_describes_every_option(job: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert job in usage()
     with pytest.raises(SystemExit) as exit_:
-        main([job, "--help"])
+        main([job, "--help-all"])
     assert exit_.value.code == 0
     text = capsys.readouterr().out
     undocumented = re.findall(r"^  (--\S+ \S+)\s+\((?:type|required)", text, re.MULTILINE)

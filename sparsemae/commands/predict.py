@@ -20,6 +20,7 @@ from sparsemae.data.tree import image_files
 from sparsemae.files import replacing
 from sparsemae.options import PredictConfig
 from sparsemae.predictor import Prediction
+from sparsemae.terminal import printable
 
 COLUMNS = ("file", "rank", "label", "index", "probability")
 """Of CSV: a row for each class of an image, the best has rank 1."""
@@ -36,18 +37,20 @@ def predict(config: PredictConfig) -> dict[str, Any]:
     card, results, unreadable = predictor.card, dict[str, Any](), 0
     pictures = Pictures(card, files, Path(config.pictures)) if "palette" in card.settings else None
     with _output(config) as write:
-        for file, result in zip(files, predictor.stream(files, config.top_k), strict=True):
+        for file, result in zip(files, predictor.stream(files, config.top_k, config.max_pixels), strict=True):
             if isinstance(result, ValueError):
                 if len(files) == 1:
                     raise result
                 unreadable += 1
-                print(f"sparsemae predict: {' '.join(str(result).split())}", file=sys.stderr)
+                print(f"sparsemae predict: {printable(' '.join(str(result).split()))}", file=sys.stderr)
                 continue
-            best = pictures.write(file, as_rgb(file, card.input), result)[: config.top_k] if pictures else result
-            results[str(file)] = best
-            write(str(file), best)
+            if pictures is not None:
+                image = as_rgb(file, card.input, config.max_pixels)
+                result = pictures.write(file, image, result)[: config.top_k]  # noqa: PLW2901
+            results[str(file)] = result
+            write(str(file), result)
     if config.out is not None:
-        print(f"{config.out}: predictions of {len(files) - unreadable:,} images")
+        print(f"{printable(config.out)}: predictions of {len(files) - unreadable:,} images")
     if unreadable:
         raise ValueError(f"{unreadable} of {len(files)} images could not be read; the others are done")
     return results
@@ -74,7 +77,7 @@ def _output(config: PredictConfig) -> Iterator[Callable[[str, Any], None]]:
     else:
         if config.format == "csv" and isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape", newline="")
-        yield _writer(config.format, sys.stdout, _visible if sys.stdout.isatty() else _exact)
+        yield _writer(config.format, sys.stdout, printable if sys.stdout.isatty() else _exact)
 
 
 def _writer(style: str, file: TextIO, text: Callable[[str], str]) -> Callable[[str, Any], None]:
@@ -85,7 +88,7 @@ def _writer(style: str, file: TextIO, text: Callable[[str], str]) -> Callable[[s
 
     def write(name: str, result: Any) -> None:
         if style == "text":
-            file.write(f"{_visible(name)}: {_visible(_shown(result))}\n")
+            file.write(printable(f"{name}: {_shown(result)}") + "\n")
         elif not _are_predictions(result):
             raise ValueError(f"format: wanted text, as the model gives no classes, got {style}")
         else:
@@ -101,11 +104,6 @@ def _writer(style: str, file: TextIO, text: Callable[[str], str]) -> Callable[[s
 
 def _exact(text: str) -> str:
     return text
-
-
-def _visible(text: str) -> str:
-    """What a terminal shows, and does not obey."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _are_predictions(result: Any) -> bool:

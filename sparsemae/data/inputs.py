@@ -22,6 +22,7 @@ def results_of(
     run: Callable[[list[Any]], list[Any]],
     batch: int,
     threads: int,
+    max_pixels: int,
 ) -> Iterator[Any]:
     """One result of ``run`` for each image, in order; of one that cannot be read, its ValueError.
 
@@ -29,7 +30,11 @@ def results_of(
         prepare: an RGB image to what ``run`` takes a list of, at most ``batch`` together.
         threads: that read and prepare what comes next while ``run`` computes.
     """
-    prepared = _ahead(images, lambda image, name: prepare(decode_rgb(image, name, rules=rules)), rules, threads)
+
+    def decode(image: Any, name: str) -> Image.Image:
+        return decode_rgb(image, name, rules=rules, max_pixels=max_pixels)
+
+    prepared = _ahead(images, lambda image, name: prepare(decode(image, name)), decode, threads)
     while found := list(islice(prepared, batch)):
         readable = [one for one in found if not isinstance(one, ValueError)]
         results = iter(run(readable) if readable else ())
@@ -49,13 +54,13 @@ def one_by_one(images: Inputs) -> Iterable[Input]:
 
 
 def _ahead(
-    images: Inputs, prepare: Callable[[Any, str], Any], rules: PixelRules, threads: int
+    images: Inputs, prepare: Callable[[Any, str], Any], decode: Callable[[Any, str], Image.Image], threads: int
 ) -> Iterator[Any | ValueError]:
     waiting = deque[Future[Any]]()
     with ThreadPoolExecutor(threads) as pool:
         try:
             for index, image in enumerate(one_by_one(images)):
-                waiting.append(pool.submit(_attempt, prepare, *_taken(image, index, rules)))
+                waiting.append(pool.submit(_attempt, prepare, *_taken(image, index, decode)))
                 if len(waiting) > 2 * threads:
                     yield waiting.popleft().result()
             while waiting:
@@ -73,7 +78,7 @@ def _attempt(prepare: Callable[[Any, str], Any], image: Any, name: str) -> Any:
         return error
 
 
-def _taken(image: Any, index: int, rules: PixelRules) -> tuple[Any, str]:
+def _taken(image: Any, index: int, decode: Callable[[Any, str], Image.Image]) -> tuple[Any, str]:
     """What a thread may decode, or why it cannot, and its name; of an open image, which may come twice, its pixels."""
     if isinstance(image, str | os.PathLike):
         return image, os.fspath(image)
@@ -84,7 +89,7 @@ def _taken(image: Any, index: int, rules: PixelRules) -> tuple[Any, str]:
         if isinstance(image, np.ndarray):
             return _from_array(image, name), name
         if isinstance(image, Image.Image) or hasattr(image, "read"):
-            return decode_rgb(image, name, rules=rules), name
+            return decode(image, name), name
         raise ValueError(
             f"{name}: wanted a path, bytes, an open file, a PIL image or a uint8 array, got {type(image).__name__}"
         )

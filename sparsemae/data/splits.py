@@ -16,15 +16,16 @@ from PIL import Image, ImageOps
 
 from sparsemae.data.exclude import read_exclude
 from sparsemae.data.folders import Openers
-from sparsemae.data.images import DEFAULT_RULES, FORMATS, UNREADABLE, PixelRules, decode_rgb, orientation, reason
+from sparsemae.data.images import DEFAULT_RULES, PixelRules, decode_rgb, open_image, orientation, reason
 from sparsemae.data.masks import Legend, read_mask
 from sparsemae.data.sampling import HOLDOUT, stream
 from sparsemae.data.tree import Split
+from sparsemae.limits import MAX_PIXELS
 from sparsemae.options import SourceConfig
 
 Part = Split | Literal["all"]
-HELD_OUT = {"rule": "permutation", "share": 0.1, "seed": 0}
-"""The part of the only split that is kept for validation: a tenth, the same every time."""
+HELD_OUT_BEFORE = {"rule": "permutation", "share": 0.1, "seed": 0}
+"""The part of the only split that models of before kept for validation; see `Splits.held_out` for those of now."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,19 @@ class Source:
     """What the values of the masks mean; None: each image has one class."""
     one_size: bool = False
     """All images have the same size."""
+    max_pixels: int = MAX_PIXELS
+    """Images and masks of more are refused."""
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def class_counts(self) -> np.ndarray | None:
+        """Images of each class ``[C]``; None where they have masks, or the reader does not list its labels."""
+        labels = getattr(self.reader, "labels", None)
+        if labels is None or self.legend is not None:
+            return None
+        own = np.asarray(labels, np.int64)[self.indices]
+        return np.bincount(own if self.labels is None else self.labels[own], minlength=len(self.class_names))
 
     def filename(self, index: int) -> str:
         """Path of one image, for messages and lists; what lies inside a file as if that were a folder."""
@@ -64,7 +75,7 @@ class Source:
         """What the reader has of one image: file or PIL image, and label. Raises as `read`."""
         try:
             return self.reader[int(self.indices[index])]
-        except UNREADABLE as error:  # torchvision's sets decode here
+        except Exception as error:  # torchvision's sets decode here
             name = self.filename(index)
             if isinstance(error, OSError) and _is_gone(error, name):
                 raise ConnectionError(f"{name}: {error.strerror}") from error
@@ -76,13 +87,13 @@ class Source:
         """`read`, of what `open` gave."""
         name = self.filename(index)
         with file:
-            turned = 1 if self.legend is None else _orientation(file)
+            turned = 1 if self.legend is None else _orientation(file, self.max_pixels)
             if turned != 1 and rules.exif is None:
                 raise ValueError(
                     f"{name}: wanted data.exif true or false, got none for an image whose EXIF orientation is {turned} "
                     "(true turns it and its mask, false neither)"
                 )
-            image = decode_rgb(file, name, smallest, rules)
+            image = decode_rgb(file, name, smallest, rules, self.max_pixels)
         target = self.target(label)
         if self.legend is None:
             return image, target
@@ -101,19 +112,19 @@ class Source:
         if self.legend is None:
             return int(label if self.labels is None else self.labels[label])
         return (
-            self.legend.decode(read_mask(label, self.legend.colors is not None), label)
+            self.legend.decode(read_mask(label, self.legend.colors is not None, self.max_pixels), label)
             if isinstance(label, Path)
             else label
         )
 
 
-def _orientation(file: Any) -> int:
+def _orientation(file: Any, max_pixels: int) -> int:
     if isinstance(file, Image.Image):
         return 1
     try:
-        with Image.open(io.BytesIO(file.read()), formats=FORMATS) as opened:
+        with open_image(io.BytesIO(file.read()), max_pixels) as opened:
             return orientation(opened)
-    except UNREADABLE:
+    except Exception:
         return 1  # `decode_rgb` says why
     finally:
         file.seek(0)
@@ -162,6 +173,11 @@ class Splits:
         """What the set is called."""
         return self.data.root or self.data.source
 
+    @property
+    def held_out(self) -> dict[str, Any]:
+        """Which part of the only split is kept for validation, the same every time; a model's card keeps it."""
+        return {"rule": self.data.val_rule, "share": self.data.val_share, "seed": 0}
+
     def reader(self, split: Split) -> Any:
         """Of one split. Raises ValueError if there is none."""
         if split not in self.openers:
@@ -179,7 +195,7 @@ class Splits:
         """Which split is which, of how many images, and what else is to be said of them."""
         if self.data.root is None:
             return []
-        parts = []
+        parts, single = list[str](), list[str]()
         for split, (name, _) in self.openers.items():
             use = {"train": "training", "val": "validation", "test": "left for --split test"}[split]
             with suppress(ValueError):  # one that is not wanted may be amiss
@@ -187,31 +203,39 @@ class Splits:
         if self.tested:
             parts[-1] += ", the only other split, so that the best epoch is chosen by it"
         if self.openers.keys() == {"train"}:
-            count = _held_out_count(len(self.reader("train")), HELD_OUT)
-            parts.append(f"where validation is wanted, {count:,} of them are held out for it")
+            whole = self.whole("train")
+            with suppress(ValueError):  # too few: said where validation is wanted
+                count = len(_held_out(whole, "val", self.held_out))
+                parts.append(f"where validation is wanted, {count:,} of them are held out for it (data.val_share)")
+            counts = whole.class_counts() if self.data.val_rule == "stratified" else None
+            single = [] if counts is None else [whole.class_names[i] for i in np.flatnonzero(counts == 1)]
         own = [note for reader in self._readers.values() for note in getattr(reader, "notes", ())]
         lines = [f"{self.root}: {'; '.join(parts)}", *dict.fromkeys(self._notes + own)]
         train = self._readers.get("train")
         if train is not None and train.class_names != [""] and getattr(train, "legend", None) is None:
             shown = ", ".join(train.class_names[:4]) + ", ..." * (len(train.class_names) > 4)
             lines[0] += f"; {len(train.class_names):,} classes: {shown}"
+        if single:
+            few = ", ".join(single[:4]) + ", ..." * (len(single) > 4)
+            lines.append(f"{len(single):,} classes of one image, which stays in training: {few}")
         return lines
 
     def whole(self, split: Part) -> Source:
         """All images of one split, or of all splits."""
         reader = self._joined() if split == "all" else self.reader(split)
         legend, one_size = getattr(reader, "legend", None), getattr(reader, "one_size", False)
-        return Source(reader, reader.class_names, np.arange(len(reader)), None, legend, one_size)
+        limit = self.data.max_pixels
+        return Source(reader, reader.class_names, np.arange(len(reader)), None, legend, one_size, limit)
 
     def open(
         self, split: Part, limit: int | None = None, class_names: Sequence[str] | None = None,
-        held_out: Mapping[str, Any] = HELD_OUT,
+        held_out: Mapping[str, Any] | None = None,
     ) -> Source:  # fmt: skip
         """One split, without what is excluded, and at most ``limit`` images of it; held out where there is but one.
 
         Args:
             class_names: number the classes so; None: as the training split has them.
-            held_out: which part of the only split is validation.
+            held_out: which part of the only split is validation; None: by the options.
 
         Raises:
             ValueError: naming the folder, if a split is missing or empty, or has other classes.
@@ -219,7 +243,7 @@ class Splits:
         alone = self.openers.keys() == {"train"} and split in ("train", "val")
         source = self.whole("train" if alone else split)
         if alone:
-            source = _held_out(source, split, held_out)
+            source = _held_out(source, split, held_out or self.held_out)
         if source.legend is None:
             whose = "training" if class_names is None else "the model"
             if class_names is None and "train" in self.openers and split != "train":
@@ -250,7 +274,7 @@ class Splits:
         if split is not None:
             names = [name or "all its images" for part, (name, _) in self.openers.items() if split in (part, "all")]
             return self.open(split, class_names=class_names), f"{self.root}: evaluated on {', '.join(names) or split}"
-        rule = trained_on.get("held_out") or HELD_OUT
+        rule = trained_on.get("held_out") or HELD_OUT_BEFORE
         own = not trained_on or trained_on["digest"] == names_digest(self.whole("train"), self.data.root)
         if not own and trained_on.get("root") == root_digest(self.data.root):
             raise ValueError(
@@ -268,7 +292,7 @@ class Splits:
         return {
             "digest": names_digest(self.whole("train"), self.data.root),
             "root": root_digest(self.data.root),
-            "held_out": HELD_OUT if self.openers.keys() == {"train"} else None,
+            "held_out": self.held_out if self.openers.keys() == {"train"} else None,
         }
 
     def _joined(self) -> Any:
@@ -325,17 +349,29 @@ class _Joined:
         return str(self.readers[number].filename(own, absolute=absolute))
 
 
-def _held_out_count(images: int, rule: Mapping[str, Any]) -> int:
-    return max(1, images // round(1.0 / float(rule["share"])))
-
-
 def _held_out(source: Source, split: Part, rule: Mapping[str, Any]) -> Source:
-    """A part of the only split, the same every time; or the rest."""
-    if rule["rule"] != HELD_OUT["rule"]:
-        raise ValueError(f"held-out part: wanted the rule {HELD_OUT['rule']}, got {rule['rule']}: update sparsemae")
-    order = stream(rule["seed"], HOLDOUT).permutation(len(source))
-    count = _held_out_count(len(source), rule)
-    return replace(source, indices=np.sort(order[:count] if split == "val" else order[count:]))
+    """A part of the only split, the same every time; or the rest.
+
+    Stratified, it has of each class of two images or more that share, one at least; a single image stays in training.
+    """
+    if rule["rule"] not in ("permutation", "stratified"):
+        raise ValueError(
+            f"held-out part: wanted the rule permutation or stratified, got {rule['rule']}: update sparsemae"
+        )
+    share, order = float(rule["share"]), stream(rule["seed"], HOLDOUT).permutation(len(source))
+    counts = source.class_counts() if rule["rule"] == "stratified" else None
+    if counts is None:
+        held = order[: max(1, int(round(len(source) * share, 6)))]
+    else:
+        labels = np.asarray(source.reader.labels, np.int64)[source.indices]
+        wanted = np.where(counts > 1, np.maximum(1, np.minimum(np.rint(counts * share), counts - 1)), 0)
+        by_class = order[np.argsort(labels[order], kind="stable")]
+        rank = np.arange(len(source)) - np.repeat(np.cumsum(counts) - counts, counts)
+        held = by_class[rank < np.repeat(wanted, counts)]
+    if not len(held):
+        raise ValueError("wanted a class of two images or more, one of them for validation, got none")
+    rest = np.setdiff1d(np.arange(len(source)), held)
+    return replace(source, indices=source.indices[np.sort(held) if split == "val" else rest])
 
 
 def composed(name: str) -> str:
@@ -357,7 +393,8 @@ def _numbered(source: Source, class_names: Sequence[str], wanted: str) -> Source
 def names_digest(source: Source, root: str | None) -> str:
     """Of the names of all images, relative to the root, and of their classes."""
     reader = source.reader
-    digest, prefix = hashlib.sha256(), f"{Path(root)}/" if root else ""
+    base = Path(root or "")
+    digest, prefix = hashlib.sha256(), f"{base.parent if base.suffix in ('.csv', '.tsv') else base}/" if root else ""
     digest.update("\0".join(source.class_names).encode(errors="surrogateescape"))
     for i in source.indices.tolist():
         name = reader.filename(i, absolute=True).removeprefix(prefix)

@@ -1,6 +1,7 @@
 """The whole chain on the embedded images: pretrain, finetune, freeze, evaluate, predict, with the paper's baselines."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -9,11 +10,12 @@ from rich.console import Console
 from sparsemae.data.embedded import CLASS_NAMES, EmbeddedReader
 from sparsemae.demo import classification, segmentation
 from sparsemae.demo.results import markdown, read_arms, table
-from sparsemae.demo.stages import empty, run_stages
 from sparsemae.files import replacing, write_atomic
 from sparsemae.options import DemoConfig
 from sparsemae.runtime.model import processors
+from sparsemae.study.stages import run_stages
 
+MARKER = ".sparsemae-demo"
 PREDICTED_IMAGES = 5
 
 
@@ -23,7 +25,7 @@ def demo(config: DemoConfig) -> None:
     console = Console(highlight=False, soft_wrap=True)
     study = segmentation if config.task == "segment" else classification
     out, minutes = Path(config.out or study.OUT), config.minutes or study.MINUTES
-    empty(out)
+    _empty(out)
     images = _write_test_images(out / "images")
     console.print(study.INTRODUCTION)
     done = run_stages(study.STAGES, out, config.seed, begin + 60 * minutes - study.ENDING_SECONDS, console)
@@ -48,3 +50,12 @@ def _write_test_images(folder: Path) -> Path:
         with replacing(folder / name) as temporary:
             image.save(temporary, "PNG")
     return folder
+
+
+def _empty(out: Path) -> None:
+    """Make the demo's folder, or empty an earlier demo's. Raises ValueError rather than remove other files."""
+    if out.exists() and any(out.iterdir()) and not (out / MARKER).is_file():
+        raise ValueError(f"--out: {out}: wanted a new folder or that of an earlier demo, got one with other files")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / MARKER).touch()

@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.table import Column, Table
 
-from sparsemae.demo.stages import Stage
 from sparsemae.sparsity import summarize
+from sparsemae.study.stages import Stage
 from sparsemae.tasks.loading import load_model
 
 Arms = dict[str, list[dict[str, Any]]]
@@ -23,7 +23,7 @@ def read_arms(stages: Sequence[Stage], out: Path) -> Arms:
         model, card = load_model(out / stage.name)
         summary = summarize(model)
         sizes = {"kept": summary.kept + summary.dense_total, "total": summary.sparse_total + summary.dense_total}
-        arms.setdefault(stage.title, []).append({**card.metrics, **sizes})
+        arms.setdefault(stage.title, []).append({**card.metrics, **sizes, "seed": stage.seed})
     return arms
 
 

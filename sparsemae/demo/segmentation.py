@@ -6,16 +6,16 @@ nothing about segmenting photographs.
 
 import math
 import statistics
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 from rich.console import Console
 
 from sparsemae.commands.predict import predict
 from sparsemae.demo.results import SIZES, Arms, Rows, ranked, sizes
-from sparsemae.demo.stages import DENSE, PRETRAINING, SMALL, Stage
+from sparsemae.demo.stages import DENSE, PRETRAINING, SMALL
 from sparsemae.options import PredictConfig
+from sparsemae.study.stages import Stage
+from sparsemae.study.statistics import Paired
 
 OUT, MINUTES = "runs/demo-segment", 12.0
 ENDING_SECONDS = 20.0
@@ -60,33 +60,19 @@ def rows(arms: Arms) -> Rows:
 
 def finish(arms: Arms, out: Path, images: Path, seed: int, console: Console) -> str:
     """Print the paired comparison, draw what SparseMAE makes of ``images``; returns what results.md says besides."""
-    study = Paired.of(*([run["miou"] for run in arms[title]] for title in (OURS, SCRATCH)))
+    study = paired(arms)
     print(f"{study}\n\nMasks and overlays of test images, in {out}/predictions:")
     predict(PredictConfig(f"{out}/segment-sparse-0", [str(images)], top_k=2, pictures=f"{out}/predictions"))
     return f"\n{study}\n"
 
 
-@dataclass(frozen=True)
-class Paired:
-    """SparseMAE less the same network from scratch, in points of mIoU, at equal steps and seeds."""
-
-    differences: list[float]
-    """One for each seed."""
-    mean: float
-    error: float
-    """Standard error of the mean over the seeds."""
-
-    @classmethod
-    def of(cls, ours: list[float], theirs: list[float]) -> Self:
-        """From fractions, in the order of the seeds."""
-        differences = [100 * (a - b) for a, b in zip(ours, theirs, strict=True)]
-        error = statistics.stdev(differences) / math.sqrt(len(differences))
-        return cls(differences, statistics.mean(differences), error)
-
-    def __str__(self) -> str:
-        each = ", ".join(f"{difference:+.2f}" for difference in self.differences)
-        verdict = "more than" if abs(self.mean) > 2 * self.error else "within"
-        return (
-            f"{OURS} against {SCRATCH}, at equal steps and {len(self.differences)} equal seeds: {self.mean:+.2f} ± "
-            f"{self.error:.2f} points of mIoU ({each}; paired, standard error): {verdict} two standard errors."
-        )
+def paired(arms: Arms) -> str:
+    """SparseMAE less the same network from scratch, in points of mIoU, at equal steps and seeds, in one sentence."""
+    ours, theirs = ({run["seed"]: run["miou"] for run in arms[title]} for title in (OURS, SCRATCH))
+    pair = Paired.of(ours, theirs)
+    each = ", ".join(f"{difference:+.2f}" for difference in pair.differences)
+    low, high = pair.interval
+    return (
+        f"{OURS} less {SCRATCH}, at equal steps and {len(pair.differences)} equal seeds: {pair.mean:+.2f} ± "
+        f"{pair.error:.2f} points of mIoU ({each}; paired, standard error), 95 % interval {low:+.2f} to {high:+.2f}."
+    )

@@ -25,12 +25,14 @@ from sparsemae.options.model import (
     ModelConfig,
     SparseConfig,
 )
+from sparsemae.options.study import ArmConfig, StudyConfig
 from sparsemae.options.tasks import FinetuneConfig, PretrainConfig, SegmentConfig, TrainingConfig
 from sparsemae.options.training import OptimConfig, TrainerConfig
 
 __all__ = [
-    "DEFAULT_MODEL", "BenchmarkConfig", "CheckConfig", "DataConfig", "DecoderConfig", "DemoConfig", "EvaluateConfig",
-    "ExportConfig", "FinetuneConfig", "HeadConfig", "ImageDataConfig", "InferenceChange", "InferenceConfig",
-    "MaskDataConfig", "ModelConfig", "OptimConfig", "PackConfig", "PlanConfig", "PredictConfig", "PretrainConfig",
-    "ReportConfig", "SegmentConfig", "SourceConfig", "SparseConfig", "TrainerConfig", "TrainingConfig",
+    "DEFAULT_MODEL", "ArmConfig", "BenchmarkConfig", "CheckConfig", "DataConfig", "DecoderConfig", "DemoConfig",
+    "EvaluateConfig", "ExportConfig", "FinetuneConfig", "HeadConfig", "ImageDataConfig", "InferenceChange",
+    "InferenceConfig", "MaskDataConfig", "ModelConfig", "OptimConfig", "PackConfig", "PlanConfig", "PredictConfig",
+    "PretrainConfig", "ReportConfig", "SegmentConfig", "SourceConfig", "SparseConfig", "StudyConfig", "TrainerConfig",
+    "TrainingConfig",
 ]  # fmt: skip

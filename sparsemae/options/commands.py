@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sparsemae.limits import ABOVE_0, AT_LEAST_1, READ, Options, option
+from sparsemae.limits import ABOVE_0, AT_LEAST_1, MAX_PIXELS, READ, Options, option
 from sparsemae.options.data import SourceConfig
 from sparsemae.options.model import InferenceChange
 
@@ -30,7 +30,8 @@ class EvaluateConfig:
     model: str = field(metadata=READ)
     """The model: a packed file, a run folder, or its model.safetensors."""
     data: SourceConfig = field(default_factory=SourceConfig)
-    """Where the images lie; their preparation comes from the model's file."""
+    """Where the images lie, where not those that the model's run was trained on; their preparation comes from the
+    model's file."""
     split: Literal["train", "val", "test", "all"] | None = None
     """What to evaluate on; None: the validation split, or, of a folder without splits, the part that the model's own
     training held out, or all of it if the model was trained on another."""
@@ -47,7 +48,7 @@ class PackConfig:
     """Pack a finetuned model into one small file that runs without torch."""
 
     checkpoint: str = field(metadata=READ)
-    """The model: a run folder, or its model.safetensors, with its mask frozen."""
+    """The model: a run folder, its model.safetensors, or a checkpoint, whose mask is frozen as it is now."""
     out: str
     """The packed file to write."""
     dtype: Literal["bf16", "fp32", "int8"] = "bf16"
@@ -96,13 +97,15 @@ class PredictConfig(Options):
     """File to write to, which appears when all is done; None: standard output."""
     pictures: str = "predictions"
     """Of a segmenter: folder for NAME.png, the mask as a palette PNG, and NAME-overlay.png with its legend."""
+    max_pixels: int = option(MAX_PIXELS, AT_LEAST_1)
+    """Of an image; a larger one is not read. Decoding takes up to 16 bytes for each."""
 
 
 @dataclass
 class CheckConfig(Options):
     """Read every image of a data set; exit status 2 if something would break a run."""
 
-    data: SourceConfig = field(default_factory=lambda: SourceConfig(source="folder", workers=os.cpu_count() or 1))
+    data: SourceConfig = field(default_factory=lambda: SourceConfig(workers=os.cpu_count() or 1))
     """The data set; workers: processes that read, 0 for none but this one."""
     task: Literal["pretrain", "classify", "segment"] | None = None
     """What the images are for; pretrain: one class is enough; None: segment where `images` lies beside `masks`,

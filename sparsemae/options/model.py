@@ -14,11 +14,11 @@ class ModelConfig(Options):
 
     prefix = "model."
 
-    name: str | None = None
+    name: str | None = option(None, from_data=True)
     """Any timm VisionTransformer; None: that of the weights to start from, or vit_base_patch16_224 from scratch."""
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments of timm's constructor that differ, for example {depth: 4, embed_dim: 128}."""
-    drop_path: float = option(0.1, BELOW_1)
+    drop_path: float = option(0.1, BELOW_1, from_data=True)
     """Stochastic depth of the last block, 0 to below 1; linear from 0 at the first."""
 
 
@@ -26,11 +26,11 @@ class ModelConfig(Options):
 class DecoderConfig:
     """MAE's decoder, dense, used in pretraining only."""
 
-    embed_dim: int = 512
+    embed_dim: int = option(512, from_data=True)
     """Embedding dimension of the decoder."""
-    depth: int = 8
+    depth: int = option(8, from_data=True)
     """Blocks of the decoder."""
-    num_heads: int = 16
+    num_heads: int = option(16, from_data=True)
     """Attention heads of the decoder."""
 
 
@@ -40,9 +40,9 @@ class HeadConfig(Options):
 
     prefix = "head."
 
-    width: int = option(512, AT_LEAST_1)
+    width: int = option(512, AT_LEAST_1, from_data=True)
     """Channels of UperNet's maps."""
-    auxiliary_width: int = option(256, AT_LEAST_1)
+    auxiliary_width: int = option(256, AT_LEAST_1, from_data=True)
     """Channels of the auxiliary head's map."""
     auxiliary_weight: float = option(0.4, AT_LEAST_0)
     """Weight of the auxiliary head's loss; the main one's is 1."""
@@ -73,7 +73,7 @@ class InferenceConfig(InferenceChange):
     """How a segmenter looks at an image."""
 
     mode: Literal["slide", "whole"] = "slide"
-    stride: int = 341
+    stride: int = option(341, from_data=True)
     scales: list[float] = field(default_factory=lambda: [1.0])
     flip: bool = False
 
@@ -99,7 +99,7 @@ class SparseConfig(Options):
     """Where SR-STE's term acts: inside the gradient (as published), or as a shrink after the step (try 0.5)."""
     init_weights: Literal["full", "sparse"] = "full"
     """full: start from all latent weights; sparse: from the sparse network alone, the pruned weights set to 0."""
-    schedule: Literal["constant", "gradual"] = "constant"
+    schedule: Literal["constant", "gradual"] = option("constant", from_data=True)
     """gradual: keep m of m at first and halve n in stages, for a start from a dense model."""
     gradual_epochs: float | None = option(None, ABOVE_0)
     """Epochs until a gradual schedule reaches the pattern; None: half of the training."""

@@ -1,12 +1,14 @@
 """The options of the jobs that train: what all have, and each task's own. The defaults are the paper's tables."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from sparsemae.limits import AT_LEAST_0, BELOW_1, UNIT_INTERVAL, Options, option
 from sparsemae.options.data import DataConfig, ImageDataConfig, MaskDataConfig
 from sparsemae.options.model import DEFAULT_MODEL, DecoderConfig, HeadConfig, InferenceConfig, ModelConfig, SparseConfig
-from sparsemae.options.training import OptimConfig, TrainerConfig
+from sparsemae.options.training import LOGGERS, OptimConfig, TrainerConfig
+
+FETCHED = ("timm:", "hf-hub:", "auto")
 
 
 @dataclass
@@ -20,19 +22,30 @@ class TrainingConfig(Options):
     """The run's folder."""
     seed: int = option(0, AT_LEAST_0)
     """Seed of everything random."""
-    init: str | None = option(None, must_exist=lambda config: not (config.init or "").startswith(("timm:", "hf-hub:")))
-    """Weights to start from: a run folder, a file (MAE, timm, HF ViTMAE, our own), timm:NAME, or
-    hf-hub:OWNER/NAME; None: from scratch."""
+    log: str | None = option(None, may_change=True)
+    """Where the lines of metrics.jsonl go besides, comma-separated: tensorboard, csv, wandb."""
+    init: str | None = option(None, must_exist=lambda config: not (config.init or "").startswith(FETCHED))
+    """Weights to start from: a run folder, a file (MAE, timm, HF ViTMAE, our own), timm:NAME, hf-hub:OWNER/NAME, or
+    auto: timm's for the chosen model; None: from scratch."""
     model: ModelConfig = field(default_factory=ModelConfig)
     sparse: SparseConfig = field(default_factory=SparseConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    from_data: list[str] = field(default_factory=list, metadata={"may_change": True})
+    """Options, by their dotted names, that follow from the data; without a recipe all that are not named and can."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if unknown := {*self.loggers} - {*LOGGERS}:
+            raise ValueError(f"log: wanted some of {', '.join(LOGGERS)}, got {', '.join(sorted(unknown))}")
         if self.init is None and self.model.name is None:
             self.model.name = DEFAULT_MODEL
+
+    @property
+    def loggers(self) -> list[str]:
+        """What `log` names, each once."""
+        return list(dict.fromkeys(name.strip() for name in (self.log or "").split(",") if name.strip()))
 
 
 @dataclass
@@ -69,12 +82,14 @@ class FinetuneConfig(TrainingConfig):
     """The run's folder."""
     label_smoothing: float = option(0.1, BELOW_1)
     """Label smoothing epsilon."""
-    mixup: float = option(0.8, AT_LEAST_0)
+    mixup: float = option(0.8, AT_LEAST_0, from_data=True)
     """Alpha of mixup; 0 switches it off."""
-    cutmix: float = option(1.0, AT_LEAST_0)
+    cutmix: float = option(1.0, AT_LEAST_0, from_data=True)
     """Alpha of cutmix; 0 switches it off. With both, each batch takes one of them, with probability 0.5."""
-    erasing: float = option(0.25, UNIT_INTERVAL)
+    erasing: float = option(0.25, UNIT_INTERVAL, from_data=True)
     """Probability of erasing a random rectangle of an image with noise."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """Weight of each image in the loss; balanced: inverse to its class's images, 1 in the mean over them."""
     data: ImageDataConfig = field(
         default_factory=lambda: ImageDataConfig(crop_scale=(0.08, 1.0), auto_augment="rand-m9-mstd0.5-inc1")
     )

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sparsemae.data.inputs import results_of
+from sparsemae.limits import MAX_PIXELS, whole_number
 from sparsemae.packing.format import PackedModel, dense_shapes, from_bf16, read
 from sparsemae.packing.metadata import PackedConfig, parse_pattern
 from sparsemae.predictor import Inputs, Prediction, checked, raised, rank
@@ -24,6 +25,9 @@ from sparsemae.runtime.preprocess import transform
 
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
+MAX_THREADS = 1024
+IMAGES_PER_THREAD = 4
+"""In one call of the native library, which hears no Ctrl-C."""
 
 
 class Model:
@@ -58,11 +62,11 @@ class Model:
         Raises:
             ValueError: another shape or type.
         """
-        return self._native(self._checked(images), False)
+        return self._forward(images, features=False)
 
     def features(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """All tokens after the last block and the final norm, as timm's `forward_features`: float32 [B, L, D]."""
-        return self._native(self._checked(images), True)
+        return self._forward(images, features=True)
 
     @property
     def smallest_side(self) -> int:
@@ -82,9 +86,11 @@ class Model:
         Raises:
             ValueError: the model is no classifier, or an image cannot be read (its file or index).
         """
-        return raised(self.stream(images, top_k, batch_size))
+        return raised(self.stream(images, top_k, batch_size=batch_size))
 
-    def stream(self, images: Inputs, top_k: int = 5, batch_size: int | None = None) -> Iterator[Any]:
+    def stream(
+        self, images: Inputs, top_k: int = 5, max_pixels: int = MAX_PIXELS, batch_size: int | None = None
+    ) -> Iterator[Any]:
         """As `predict`, each as soon as it is known; of an image that cannot be read, its ValueError."""
         self._require_classes()
 
@@ -92,7 +98,7 @@ class Model:
             return [self.rank(logits, top_k) for logits in self(np.stack(prepared))]
 
         batch_size = batch_size or -(-8 // self.threads) * self.threads
-        return results_of(images, self.card.input, self.prepare, run, batch_size, processors())
+        return results_of(images, self.card.input, self.prepare, run, batch_size, processors(), max_pixels)
 
     def rank(self, logits: NDArray[np.float32], top_k: int = 5) -> list[Prediction]:
         """The `top_k` most probable classes by one image's logits [C], best first.
@@ -106,6 +112,12 @@ class Model:
     def _require_classes(self) -> None:
         if not self.vit.num_classes:
             raise ValueError("wanted a classifier to predict with, got an encoder: it has no classes")
+
+    def _forward(self, images: NDArray[np.float32], features: bool) -> NDArray[np.float32]:
+        images = self._checked(images)
+        step = IMAGES_PER_THREAD * self.threads
+        parts = [self._native(images[at : at + step], features) for at in range(0, max(1, len(images)), step)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _checked(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         return checked(images, self.vit.in_chans, (self.vit.image_height, self.vit.image_width))
@@ -122,13 +134,16 @@ def load(path: str | Path, threads: int | None = None, quantize: bool = True) ->
             bf16.
 
     Raises:
-        ValueError: it is no packed model that can be used (one line, naming it), or `SPARSEMAE_ISA` cannot be had here.
+        ValueError: it is no packed model that can be used (one line, naming it), `threads` is no number of threads, or
+            `SPARSEMAE_ISA` cannot be had here.
         OSError: the file cannot be opened.
     """
     packed = read(path)
-    threads = _default_threads(packed.config.vit.tokens) if threads is None else threads
+    if threads is None:
+        threads = _default_threads(packed.config.vit.tokens)
+    threads = whole_number("threads", threads, 1, MAX_THREADS)
     try:
-        return Model(packed.config, _build(packed, threads, os.environ.get("SPARSEMAE_ISA", ""), quantize))
+        return Model(packed.config, _build(packed, threads, os.environ.get("SPARSEMAE_ISA", ""), bool(quantize)))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

@@ -60,6 +60,11 @@ class MaskSchedule:
         for name, layer in iter_sparse(self._model):
             layer.pattern = self._final[name]
 
+    @property
+    def reached(self) -> bool:
+        """Whether the layers have their final patterns, so that what is evaluated now is what would be written."""
+        return all(layer.pattern == self._final[name] for name, layer in iter_sparse(self._model))
+
     def sync_to(self, twin: nn.Module) -> nn.Module:
         """Give a copy of the model (an average of its weights) the pattern of now and the masks once fixed; returns it.
 
@@ -80,7 +85,11 @@ class MaskSchedule:
         return pack_masks({name: layer.current_mask() for name, layer in iter_sparse(self._model) if self._fixed})
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Inverse of `state_dict`."""
+        """Inverse of `state_dict`; masks fixed since then move again."""
+        if self._fixed:
+            for _, layer in iter_sparse(self._model):
+                layer.held_mask = None
+            self._fixed = False
         if state:
             self._fix(unpack_masks(state, dict(iter_sparse(self._model))))
 

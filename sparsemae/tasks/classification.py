@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 from PIL import Image
@@ -21,7 +22,8 @@ from sparsemae.data.splits import Part
 from sparsemae.models import build_vit, use_plain_attention
 from sparsemae.options import FinetuneConfig, SourceConfig
 from sparsemae.predictor import rank
-from sparsemae.tasks.task import Network, Task, blank_images, encoder_of, smallest_side
+from sparsemae.tasks.outcomes import ClassOutcomes, Shown
+from sparsemae.tasks.task import Network, Task, blank_images, encoder_of, picture, smallest_side
 from sparsemae.training.logs import with_progress
 
 EVALUATION_BATCH = 256
@@ -60,19 +62,42 @@ class Classification(Task[FinetuneConfig]):
             self.mix = Mixup(
                 config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=len(self.class_names)
             )
+        weights = None
+        if config.class_weights == "balanced":
+            counts = self.train.class_counts()
+            if counts is None:
+                raise ValueError(f"class_weights: wanted none: the labels of {config.data.source} are not listed")
+            weights = torch.from_numpy(len(self.train) / (np.maximum(counts, 1) * (counts > 0).sum()))
+            weights = weights.to(fabric.device, torch.float32)
         self.criterion: Callable[[Tensor, Tensor], Tensor] = nn.CrossEntropyLoss(
-            label_smoothing=0.0 if self.mix else config.label_smoothing
+            weights, label_smoothing=0.0 if self.mix else config.label_smoothing
         )
         self.erase: Callable[[Tensor], Tensor] = lambda images: images
         if config.erasing:  # on the normalized batch; draws from the generators that the loop seeds
             self.erase = RandomErasing(config.erasing, mode="pixel", device=str(fabric.device))
 
     def loss(self, forward: nn.Module, batch: dict[str, Any]) -> Tensor:
+        images, target = self._mixed(batch)
+        return self.criterion(forward(images).float(), target)
+
+    def _mixed(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         data = self.config.data
         images, target = self.erase(transforms.normalize(batch["image"], data.mean, data.std)), batch["target"]
-        if self.mix is not None:
-            images, target = self.mix(images, target)
-        return self.criterion(forward(images).float(), target)
+        return (images, target) if self.mix is None else self.mix(images, target)
+
+    def seen(self, batch: dict[str, Any]) -> list[Shown]:
+        data, smoothing, names = self.config.data, self.config.label_smoothing, self.class_names
+        images, target = self._mixed(batch)
+        if target.ndim == 1:
+            target = nn.functional.one_hot(target, len(names)).float()
+        else:
+            target = (target - smoothing / len(names)) / (1 - smoothing)
+        pictures = map(picture, transforms.denormalize(images, data.mean, data.std))
+        best = target.topk(2)  # mixed of two at most
+        return [
+            Shown(shown, "", " + ".join(f"{names[i]} {p:.0%}" for p, i in zip(*both, strict=True) if p > 0.005))
+            for shown, *both in zip(pictures, best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
 
     def example_batch(self, model: nn.Module, size: int) -> dict[str, Any]:
         return {"image": blank_images(size, self.config.data.img_size), "target": torch.zeros(size, dtype=torch.long)}
@@ -85,7 +110,15 @@ class Classification(Task[FinetuneConfig]):
         return [count_forward("the model", tokens, model, lambda: model(image))]
 
     def evaluate(self, fabric: Fabric, model: nn.Module) -> dict[str, float]:
-        return self.measure(fabric, model, self.card(), self.validation, self.config.data.workers)
+        self.outcomes = ClassOutcomes(self.validation, self.class_names)
+        return self.measure(
+            fabric, model, self.card(), self.validation, self.config.data.workers, outcomes=self.outcomes
+        )
+
+    def guess(self, looks: int) -> dict[str, float]:
+        counts, images = self.val.class_counts(), len(self.validation)
+        most = 0.0 if counts is None else counts.max() / images
+        return {"images": images, "guess": max(1 / len(self.class_names), float(most)), "looks": looks}
 
     def result(self, metrics: dict[str, float]) -> str:
         return f"top-1 {metrics['top1']:.2%} on {len(self.validation):,} images"
@@ -108,7 +141,7 @@ class Classification(Task[FinetuneConfig]):
     @classmethod
     def measure(
         cls, fabric: Fabric, network: Network, card: ModelCard, dataset: ImageDataset, workers: int,
-        progress: bool = False,
+        progress: bool = False, outcomes: ClassOutcomes | None = None,
     ) -> dict[str, float]:  # fmt: skip
         """Top-1, top-5 and the standard error of top-1.
 
@@ -128,6 +161,8 @@ class Classification(Task[FinetuneConfig]):
                 logits = network(transforms.normalize(images, card.input.mean, card.input.std)).float()
             for meter in meters.values():
                 meter.update(logits, targets)
+            if outcomes is not None:
+                outcomes.add(batch["index"], targets, logits)
         unreadable.synchronize()
         result: dict[str, Any] = {name: float(meter.compute()) for name, meter in meters.items()}
         result["standard_error"] = math.sqrt(result["top1"] * (1 - result["top1"]) / len(dataset))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparsemae.card import ModelCard
 from sparsemae.data.inputs import results_of
+from sparsemae.limits import MAX_PIXELS
 from sparsemae.models.weights import card_of, find_weights, load_weights, read_weights
 from sparsemae.packing.format import is_packed, read, unpack
 from sparsemae.packing.pack import build_vit
@@ -55,7 +56,7 @@ class TorchPredictor:
         """One result for each image, in order: the ``top_k`` `Prediction` s, best first, or a segmenter's class map."""
         return raised(self.stream(images, top_k))
 
-    def stream(self, images: Inputs, top_k: int = 5) -> Iterator[Any]:
+    def stream(self, images: Inputs, top_k: int = 5, max_pixels: int = MAX_PIXELS) -> Iterator[Any]:
         """As `predict`, each as soon as it is known; of an image that cannot be read, its ValueError."""
         task = task_class(self.card.task)
 
@@ -63,7 +64,8 @@ class TorchPredictor:
         def run(batch: list[Any]) -> list[Any]:
             return task.predict(self.model, self.card, batch, top_k)
 
-        return results_of(images, self.card.input, lambda image: image, run, task.at_once, os.cpu_count() or 1)
+        threads = os.cpu_count() or 1
+        return results_of(images, self.card.input, lambda image: image, run, task.at_once, threads, max_pixels)
 
     def _input(self, images: NDArray[np.float32]) -> Tensor:
         encoder = encoder_of(self.model)

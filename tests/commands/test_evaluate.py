@@ -55,6 +55,7 @@ def test_a_packed_model_predicts_and_evaluates_like_its_source(
     assert got == pytest.approx(wanted, abs={"fp32": 1e-3, "bf16": 0.02, "int8": 0.05}[dtype])
 
 
+@pytest.mark.slow
 def test_exif_orientation_goes_with_the_model(
     tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,6 +89,7 @@ def test_exif_orientation_goes_with_the_model(
     assert load_model(tmp_path / "old.safetensors")[1].input.exif is False
 
 
+@pytest.mark.slow
 def test_a_segmenter_on_photographs(scene_run: SceneRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, card = load_model(scene_run.folder)
     assert card.frozen
@@ -107,7 +109,7 @@ def test_a_segmenter_on_photographs(scene_run: SceneRun, tmp_path: Path, capsys:
 
 def test_a_dataset_of_other_classes_is_refused(scene_run: SceneRun, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["evaluate", str(scene_run.folder)])
+        main(["evaluate", str(scene_run.folder), "--data.source", "embedded"])
     printed = capsys.readouterr().err
     assert "embedded: wanted the 150 classes" in printed
     assert "(--data.source and --data.root name others)" in printed

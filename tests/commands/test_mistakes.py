@@ -124,6 +124,7 @@ def test_checkpoint_of_another_architecture(refused: Callable[..., str], tmp_pat
 
 
 @pytest.mark.holds("foundation.7")
+@pytest.mark.slow
 def test_wrong_number_of_classes(refused: Callable[..., str], tmp_path: Path, image_folder: Path) -> None:
     main(tiny("finetune", tmp_path / "run", "--trainer.max_steps", "1"))
     line = refused("evaluate", str(tmp_path / "run"), "--data.source", "folder", "--data.root", str(image_folder))
@@ -143,6 +144,7 @@ def test_mixup_wants_even_batches(refused: Callable[..., str], tmp_path: Path) -
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_predict(refused: Callable[..., str], tmp_path: Path, image_folder: Path) -> None:
     assert "nowhere: no such file or folder" in refused("predict", str(tmp_path / "nowhere"), str(image_folder))
     assert "images" in refused("predict", str(tmp_path))
@@ -151,6 +153,7 @@ def test_predict(refused: Callable[..., str], tmp_path: Path, image_folder: Path
     assert "top_k: wanted at least 1" in refused("predict", str(tmp_path / "run"), str(image_folder), "--top_k", "0")
 
 
+@pytest.mark.slow
 def test_pack(refused: Callable[..., str], tmp_path: Path) -> None:
     main(tiny("finetune", tmp_path / "run", "--trainer.max_steps", "1"))
     model = tmp_path / "run" / "model.safetensors"

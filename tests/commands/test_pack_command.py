@@ -16,6 +16,7 @@ from sparsemae.tasks.loading import load_model
 
 @pytest.mark.holds("packed.2")
 @pytest.mark.parametrize(("dtype", "limit"), [("fp32", 1e-4), ("bf16", 4e-2)])
+@pytest.mark.slow
 def test_a_packed_model_decides_like_its_source(
     runs: Path, tmp_path: Path, dtype: str, limit: float, figure: Figure
 ) -> None:

@@ -57,6 +57,7 @@ def test_a_pretrained_and_a_finetuned_run_are_probed(tmp_path: Path, capsys: pyt
         assert found["standard_error"] < 0.006
 
 
+@pytest.mark.slow
 def test_a_packed_file_is_not_probed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(tiny("finetune", tmp_path / "run", "--trainer.max_steps", "1"))
     main(["pack", str(tmp_path / "run"), str(tmp_path / "small.safetensors")])

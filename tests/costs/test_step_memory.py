@@ -60,6 +60,7 @@ def test_a_fake_step_takes_what_a_real_one_does(precision: str) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_categories_by_hand() -> None:
     model, single = autoencoder(), memory("fp32")
     numbers = [(p.numel(), p.requires_grad) for p in model.parameters()]

@@ -1,6 +1,5 @@
 """The study of the demo's segmentation: pretrained against from scratch, paired by seed."""
 
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -9,18 +8,18 @@ import pytest
 from conftest import ROOT
 from rich.console import Console
 
-from sparsemae.demo.segmentation import PAIRED, SEEDS, Paired
-from sparsemae.demo.stages import PRETRAINING, run_stages
+from sparsemae.demo.segmentation import OURS, PAIRED, SCRATCH, SEEDS, paired
+from sparsemae.demo.stages import PRETRAINING
+from sparsemae.study.stages import run_stages
+from sparsemae.study.statistics import Paired
 from sparsemae.tasks.loading import load_model
 
 
-def test_the_paired_difference_by_hand() -> None:
-    study = Paired.of([0.62, 0.61, 0.66], [0.60, 0.60, 0.60])
-    assert study.differences == pytest.approx([2, 1, 6])
-    assert study.mean == pytest.approx(3)
-    assert study.error == pytest.approx(math.sqrt((1 + 4 + 9) / 2) / math.sqrt(3))
-    assert "+3.00 ± 1.53 points of mIoU (+2.00, +1.00, +6.00; paired, standard error): within two" in str(study)
-    assert "more than two standard errors" in str(Paired.of([0.62, 0.63, 0.64], [0.60, 0.60, 0.60]))
+def test_the_paired_difference_in_a_sentence() -> None:
+    scores = {OURS: [0.62, 0.61, 0.66], SCRATCH: [0.60, 0.60, 0.60]}
+    said = paired({arm: [{"seed": i, "miou": score} for i, score in enumerate(of)] for arm, of in scores.items()})
+    assert "3 equal seeds: +3.00 ± 1.53 points of mIoU (+2.00, +1.00, +6.00; paired" in said
+    assert said.endswith("95 % interval -3.57 to +9.57.")
 
 
 def test_the_arms_of_a_pair_differ_in_their_start_alone() -> None:
@@ -41,8 +40,8 @@ def test_pretraining_is_worth_more_than_two_standard_errors(tmp_path: Path, figu
     arms: dict[str, list[float]] = {}
     for stage in PAIRED:
         arms.setdefault(stage.title, []).append(load_model(tmp_path / stage.name)[1].metrics["miou"])
-    study = Paired.of(*arms.values())
-    figure(str(study))
+    study = Paired.of(*(dict(enumerate(scores)) for scores in arms.values()))
+    figure(f"{study.mean:+.2f} ± {study.error:.2f}")
     assert study.mean > 2 * study.error
 
 

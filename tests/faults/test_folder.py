@@ -86,6 +86,7 @@ def test_processes_that_cannot_keep_the_micro_batch_are_refused(tmp_path: Path) 
 @pytest.mark.holds("held.1")
 @pytest.mark.parametrize("at", [3, 6])
 @pytest.mark.parametrize("fate", ["deleted", "renamed", "renamed, and a new one in its place"])
+@pytest.mark.slow
 def test_16_a_run_notices_that_its_folder_is_gone(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], came_out: Any, fate: str, at: int
 ) -> None:
@@ -135,8 +136,8 @@ def rename_in_step_3() -> None:
 @pytest.mark.holds("held.1")
 def test_16_two_processes_end_together_when_their_folder_is_gone(tmp_path: Path) -> None:
     statuses, output = run(tiny("pretrain", tmp_path / "run", "--trainer.device_batch", "8"), 2, rename_in_step_3)
-    assert statuses == [2, 0]
+    assert statuses == [2, 2]
     said = [line for line in output.splitlines() if "renamed while the run was on; it ends at step 3" in line]
-    assert len(said) == 1
+    assert len(said) == 2  # one from each
     assert "Traceback" not in output
     assert not (tmp_path / "run").exists()

@@ -185,6 +185,7 @@ BUILT: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("what", BUILT)
+@pytest.mark.slow
 def test_item_12_the_target_is_built_from_the_source(tmp_path: Path, what: str) -> None:
     name, options, wanted, args = BUILT[what]
     source = timm.create_model(name, num_classes=0, **{"img_size": 32, **options})

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 COMPILER = "aarch64-linux-gnu-g++"
 SOURCES = (
     "bounds", "c_api", "codes", "dispatch", "json", "kernels_neon", "kernels_portable", "packed_file", "preprocess",
-    "processor", "thread_pool", "vit", "vit_build",
+    "processor", "team", "thread_pool", "vit", "vit_build",
 )  # fmt: skip
 FLAGS = ["-std=c++20", "-O3", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno", "-fno-schedule-insns"]
 KINDS = {

@@ -109,6 +109,7 @@ def test_import_and_load_are_quick(sparsemae_t: Path) -> None:
 
 @pytest.mark.holds("packed.7")
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 def test_resident_size_of_a_process_that_classifies(sparsemae_t: Path, tmp_path: Path) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (375, 500, 3), dtype=np.uint8)).save(tmp_path / "x.jpg")
     code = (

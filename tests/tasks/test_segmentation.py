@@ -33,6 +33,7 @@ from sparsemae.tasks.segmentation import Segmentation, scores
 from sparsemae.tasks.sliding_window import predict_scores
 
 
+@pytest.mark.slow
 def test_the_workers_and_a_resume_change_nothing(scene_run: SceneRun, tmp_path: Path) -> None:
     main(on_scene(tmp_path / "two", scene_run.root, "--data.workers", "2", "--trainer.max_steps", "3"))
     main(on_scene(tmp_path / "two", scene_run.root, "--data.workers", "0"))
@@ -40,6 +41,7 @@ def test_the_workers_and_a_resume_change_nothing(scene_run: SceneRun, tmp_path: 
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_a_pretrained_encoder_is_taken_over(
     scene_run: SceneRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -59,6 +61,7 @@ def test_a_pretrained_encoder_is_taken_over(
     assert metrics(tmp_path / "run")[0]["step"] == 1
 
 
+@pytest.mark.slow
 def test_what_cannot_be_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cases = {
         ("--trainer.device_batch", "1"): "trainer.device_batch: wanted at least 2 images per device and forward, got 1",
@@ -85,6 +88,7 @@ def test_what_cannot_be_trained(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.holds("ade20k.1")
+@pytest.mark.slow
 def test_a_device_batch_of_one_is_refused_with_the_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = scene_folder(tmp_path / "ade", train=4, val=1, longest=160)
     for recipe in ("segment_t", "segment_s"):
@@ -258,6 +262,7 @@ def test_a_run_stops_at_the_first_unreadable_image_where_none_is_tolerated(
 
 
 @pytest.mark.holds("house.6")
+@pytest.mark.slow
 def test_training_and_evaluation_leave_out_what_check_has_written(
     corrupt: Path, tmp_path: Path, refused: Callable[..., str], capsys: pytest.CaptureFixture[str], figure: Figure
 ) -> None:

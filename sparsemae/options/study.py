@@ -1,0 +1,55 @@
+"""The options of a study: arms x settings x seeds."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from sparsemae.limits import AT_LEAST_1, Options, option
+
+MOST_SEEDS = 10
+
+
+@dataclass
+class ArmConfig:
+    """One way to a small network, as what its trainings take beyond the study's own options."""
+
+    pretrain: dict[str, Any] | None = None
+    """Options of its pretraining, by name; None: it is finetuned from scratch. Arms with equal ones share it."""
+    finetune: dict[str, Any] = field(default_factory=dict)
+    """Options of its finetuning, by name."""
+    seeds: int | None = None
+    """None: the study's."""
+
+
+@dataclass
+class StudyConfig(Options):
+    """Compare arms at several seeds: pretrain, finetune at the best of some learning rates, measure on the test set."""
+
+    out: str = "runs/study"
+    """Folder of the runs and of results.jsonl. Started again, the study goes on there."""
+    root: str | None = option(None, must_exist=True)
+    """Images in class folders below train, val and test. Learning rates are chosen by val, figures taken on test.
+    None: the embedded images, 2,000 training images of which are val."""
+    pretrain: dict[str, Any] = field(default_factory=lambda: {"config": "demo_pretrain"})
+    """Options of all pretrainings, a recipe as config among them."""
+    finetune: dict[str, Any] = field(default_factory=lambda: {"config": "demo_finetune"})
+    """Options of all finetunings."""
+    settings: dict[str, dict[str, Any]] = field(default_factory=lambda: {"1,000 labels": {}})
+    """What is compared under, by title: options of finetuning, the same for all arms."""
+    arms: dict[str, ArmConfig] = field(default_factory=dict)
+    """What is compared, by title; the first one with each of the others."""
+    learning_rates: list[float] = field(default_factory=lambda: [8e-3])
+    """Of finetuning, tried by every arm in every setting."""
+    selection_seeds: int = option(2, AT_LEAST_1)
+    """Seeds at which each learning rate is tried."""
+    seeds: int = option(5, (1, MOST_SEEDS))
+    """Seeds of each arm's figures, of pretraining and finetuning alike."""
+    first_seed: int = 0
+    """A winner among several is confirmed on fresh seeds."""
+    at_a_time: int | None = option(None, AT_LEAST_1)
+    """Trainings in parallel, one thread each; None: as many as cores, at most 4."""
+    plan: bool = False
+    """Only count the trainings, measure the rate of each kind, and say what the study takes."""
+    print_commands: Literal["shell", "slurm"] | None = None
+    """Only print the trainings as commands for a cluster: as lines, or as two Slurm arrays."""
+    report: str | None = None
+    """Only write this page, and its pictures beside it, from the results there are."""

@@ -1,0 +1,138 @@
+"""`sparsemae study`: choose each arm's learning rate on held-out images, run all its seeds, measure on test images."""
+
+import json
+import math
+import shlex
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from rich.console import Console
+
+from sparsemae.config import read_config
+from sparsemae.data.embedded import CLASS_NAMES, EmbeddedReader
+from sparsemae.jobs import JOBS
+from sparsemae.options import StudyConfig, TrainerConfig
+from sparsemae.runtime.model import processors
+from sparsemae.study.page import write_page
+from sparsemae.study.plan import Trial, choose, final, pairs, selection, stages_of
+from sparsemae.study.results import Results, result, tested
+from sparsemae.study.stages import Stage, run_stages
+
+HELD_OUT = 2000
+"""Of the embedded training images, the last ones."""
+MEASURED_STEPS = 30
+
+
+def study(config: StudyConfig) -> None:
+    """Run what is missing of a study, or plan, print or report it."""
+    if not config.arms:
+        raise ValueError("arms: wanted at least one, got none: name a recipe of a study with --config")
+    out, console = Path(config.out), Console(highlight=False, soft_wrap=True)
+    results = Results(out / "results.jsonl")
+    root = Path(config.root) if config.root is not None else out / "images"
+    if config.report is not None:
+        write_page(config, results.rows, Path(config.report))
+    elif config.print_commands is not None:
+        _print_commands(config, root, out)
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        if config.root is None:
+            _write_embedded(root)
+        (_plan if config.plan else _run)(config, root, results, console)
+
+
+def _run(config: StudyConfig, root: Path, results: Results, console: Console) -> None:
+    """Choose the rates, train what has no figures yet, and write the page."""
+    out = Path(config.out)
+    _train(config, selection(config, root), results, out, console)
+    trials = final(config, root, choose(config, results.rows))
+    _train(config, trials, results, out, console)
+    for trial in trials:
+        row = results.get(trial)
+        if row is not None and row["test"] is None:
+            results.put(tested(row, trial, out, root))
+    write_page(config, results.rows, out / "study.md")
+
+
+def _train(config: StudyConfig, trials: Sequence[Trial], results: Results, out: Path, console: Console) -> None:
+    """Train what has no result yet."""
+    missing = {trial.finetuning: trial for trial in trials if results.get(trial) is None}
+
+    def finished(stage: Stage, seconds: float) -> None:
+        if stage in missing:
+            results.put(result(missing[stage], out, seconds))
+
+    run_stages(stages_of(list(missing.values())), out, 0, math.inf, console, config.at_a_time, finished)
+
+
+def _plan(config: StudyConfig, root: Path, results: Results, console: Console) -> None:
+    """Count the trainings, and measure the rate of each kind in a few of its steps."""
+    out = Path(config.out)
+    chosen = dict.fromkeys(pairs(config), config.learning_rates[0])
+    kinds: dict[tuple[str, ...], list[Stage]] = {}
+    for stage in stages_of([*selection(config, root), *final(config, root, chosen)]):
+        kinds.setdefault((stage.job, *_without_rate(stage.options)), []).append(stage)
+    seconds = 0.0
+    for alike in kinds.values():
+        each = _seconds(alike[0], out)
+        seconds += each * len(alike)
+        console.print(f"{len(alike):4} x {each:6,.0f} s  {alike[0].title}")
+    cores = config.at_a_time or min(processors(), 4)
+    console.print(
+        f"{sum(map(len, kinds.values()))} trainings: {seconds / 3600:.1f} core-hours without evaluations, "
+        f"{seconds / 3600 / cores:.1f} hours at {cores} at a time"
+    )
+
+
+def _seconds(stage: Stage, out: Path) -> float:
+    """That a training would take, from the rate of its first steps, alone on the machine."""
+    limits = ("--trainer.log_every_steps", f"{MEASURED_STEPS}", "--trainer.max_steps", f"{MEASURED_STEPS + 1}")
+    with TemporaryDirectory(dir=out) as folder:
+        short = replace(stage, name="rate", init=None, options=(*stage.options, *limits))
+        run_stages([short], Path(folder), 0, math.inf, Console(quiet=True), 1)
+        line = json.loads((Path(folder) / "rate" / "metrics.jsonl").read_text().splitlines()[0])
+    trainer: TrainerConfig = read_config(JOBS[stage.job].options, stage.argv(out, 0)).trainer
+    images = trainer.schedule_steps(round(line["step"] / line["epoch"])) * trainer.global_batch
+    return images / float(line["images_per_second"])
+
+
+def _without_rate(options: Sequence[str]) -> tuple[str, ...]:
+    at = options.index("--optim.lr") if "--optim.lr" in options else len(options)
+    return (*options[:at], *options[at + 2 :])
+
+
+def _print_commands(config: StudyConfig, root: Path, out: Path) -> None:
+    """The trainings as commands: pretrainings first, then finetunings, all seeds at every learning rate."""
+    rates = [dict.fromkeys(pairs(config), lr) for lr in config.learning_rates]
+    stages = stages_of([trial for chosen in rates for trial in final(config, root, chosen)])
+    for job in ("pretrain", "finetune"):
+        lines = [shlex.join(["sparsemae", job, *stage.argv(out, 0)]) for stage in stages if stage.job == job]
+        if config.print_commands == "slurm" and lines:
+            numbered = "".join(f"{number}) {line} ;;\n" for number, line in enumerate(lines))
+            print(
+                f"#!/bin/bash\n# sbatch {job}.sh\n#SBATCH --array=0-{len(lines) - 1}\n#SBATCH --cpus-per-task=1\n"
+                f"case $SLURM_ARRAY_TASK_ID in\n{numbered}esac"
+            )
+        else:
+            print(*lines, sep="\n")
+
+
+def _write_embedded(root: Path) -> None:
+    """The embedded images as class folders below train, val and test."""
+    if root.is_dir():
+        return
+    partial = root.with_name(f".{root.name}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    for split in ("train", "val"):
+        reader = EmbeddedReader(split)
+        first_held_out = len(reader) - HELD_OUT
+        for index in range(len(reader)):
+            image, label = reader[index]
+            part = "test" if split == "val" else "train" if index < first_held_out else "val"
+            folder = partial / part / CLASS_NAMES[label].replace("/", "-")
+            folder.mkdir(parents=True, exist_ok=True)
+            image.save(folder / f"{index:05}.png")
+    partial.replace(root)

@@ -1,0 +1,124 @@
+"""A study's page: tables, paired differences, pictures, and what may be concluded."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from sparsemae.files import replacing, write_atomic
+from sparsemae.options import StudyConfig
+from sparsemae.study.statistics import Paired
+
+Rows = list[dict[str, Any]]
+
+
+def write_page(config: StudyConfig, rows: Rows, path: Path) -> None:
+    """Write the page, and beside it one picture for each setting, from the trials that were tested.
+
+    Raises:
+        ValueError: none was.
+    """
+    found = {setting: _by_arm(config, rows, setting) for setting in config.settings}
+    if not any(found.values()):
+        raise ValueError(f"{config.out}: wanted a study with figures on its test images, got none")
+    text = [_introduction(config, rows)]
+    for number, (setting, arms) in enumerate(found.items()):
+        if arms:
+            picture = path.with_name(f"{path.stem}-{number}.png")
+            _draw(arms, picture)
+            text.append(_section(config, setting, arms, picture.name))
+    write_atomic(path, "\n".join(text))
+
+
+def _by_arm(config: StudyConfig, rows: Rows, setting: str) -> dict[str, Rows]:
+    """The tested trials of a setting, in the order of the study's arms, each arm's by seed."""
+    tested = [row for row in rows if row["setting"] == setting and row["test"] is not None]
+    arms = {arm: sorted((r for r in tested if r["arm"] == arm), key=lambda row: row["seed"]) for arm in config.arms}
+    return {arm: found for arm, found in arms.items() if found}
+
+
+def _introduction(config: StudyConfig, rows: Rows) -> str:
+    machines = {f"{row['processor']}, torch {row['torch']}, {row['threads']} thread" for row in rows}
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    rates = ", ".join(f"{rate:g}" for rate in config.learning_rates)
+    return (
+        "# Study\n\n"
+        f"Learning rates of finetuning ({rates}) are chosen for each arm and setting by the mean top-1 on held-out "
+        f"images at {config.selection_seeds} seeds; figures are of the test images, which nothing is chosen by, at all "
+        "seeds of pretraining and finetuning. Differences are paired by seed, on the same processor; an order is "
+        "claimed only where the 95 % t-interval of the paired difference excludes 0.\n\n"
+        f"{len(rows)} trainings on {'; '.join(sorted(machines))}. Commits: {commits}. Each line of results.jsonl holds "
+        "the commands that made it.\n"
+    )
+
+
+def _section(config: StudyConfig, setting: str, arms: dict[str, Rows], picture: str) -> str:
+    first = next(iter(config.arms))
+    table = [
+        "| arm | top-1 | ± s.e. | seeds | parameters kept | in training | multiply-adds kept | rate | masks moved |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for arm, found in arms.items():
+        scores = [100 * row["test"] for row in found]
+        error = f"{stdev(scores) / len(scores) ** 0.5:.2f}" if len(scores) > 1 else ""
+        one = found[0]
+        moved = fmean(row["topology"][-1][2] / row["sparse_weights"] for row in found) if one["topology"] else None
+        table.append(
+            f"| {arm} | {fmean(scores):.2f} | {error} | {len(scores)} | {one['kept']:,} | {one['total']:,} | "
+            f"{one['multiply_adds'] / 1e6:.2f} M | {one['lr']:g} | {'' if moved is None else f'{moved:.2%}'} |"
+        )
+    lines = [f"## {setting}\n", *table, ""]
+    if first in arms and len(arms) > 1:
+        lines += [
+            f"{first} less each other arm, points of top-1:\n",
+            "| against | difference | ± s.e. | 95 % interval |",
+        ]
+        lines += ["|---|---:|---:|---:|"]
+        compared = {arm: _paired(arms[first], found) for arm, found in arms.items() if arm != first}
+        for arm, pair in compared.items():
+            if pair.differences:
+                low, high = pair.interval
+                lines.append(f"| {arm} | {pair.mean:+.2f} | {pair.error:.2f} | {low:+.2f} to {high:+.2f} |")
+        lines += ["", _conclusion(first, compared), "", f"![accuracy in training and against size]({picture})", ""]
+    return "\n".join(lines)
+
+
+def _paired(ours: Rows, theirs: Rows) -> Paired:
+    """Of seeds whose two trials ran on the same processor."""
+    processors = {row["seed"]: row["processor"] for row in ours}
+    same = [row for row in theirs if processors.get(row["seed"]) == row["processor"]]
+    return Paired.of({row["seed"]: row["test"] for row in ours}, {row["seed"]: row["test"] for row in same})
+
+
+def _conclusion(first: str, compared: dict[str, Paired]) -> str:
+    def names(order: int) -> str:
+        return ", ".join(arm for arm, pair in compared.items() if pair.differences and pair.order == order)
+
+    said = {"better than": names(1), "worse than": names(-1), "not told apart from": names(0)}
+    return "; ".join(f"**{first}** is {word} {arms}" for word, arms in said.items() if arms) + "."
+
+
+def _draw(arms: dict[str, Rows], path: Path) -> None:
+    """Accuracy on the held-out images over epochs; on the test images against kept parameters and multiply-adds."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    curves, *sizes = figure.subplots(1, 3)
+    for arm, found in arms.items():
+        epochs = [epoch for epoch, _ in found[0]["curve"]]
+        means = [100 * fmean(values) for values in zip(*([v for _, v in row["curve"]] for row in found), strict=False)]
+        curves.plot(epochs[: len(means)], means, marker="o", markersize=3, label=arm)
+        for axis, key in zip(sizes, ("kept", "multiply_adds"), strict=True):
+            _scatter(axis, found, key)
+    curves.set(xlabel="epoch of finetuning", ylabel="top-1 on held-out images, %")
+    sizes[0].set(xlabel="parameters kept", ylabel="top-1 on test images, %", xscale="log")
+    sizes[1].set(xlabel="multiply-adds kept, per image", xscale="log")
+    figure.legend(loc="outside right center", fontsize=8)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
+
+
+def _scatter(axis: Any, found: Sequence[dict[str, Any]], key: str) -> None:
+    scores = [100 * row["test"] for row in found]
+    spread = stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else 0.0
+    axis.errorbar([found[0][key]], [fmean(scores)], [spread], fmt="o", capsize=3)

@@ -1,0 +1,123 @@
+"""What a study trains: every arm in every setting at every seed, each encoder once."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from sparsemae.options import ArmConfig, StudyConfig
+from sparsemae.study.stages import Stage
+
+Rates = Mapping[tuple[str, str], float]
+"""Learning rate by setting and arm."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One network of a study, finetuned."""
+
+    setting: str
+    arm: str
+    seed: int
+    lr: float
+    stages: tuple[Stage, ...]
+    """Its pretraining, if it has one, and its finetuning."""
+
+    @property
+    def finetuning(self) -> Stage:
+        """The last of its stages."""
+        return self.stages[-1]
+
+    @property
+    def key(self) -> list[Any]:
+        """What tells it from the others."""
+        return [self.setting, self.arm, self.seed, self.lr]
+
+
+def selection(study: StudyConfig, root: Path) -> list[Trial]:
+    """Every arm at every learning rate; nothing where there is but one."""
+    seeds = range(study.first_seed, study.first_seed + study.selection_seeds)
+    rates = study.learning_rates if len(study.learning_rates) > 1 else []
+    return [_trial(study, root, *which, seed, lr) for which in pairs(study) for lr in rates for seed in seeds]
+
+
+def final(study: StudyConfig, root: Path, chosen: Rates) -> list[Trial]:
+    """Every arm at its own learning rate, on all its seeds."""
+    return [
+        _trial(study, root, setting, arm, study.first_seed + seed, chosen[setting, arm])
+        for setting, arm in pairs(study)
+        for seed in range(study.arms[arm].seeds or study.seeds)
+    ]
+
+
+def choose(study: StudyConfig, results: list[dict[str, Any]]) -> Rates:
+    """For each arm and setting, the rate with the best mean on the held-out images; of equal ones the lowest.
+
+    Raises:
+        KeyError: where a trial is missing.
+    """
+    if len(study.learning_rates) == 1:
+        return dict.fromkeys(pairs(study), study.learning_rates[0])
+    seeds = range(study.first_seed, study.first_seed + study.selection_seeds)
+    found = {(row["setting"], row["arm"], row["lr"], row["seed"]): row["val"] for row in results}
+    return {
+        (setting, arm): max(
+            sorted(study.learning_rates), key=lambda lr: fmean(found[setting, arm, lr, seed] for seed in seeds)
+        )
+        for setting, arm in pairs(study)
+    }
+
+
+def stages_of(trials: list[Trial]) -> list[Stage]:
+    """Of all trials, shared ones once, pretrainings first."""
+    stages = dict.fromkeys(stage for trial in trials for stage in trial.stages)
+    return sorted(stages, key=lambda stage: stage.job != "pretrain")
+
+
+def words(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Options by name as words of a command line, ``config`` left out."""
+    return tuple(
+        word
+        for name, value in options.items()
+        if name != "config"
+        for word in (f"--{name}", value if isinstance(value, str) else json.dumps(value))
+    )
+
+
+def pairs(study: StudyConfig) -> Iterator[tuple[str, str]]:
+    """Settings and arms, in order."""
+    return ((setting, arm) for setting in study.settings for arm in study.arms)
+
+
+def _trial(study: StudyConfig, root: Path, setting: str, arm: str, seed: int, lr: float) -> Trial:
+    config, data = study.arms[arm], ("--data.source", "folder", "--data.root", str(root))
+    pretraining = _pretraining(study, config, data, seed)
+    name = f"{_slug(setting)}.{_slug(arm)}.{lr:g}.{seed}"
+    options = {**study.finetune, **study.settings[setting], **config.finetune, "optim.lr": lr}
+    finetuning = Stage(
+        name, "finetune", f"{arm}, {setting}, rate {lr:g}, seed {seed}", (*data, *words(options)),
+        pretraining[0].name if pretraining else None, required=True, seed=seed, recipe=options.get("config"),
+    )  # fmt: skip
+    return Trial(setting, arm, seed, lr, (*pretraining, finetuning))
+
+
+def _pretraining(study: StudyConfig, arm: ArmConfig, data: tuple[str, ...], seed: int) -> tuple[Stage, ...]:
+    """Named by its options, so that arms share it and a study with more arms finds it."""
+    if arm.pretrain is None:
+        return ()
+    options = {**study.pretrain, **arm.pretrain}
+    name = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:8]
+    title = " ".join(map(str, ("pretraining", *words(arm.pretrain), "seed", seed)))
+    recipe = options.get("config")
+    return (
+        Stage(
+            f"pretrain.{name}.{seed}", "pretrain", title, (*data, *words(options)), None, True, 1.0, seed, recipe
+        ),
+    )  # fmt: skip
+
+
+def _slug(title: str) -> str:
+    return "-".join("".join(char if char.isalnum() else " " for char in title.lower()).split())

@@ -1,0 +1,92 @@
+"""What came out of each trial: one JSON line, with the machine and the command that made it."""
+
+import contextlib
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sparsemae
+from sparsemae.benchmark.kernels import processor
+from sparsemae.commands.evaluate import evaluate
+from sparsemae.config import read_config
+from sparsemae.files import write_atomic
+from sparsemae.options import EvaluateConfig, FinetuneConfig, SourceConfig
+from sparsemae.sparsity import summarize
+from sparsemae.study.plan import Trial
+from sparsemae.tasks import task_class
+from sparsemae.tasks.loading import load_model
+from sparsemae.tasks.sparse import meta_model
+
+METRIC = "top1"
+
+
+class Results:
+    """The lines of a file, one for each trial, by its key."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        lines = file.read_text().splitlines() if file.is_file() else []
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+
+    def get(self, trial: Trial) -> dict[str, Any] | None:
+        """The line of a trial that is done."""
+        return next((row for row in self.rows if _key(row) == trial.key), None)
+
+    def put(self, row: dict[str, Any]) -> None:
+        """Write a line, in the place of the same trial's."""
+        self.rows = [other for other in self.rows if _key(other) != _key(row)] + [row]
+        write_atomic(self.file, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+
+def result(trial: Trial, out: Path, seconds: float) -> dict[str, Any]:
+    """Of a trial whose runs are in ``out``: figures on the held-out images, sizes, curve, and where it was trained."""
+    run = out / trial.finetuning.name
+    model, card = load_model(run)
+    config = read_config(FinetuneConfig, ["--config", str(run / "config.yaml")])
+    task = task_class("classify")(config)
+    task.class_names = card.class_names
+    summary, (forward,) = summarize(model), task.forwards(meta_model(task))
+    moved = _lines(run / "topology.jsonl")
+    return {
+        "setting": trial.setting, "arm": trial.arm, "seed": trial.seed, "lr": trial.lr,
+        "val": card.metrics[METRIC], "test": None,
+        "kept": summary.kept + summary.dense_total, "total": summary.sparse_total + summary.dense_total,
+        "sparse_weights": summary.sparse_total,
+        "multiply_adds": forward.total.kept, "dense_multiply_adds": forward.total.dense,
+        "curve": [[line["epoch"], line[METRIC]] for line in _lines(run / "metrics.jsonl") if METRIC in line],
+        "topology": [[line["epoch"], line["total"]["flip_rate"], line["total"]["sad"]] for line in moved],
+        "seconds": round(seconds, 1),
+        "commands": [["sparsemae", stage.job, *stage.argv(out, 0)] for stage in trial.stages],
+        "processor": processor(), "torch": torch.__version__, "threads": 1, "commit": commit(),
+    }  # fmt: skip
+
+
+def tested(row: dict[str, Any], trial: Trial, out: Path, root: Path) -> dict[str, Any]:
+    """The same with the figure on the test images, which nothing is chosen by."""
+    source = SourceConfig(source="folder", root=str(root), workers=0)
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        metrics = evaluate(EvaluateConfig(str(out / trial.finetuning.name), source, split="test", accelerator="cpu"))
+    return {**row, "test": metrics[METRIC], "test_error": metrics["standard_error"]}
+
+
+def commit() -> str:
+    """Of the checkout that this package lies in; of an installed package its version."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or sparsemae.__version__
+
+
+def _key(row: dict[str, Any]) -> list[Any]:
+    return [row["setting"], row["arm"], row["seed"], row["lr"]]
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []

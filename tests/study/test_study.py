@@ -1,0 +1,172 @@
+"""A study: what it trains, how it chooses, what it claims; and a small one to its end, resumed."""
+
+import json
+import math
+import re
+import shlex
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+from PIL import Image
+
+from sparsemae.cli import main
+from sparsemae.config import read_config
+from sparsemae.options import ArmConfig, FinetuneConfig, PretrainConfig, StudyConfig
+from sparsemae.sparsity import summarize
+from sparsemae.study.plan import choose, final, selection, stages_of
+from sparsemae.study.statistics import T95, Paired
+from sparsemae.tasks import task_class
+from sparsemae.tasks.sparse import meta_model
+
+ROOT = Path("images")
+STUDY = StudyConfig(
+    arms={
+        "ours": ArmConfig(pretrain={}),
+        "late": ArmConfig(pretrain={"sparse.pattern": "dense"}, seeds=3),
+        "one-shot": ArmConfig(pretrain={"sparse.pattern": "dense"}, finetune={"sparse.mask": "fixed"}, seeds=3),
+        "scratch": ArmConfig(),
+    },
+    settings={"few": {"data.train_images": 100}, "all": {}},
+    learning_rates=[1e-3, 2e-3],
+)
+
+
+def test_quantiles_are_students() -> None:
+    assert [float(scipy.stats.t.ppf(0.975, degrees)) for degrees in range(1, len(T95) + 1)] == pytest.approx(
+        list(T95), abs=5e-4
+    )
+
+
+def test_the_paired_difference_is_scipys() -> None:
+    ours, theirs = np.random.default_rng(0).normal(0.8, 0.01, (2, 5))
+    pair = Paired.of(dict(enumerate(ours)), dict(enumerate(theirs)) | {7: 0.0})
+    reference = scipy.stats.ttest_rel(100 * ours, 100 * theirs)
+    assert pair.mean == pytest.approx(100 * (ours - theirs).mean())
+    assert pair.mean / pair.error == pytest.approx(reference.statistic)
+    assert pair.interval == pytest.approx(tuple(reference.confidence_interval()), abs=1e-3)
+
+
+@pytest.mark.parametrize(("differences", "order"), [([2, 3, 4], 1), ([-2, -3, -4], -1), ([2, 1, 6], 0), ([9], 0)])
+def test_an_order_is_claimed_only_where_the_interval_excludes_0(differences: list[float], order: int) -> None:
+    assert Paired(differences).order == order
+
+
+def test_encoders_are_shared_between_arms_and_settings() -> None:
+    chosen = dict.fromkeys(((setting, arm) for setting in STUDY.settings for arm in STUDY.arms), 1e-3)
+    stages = stages_of(final(STUDY, ROOT, chosen))
+    assert sum(stage.job == "pretrain" for stage in stages) == 5 + 3, "ours at five seeds, the dense one at three"
+    assert sum(stage.job == "finetune" for stage in stages) == 2 * (5 + 3 + 3 + 5)
+    names = [stage.name for stage in stages]
+    assert len(set(names)) == len(names)
+    assert {stage.init for stage in stages} - {None} <= set(names)
+    assert not {stage.name for stage in stages_of(selection(STUDY, ROOT))} & {None}
+    tried = {stage.name for stage in stages_of(selection(STUDY, ROOT))}
+    assert len(tried & set(names)) == 2 * 4 * 2 + 4, "what was tried at the chosen rate is not trained again"
+
+
+def test_every_stage_is_a_command_that_parses(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["study", "--config", "study_quick", "--print_commands", "shell"])
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    kinds: dict[str, Any] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
+    configs = [read_config(kinds[job], words) for _, job, *words in lines]
+    study = read_config(StudyConfig, ["--config", "study_quick"])
+    assert len(configs) == 4 * 3 + 7 * 3 * 2
+    assert {config.seed for config in configs} == {0, 1, 2}
+    assert {c.optim.lr for c in configs if c.task == "classify"} == set(study.learning_rates)
+    main(["study", "--config", "study_quick", "--print_commands", "slurm"])
+    script = capsys.readouterr().out
+    assert re.findall(r"--array=0-(\d+)", script) == ["11", "41"]
+
+
+@pytest.mark.holds("better.5")
+def test_the_test_images_choose_nothing() -> None:
+    rows = [
+        {"setting": trial.setting, "arm": trial.arm, "seed": trial.seed, "lr": trial.lr,
+         "val": 0.5 + (trial.lr == 2e-3) * (trial.arm == "ours"), "test": 1 - (trial.lr == 2e-3)}
+        for trial in selection(STUDY, ROOT)
+    ]  # fmt: skip
+    chosen = choose(STUDY, rows)
+    assert {lr for (_, arm), lr in chosen.items() if arm == "ours"} == {2e-3}
+    assert {lr for (_, arm), lr in chosen.items() if arm != "ours"} == {1e-3}, "of equal ones the lowest"
+    assert choose(STUDY, [row | {"test": math.nan} for row in rows]) == chosen
+    with pytest.raises(KeyError):
+        choose(STUDY, rows[1:])
+    assert set(choose(replace(STUDY, learning_rates=[3e-3]), []).values()) == {3e-3}
+
+
+def test_small_networks_are_matched_within_a_hundredth() -> None:
+    study = read_config(StudyConfig, ["--config", "study_quick"])
+    chosen = dict.fromkeys(((setting, arm) for setting in study.settings for arm in study.arms), 1e-3)
+    sizes = {}
+    for trial in final(replace(study, seeds=1), ROOT, chosen):
+        task = task_class("classify")(read_config(FinetuneConfig, trial.finetuning.argv(ROOT, 0)))
+        task.class_names = [str(number) for number in range(10)]
+        model = meta_model(task)
+        summary = summarize(model)
+        sizes[trial.arm] = (summary.kept + summary.dense_total, task.forwards(model)[0].total.kept)
+    ours = sizes["SparseMAE"]
+    assert sizes["small dense with MAE, equal kept parameters"][0] == pytest.approx(ours[0], rel=0.01)
+    assert sizes["small dense with MAE, equal multiply-adds"][1] == pytest.approx(ours[1], rel=0.01)
+    assert sizes["dense MAE -> SR-STE"] == ours == sizes["sparse from scratch"]
+
+
+SMALL = {
+    "model.args": {"patch_size": 7, "embed_dim": 32, "depth": 1, "num_heads": 1},
+    "trainer.epochs": 2, "trainer.global_batch": 10, "optim.warmup_epochs": 0, "trainer.evaluate_every_epochs": 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> list[str]:
+    """Words of a study of two arms, on images whose brightness is their class."""
+    random = np.random.default_rng(0)
+    for split, count in {"train": 20, "val": 10, "test": 10}.items():
+        for label, name in enumerate(("dark", "light")):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = (random.random((28, 28)) * 60 + 130 * label).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    recipe = tmp_path / "small.yaml"
+    content = {
+        "out": str(tmp_path / "study"), "root": str(tmp_path / "images"), "seeds": 2, "learning_rates": [1e-3, 1e-2],
+        "pretrain": {"config": "demo_pretrain", **SMALL}, "finetune": {"config": "demo_finetune", **SMALL},
+        "settings": {"all labels": {}}, "arms": {"ours": {"pretrain": {}}, "scratch": {}},
+    }  # fmt: skip
+    recipe.write_text(json.dumps(content))
+    return ["study", "--config", str(recipe), "--at_a_time", "2"]
+
+
+@pytest.mark.slow
+@pytest.mark.holds("better.1")
+def test_a_study_to_its_end_and_a_deleted_result_again(small: list[str], tmp_path: Path) -> None:
+    main(small)
+    out = tmp_path / "study"
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 * 2 * 2, "two arms, two rates, two seeds"
+    assert sum(row["test"] is not None for row in rows) == 2 * 2, "of the chosen rates alone"
+    page = (out / "study.md").read_text()
+    assert "| scratch | " in page.split("less each other arm")[1]
+    assert (out / "study-0.png").is_file()
+
+    lost = next(row for row in rows if row["test"] is not None)
+    (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows if row is not lost))
+    run = next(words[words.index("--out") + 1] for words in reversed(lost["commands"]))
+    shutil.rmtree(run)
+    main(small)
+    again = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    found = next(row for row in again if all(row[key] == lost[key] for key in ("setting", "arm", "seed", "lr")))
+    assert {**found, "seconds": 0} == {**lost, "seconds": 0}
+    assert len(again) == len(rows)
+
+
+def test_a_report_of_nothing_is_refused(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*small, "--report", str(tmp_path / "study.md")])
+    assert "wanted a study with figures on its test images" in capsys.readouterr().err
+    assert not (tmp_path / "study.md").exists()
