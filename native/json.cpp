@@ -9,7 +9,7 @@ namespace sparsemae {
 namespace {
 
 constexpr int kMaxDepth = 32;
-constexpr std::size_t kMaxNumber = 64;  // characters
+constexpr int kMaxDigits = 64;  // of a number
 
 class Parser {
  public:
@@ -76,23 +76,41 @@ class Parser {
     return take(']');
   }
 
+  // Within a unit in the last place of a double, which is exact for up to 15 digits: strtod would be a fifth of the
+  // WebAssembly module.
   bool number(Json& out) {
-    std::string text;
-    out.integer = true;
-    for (; at_ < end_ && text.size() < kMaxNumber; ++at_) {
-      const char c = *at_;
-      if (c == '.' || c == 'e' || c == 'E')
-        out.integer = false;
-      else if (c != '-' && c != '+' && (c < '0' || c > '9'))
-        break;
-      text += c;
-    }
-    const std::size_t first = !text.empty() && text[0] == '-' ? 1 : 0;
-    if (text.size() == first || text[first] < '0' || text[first] > '9') return false;
-    char* rest = nullptr;
+    const bool negative = take('-');
+    std::uint64_t digits = 0;
+    int exponent = 0, written = 0;
+    const auto read = [&](bool fraction) {
+      const char* first = at_;
+      for (; at_ < end_ && *at_ >= '0' && *at_ <= '9'; ++at_, ++written) {
+        if (digits < 1'000'000'000'000'000'000)
+          digits = 10 * digits + static_cast<std::uint64_t>(*at_ - '0'), exponent -= fraction;
+        else
+          exponent += !fraction;
+      }
+      return at_ != first && written < kMaxDigits;
+    };
+    if (!read(false)) return false;
     out.kind = Json::Kind::number;
-    out.number = std::strtod(text.c_str(), &rest);
-    return *rest == '\0' && std::isfinite(out.number);
+    out.integer = !take('.');
+    if (!out.integer && !read(true)) return false;
+    if (take('e') || take('E')) {
+      out.integer = false;
+      const bool small = at_ < end_ && *at_ == '-';
+      if (!take('-')) take('+');
+      int power = 0;
+      const char* first = at_;
+      for (; at_ < end_ && *at_ >= '0' && *at_ <= '9' && power < 1000; ++at_) power = 10 * power + (*at_ - '0');
+      if (at_ == first || power >= 1000) return false;
+      exponent += small ? -power : power;
+    }
+    double scale = 1.0;
+    for (int i = std::abs(exponent); i > 0; --i) scale *= 10.0;  // exact up to 10^22
+    out.number = exponent < 0 ? static_cast<double>(digits) / scale : static_cast<double>(digits) * scale;
+    if (negative) out.number = -out.number;
+    return std::isfinite(out.number);
   }
 
   bool string(std::string& out) {
