@@ -60,10 +60,10 @@ ONLY ?=
 gpu:
 	$(PYTHON) tools/gpu.py --device $(DEVICE) --out $(OUT) $(if $(ONLY),--only $(ONLY))
 
-# the packed forward as WebAssembly, into build/wasm/
+# the packed forward as WebAssembly, for `sparsemae web`
 wasm: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt ziglang
-	native/build_wasm.sh $(CURDIR)/$(BIN)/python $(CURDIR)/build/wasm
+	native/build_wasm.sh $(CURDIR)/$(BIN)/python $(CURDIR)/sparsemae/web
 
 # every instruction set's kernels, into the table of native/README.md; best on an idle machine
 kernels: $(STAMP)

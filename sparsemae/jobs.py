@@ -90,6 +90,10 @@ JOBS = {
         ("sparsemae study --config study.yaml --plan true",),
         ("config", "out", "root", "seeds", "plan", "print_commands", "report"),
     ),
+    "web": Job(
+        "sparsemae.commands.web:web", options.WebConfig, "a page that classifies in the visitor's browser", None,
+        ("sparsemae web small.safetensors site/",), (),
+    ),
     "benchmark": Job(
         "sparsemae.benchmark.command:benchmark", options.BenchmarkConfig, "packed models or training, beside rivals",
         None, ("sparsemae benchmark --section kernels --runs 1",),

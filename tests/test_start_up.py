@@ -24,6 +24,7 @@ PATHS = {
     "export": ["nowhere", "folder"],
     "check": ["--data.root=nowhere"],
     "predict": [str(ROOT / "README.md"), "nowhere"],
+    "web": ["nowhere", "site"],
     "report": ["nowhere"],
     "benchmark": ["nowhere"],
 }

@@ -60,7 +60,7 @@ ALLOWED = {
 } | {leaf: set() for leaf in LEAVES}
 WITHOUT_TORCH = ("options/", "limits.py", "renamed.py", "card.py", "files.py", "plain_yaml.py", "predictor.py",
                  "terminal.py", "config.py", "jobs.py", "cli.py", "tasks/__init__.py", "runtime/", "data/images.py",
-                 "commands/predict.py")  # fmt: skip
+                 "data/inputs.py", "commands/predict.py", "commands/web.py")  # fmt: skip
 
 
 def imported(file: Path) -> set[str]:

@@ -14,6 +14,7 @@ from sparsemae.options.commands import (
     PlanConfig,
     PredictConfig,
     ReportConfig,
+    WebConfig,
 )
 from sparsemae.options.data import DataConfig, ImageDataConfig, MaskDataConfig, SourceConfig
 from sparsemae.options.model import (
@@ -34,5 +35,5 @@ __all__ = [
     "EvaluateConfig", "ExportConfig", "FinetuneConfig", "HeadConfig", "ImageDataConfig", "InferenceChange",
     "InferenceConfig", "MaskDataConfig", "ModelConfig", "OptimConfig", "PackConfig", "PlanConfig", "PredictConfig",
     "PretrainConfig", "ReportConfig", "SegmentConfig", "SourceConfig", "SparseConfig", "StudyConfig", "TrainerConfig",
-    "TrainingConfig",
+    "TrainingConfig", "WebConfig",
 ]  # fmt: skip

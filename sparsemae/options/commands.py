@@ -79,6 +79,16 @@ class ExportConfig:
 
 
 @dataclass
+class WebConfig:
+    """Write a static page that classifies photographs in the visitor's browser."""
+
+    model: str = field(metadata=READ)
+    """The model: a packed file."""
+    site: str
+    """Folder of the page's files, which are replaced."""
+
+
+@dataclass
 class PredictConfig(Options):
     """Classify images, or with a segmenter their pixels."""
 
