@@ -18,7 +18,7 @@ check: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(wildcard native/*.cpp native/*.h tests/native/*.cpp)
+	$(BIN)/clang-format --dry-run -Werror $(wildcard native/*.cpp native/*.h include/*.h tests/native/*.cpp tests/native/*.c)
 	$(BIN)/ruff check .
 
 types: $(STAMP)
@@ -60,10 +60,10 @@ ONLY ?=
 gpu:
 	$(PYTHON) tools/gpu.py --device $(DEVICE) --out $(OUT) $(if $(ONLY),--only $(ONLY))
 
-# the packed forward as WebAssembly, into build/wasm/
+# the packed forward as WebAssembly, for `sparsemae web`
 wasm: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt ziglang
-	native/build_wasm.sh $(CURDIR)/$(BIN)/python $(CURDIR)/build/wasm
+	native/build_wasm.sh $(CURDIR)/$(BIN)/python $(CURDIR)/sparsemae/web
 
 # every instruction set's kernels, into the table of native/README.md; best on an idle machine
 kernels: $(STAMP)
@@ -102,7 +102,7 @@ sanitize: $(STAMP)
 
 format: $(STAMP)
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard native/*.cpp native/*.h tests/native/*.cpp)
+	$(BIN)/clang-format -i $(wildcard native/*.cpp native/*.h include/*.h tests/native/*.cpp tests/native/*.c)
 	$(BIN)/ruff check --fix .
 
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)

@@ -46,7 +46,9 @@ def _train(config: TrainingConfig, group: Group) -> Path:
     trainer = run.trainer  # device_batch resolved
     plan = BatchPlan.make(len(dataset), trainer.global_batch, trainer.device_batch, run.fabric.world_size)
     if config.init is not None:
-        run.log.info(f"{config.init}: {start_from(model, config.init)}")
+        started = start_from(model, config.init)
+        card = replace(card, license=started.license)
+        run.log.info(f"{config.init}: {started}")
     make_sparse(model, sparse)
     masks = mask_schedule(model, sparse, trainer, plan)
     try:

@@ -27,8 +27,8 @@ class TrainingConfig(Options):
     log: str | None = option(None, may_change=True)
     """Where the lines of metrics.jsonl go besides, comma-separated: tensorboard, csv, wandb."""
     init: str | None = option(None, must_exist=lambda config: not _is_online(config.init))
-    """Weights to start from: a run folder, a file (MAE, timm, HF ViTMAE, our own), timm:NAME, or auto: timm's for the
-    chosen model; None: from scratch."""
+    """Weights to start from: a run folder, a file (MAE, timm, HF ViTMAE, our own), timm:NAME, hf-hub:OWNER/NAME, or
+    auto: timm's for the chosen model; None: from scratch."""
     model: ModelConfig = field(default_factory=ModelConfig)
     sparse: SparseConfig = field(default_factory=SparseConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -21,7 +21,7 @@ from sparsemae.data.dataset import ImageDataset
 from sparsemae.data.splits import Part
 from sparsemae.models import build_vit, use_plain_attention
 from sparsemae.options import FinetuneConfig, SourceConfig
-from sparsemae.predictor import Prediction, require_finite
+from sparsemae.predictor import rank
 from sparsemae.tasks.outcomes import ClassOutcomes, Shown
 from sparsemae.tasks.task import Network, Task, blank_images, encoder_of, picture, smallest_side
 from sparsemae.tasks.teacher import Teacher, distillation_loss, open_teacher
@@ -191,12 +191,7 @@ class Classification(Task[FinetuneConfig]):
         transform, spec = transforms.evaluation_transform(card.input), card.input
         pixels = torch.stack([transform(image, 0)[0] for image in images])
         logits = network(transforms.normalize(pixels, spec.mean, spec.std)).float()
-        require_finite(logits.isfinite().all())
-        best = logits.softmax(dim=-1).topk(min(top_k, len(card.class_names)))
-        return [
-            [Prediction(card.class_names[i], i, p) for p, i in zip(values, indices, strict=True)]
-            for values, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        ]
+        return [rank(one.numpy(), card.class_names, top_k) for one in logits.cpu()]
 
     @classmethod
     def summary(cls, metrics: dict[str, float]) -> str:

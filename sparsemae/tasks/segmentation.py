@@ -47,6 +47,7 @@ class Segmentation(Task[SegmentConfig]):
     best_by: ClassVar[str | None] = "miou"
     dataset_size: ClassVar[tuple[int, int]] = (20_210, 150)
     embedded_classes: ClassVar[int] = 11
+    at_once: ClassVar[int] = 1
 
     def __init__(self, config: SegmentConfig) -> None:
         super().__init__(config)
