@@ -4,13 +4,16 @@ A user's mistake is one line on stderr and exit status 2; ``--debug`` shows the 
 job's own module is loaded, which may load torch.
 """
 
+import difflib
+import os
+import select
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from sparsemae import __version__
-from sparsemae.config import check_paths, read_config, recipe_names
-from sparsemae.jobs import JOBS, Job, resolve
+from sparsemae.config import check_paths, help_page, read_config, recipe_names
+from sparsemae.jobs import JOBS, resolve
 from sparsemae.terminal import make_safe, printable
 
 
@@ -24,14 +27,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         return print(__version__)
     name = words.pop(0)
     if name not in JOBS:
-        fail("sparsemae", f"wanted a command ({', '.join(JOBS)}), got {name!r}")
+        meant = difflib.get_close_matches(name, JOBS, 1)
+        hint = f" (did you mean {meant[0]}?)" * bool(meant)
+        fail("sparsemae", f"wanted a command ({', '.join(JOBS)}), got {name!r}{hint}")
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     program, job = f"sparsemae {name}", JOBS[name]
+    if {"-h", "--help"} & set(words):
+        return print(help_page(job.options, program, job.examples, job.common))
     try:
-        config: Any = read_config(job.options, _with_default_recipe(words, job, program), program)
+        config: Any = read_config(job.options, words, program, job.recipe)
         check_paths(config)
         resolve(job.function)(config)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         sys.exit(130)
@@ -42,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         if debug:
             raise
-        fail(program, str(error))
+        if not (isinstance(error, BrokenPipeError) and _reader_has_left()):
+            fail(program, str(error))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the end of python would say so
 
 
 def fail(program: str, message: str) -> NoReturn:
@@ -55,19 +65,19 @@ def usage() -> str:
     """The page of ``sparsemae --help``."""
     rows = "\n".join(f"  {name:<10} {job.help}" for name, job in JOBS.items())
     return (
-        "usage: sparsemae COMMAND [--config RECIPE] [options]\n\n"
+        "usage: sparsemae COMMAND [DATA] [--config RECIPE] [options]\n\n"
         f"Small vision transformers by N:M sparse training with masked autoencoders (SparseMAE).\n\n{rows}\n\n"
-        "sparsemae COMMAND --help lists a command's options; --debug shows the traceback of an error.\n"
+        "  sparsemae finetune images/ --out runs/mine      # a folder of class folders\n\n"
+        "sparsemae COMMAND --help shows examples and common options; --debug the traceback of an error.\n"
         f"recipes: {', '.join(recipe_names())}"
     )
 
 
-def _with_default_recipe(words: list[str], job: Job, program: str) -> list[str]:
-    """Without a recipe and without data of one's own, a job runs on the embedded images."""
-    if job.recipe is None or any(word.startswith(("--config", "--data.source", "-h", "--help")) for word in words):
-        return words
-    print(f"{program}: no --config given, using the recipe {job.recipe} (embedded Fashion-MNIST)", file=sys.stderr)
-    return ["--config", job.recipe, *words]
+def _reader_has_left() -> bool:
+    """Whether standard output is a pipe that nobody reads any more, as after ``| head``."""
+    poll = select.poll()
+    poll.register(sys.stdout, select.POLLERR)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 if __name__ == "__main__":

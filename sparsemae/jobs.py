@@ -19,39 +19,73 @@ class Job(NamedTuple):
     """A dataclass. A `TrainingConfig` makes it a job that trains."""
     help: str
     recipe: str | None = None
+    examples: tuple[str, ...] = ()
+    """Command lines for the help, each run by a test."""
+    common: tuple[str, ...] = ()
+    """The options that the help shows, by their dotted names."""
 
 
 TRAIN = "sparsemae.commands.train:train"
+_TRAINING = (
+    "out", "init", "config", "trainer.epochs", "trainer.global_batch", "optim.lr", "model.name", "data.img_size",
+    "sparse.pattern", "data.val_share", "data.exclude", "trainer.accelerator", "seed",
+)  # fmt: skip
 JOBS = {
     "demo": Job(
-        "sparsemae.demo.command:demo", options.DemoConfig,
-        "the whole chain on embedded real images, in minutes",
+        "sparsemae.demo.command:demo", options.DemoConfig, "the whole chain on embedded real images, in minutes",
+        None, ("sparsemae demo --minutes 1",), ("task", "minutes", "out", "seed"),
     ),
-    "pretrain": Job(TRAIN, options.PretrainConfig, "sparse pretraining of a masked autoencoder", "demo_pretrain"),
-    "finetune": Job(TRAIN, options.FinetuneConfig, "sparse finetuning for classification", "demo_finetune"),
-    "segment": Job(TRAIN, options.SegmentConfig, "sparse finetuning for semantic segmentation", "demo_segment"),
+    "pretrain": Job(
+        TRAIN, options.PretrainConfig, "sparse pretraining of a masked autoencoder", "demo_pretrain",
+        ("sparsemae pretrain images/ --out runs/pretrained",), (*_TRAINING, "mask_ratio"),
+    ),
+    "finetune": Job(
+        TRAIN, options.FinetuneConfig, "sparse finetuning for classification", "demo_finetune",
+        ("sparsemae finetune images/ --out runs/mine", "sparsemae finetune images/ --init auto --out runs/started",
+         "sparsemae finetune labels.csv --epochs 30 --batch 16 --lr 5e-4 --out runs/table",
+         "sparsemae finetune imagenet/ --config finetune_t --trainer.devices 8"),
+        (*_TRAINING, "trainer.keep", "class_weights"),
+    ),
+    "segment": Job(
+        TRAIN, options.SegmentConfig, "sparse finetuning for semantic segmentation", "demo_segment",
+        ("sparsemae segment scenes/ --out runs/scenes",), (*_TRAINING, "data.classes", "trainer.keep"),
+    ),
     "evaluate": Job(
-        "sparsemae.commands.evaluate:evaluate", options.EvaluateConfig,
-        "accuracy or mIoU of a finetuned model",
+        "sparsemae.commands.evaluate:evaluate", options.EvaluateConfig, "accuracy or mIoU of a finetuned model",
+        None, ("sparsemae evaluate runs/mine", "sparsemae evaluate small.safetensors images/"),
+        ("split", "probe", "data.source", "data.root", "data.workers", "inference.scales", "accelerator"),
     ),
-    "pack": Job("sparsemae.commands.pack:pack", options.PackConfig, "a finetuned model to one small file for any CPU"),
+    "pack": Job(
+        "sparsemae.commands.pack:pack", options.PackConfig, "a finetuned model to one small file for any CPU",
+        None, ("sparsemae pack runs/mine small.safetensors",), ("dtype", "license"),
+    ),
     "check": Job(
-        "sparsemae.commands.check:check", options.CheckConfig,
-        "what in a data set would break or spoil a run",
+        "sparsemae.commands.check:check", options.CheckConfig, "what in a data set would break or spoil a run",
+        None, ("sparsemae check images/", "sparsemae check images/ --write-exclude exclude.txt"),
+        ("task", "write_exclude", "smallest", "data.source", "data.exclude", "data.workers"),
     ),
-    "plan": Job("sparsemae.costs.plan:plan", options.PlanConfig, "what a recipe costs, before it runs"),
+    "plan": Job(
+        "sparsemae.costs.plan:plan", options.PlanConfig, "what a recipe costs, before it runs",
+        None, ("sparsemae plan finetune_t --devices 8 --images-per-second 2000",),
+        ("job", "devices", "device_batch", "images", "classes", "images_per_second"),
+    ),
     "predict": Job(
-        "sparsemae.commands.predict:predict", options.PredictConfig,
-        "classes of image files, or of their pixels",
+        "sparsemae.commands.predict:predict", options.PredictConfig, "classes of image files, or of their pixels",
+        None, ("sparsemae predict small.safetensors images/",), ("top_k", "out"),
+    ),
+    "report": Job(
+        "sparsemae.report.page:report", options.ReportConfig, "one page of curves and masks of runs",
+        None, ("sparsemae report runs/mine",), ("out",),
     ),
     "study": Job(
-        "sparsemae.study.command:study", options.StudyConfig,
-        "arms at several seeds, compared in pairs",
+        "sparsemae.study.command:study", options.StudyConfig, "arms at several seeds, compared in pairs", None,
+        ("sparsemae study --config study.yaml --plan true",),
+        ("config", "out", "root", "seeds", "plan", "print_commands", "report"),
     ),
-    "report": Job("sparsemae.report.page:report", options.ReportConfig, "one page of curves and masks of runs"),
     "benchmark": Job(
-        "sparsemae.benchmark.command:benchmark", options.BenchmarkConfig,
-        "packed models or training, beside their rivals",
+        "sparsemae.benchmark.command:benchmark", options.BenchmarkConfig, "packed models or training, beside rivals",
+        None, ("sparsemae benchmark --section kernels --runs 1",),
+        ("section", "engines", "dense", "batches", "threads", "runs", "images", "json"),
     ),
 }  # fmt: skip
 

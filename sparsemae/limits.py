@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import reduce
 from typing import Any, ClassVar, TypeVar
 
 UNIT_INTERVAL = (0.0, 1.0)
@@ -10,6 +11,7 @@ AT_LEAST_0 = (0.0, math.inf)
 AT_LEAST_1 = (1.0, math.inf)
 ABOVE_0 = (math.ulp(0.0), math.inf)
 UP_TO_1 = (math.ulp(0.0), 1.0)
+BETWEEN_0_AND_1 = (math.ulp(0.0), math.nextafter(1.0, 0.0))
 BELOW_1 = (0.0, math.nextafter(1.0, 0.0))
 MAX_PIXELS = 178_956_970
 """Of an image, where nothing else is said: what Pillow itself takes, and so all of ImageNet-1K and ADE20K."""
@@ -61,18 +63,21 @@ def option(
     *,
     may_change: bool = False,
     must_exist: bool | Callable[[Any], bool] = False,
+    from_data: bool = False,
 ) -> T:
     """A field of `Options`.
 
     Args:
         may_change: its value may differ when a run is continued: it does not change what is computed.
         must_exist: it is a file or a folder that is read; or whether it is, by the settings.
+        from_data: where neither the user nor a recipe names it, it follows from the data (`options.derived`).
     """
-    return field(  # type: ignore[no-any-return, call-overload]
-        default=default, metadata={"limits": limits, "may_change": may_change, "must_exist": must_exist}
-    )
+    marks = {"limits": limits, "may_change": may_change, "must_exist": must_exist, "from_data": from_data}
+    return field(default=default, metadata=marks)  # type: ignore[no-any-return, call-overload]
 
 
+FROM_DATA = {"from_data": True}
+"""Metadata of a field whose default is made, as `option`."""
 READ = {"must_exist": True}
 """Metadata of a field without a default, as `option`."""
 
@@ -94,3 +99,21 @@ def flatten(tree: Mapping[str, Any], separator: str = ".", prefix: str = "") -> 
         nested = isinstance(value, Mapping)
         leaves |= flatten(value, separator, f"{prefix}{key}{separator}") if nested else {f"{prefix}{key}": value}
     return leaves
+
+
+def value_of(settings: Any, name: str) -> Any:
+    """What a dotted name has."""
+    return reduce(getattr, name.split("."), settings)
+
+
+def with_values(settings: T, values: Mapping[str, Any]) -> T:
+    """A copy with other values by their dotted names; a list, as files have them, becomes a tuple where one was."""
+    changes: dict[str, Any] = {}
+    for name, value in values.items():
+        own, _, rest = name.partition(".")
+        if rest:
+            changes[own] = with_values(changes.get(own, getattr(settings, own)), {rest: value})
+        else:
+            was = getattr(settings, own)
+            changes[own] = tuple(value) if isinstance(was, tuple) and isinstance(value, list) else value
+    return replace(settings, **changes)  # type: ignore[type-var]

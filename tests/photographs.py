@@ -44,17 +44,37 @@ def make(folder: Path, count: int = 200) -> None:
 def photographs(count: int):
     """Yields split, class, number and JPEG: each a random crop of 4:3, a third of the area or more, at quality 90."""
     generator = np.random.default_rng(0)
-    data = Path(skimage.__file__).parent / "data"
-    originals = {Path(name).stem: Image.open(data / name).convert("RGB") for name in PHOTOGRAPHS}
+    originals = _originals(PHOTOGRAPHS)
     for number in range(count):
         name, image = list(originals.items())[number % len(originals)]
-        width = min(image.width, image.height * WIDTH / HEIGHT) * generator.uniform(0.6, 1.0)
-        left, top = generator.uniform(0, [image.width - width, image.height - width * HEIGHT / WIDTH])
-        box = (left, top, left + width, top + width * HEIGHT / WIDTH)
-        crop = image.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC, box=box)
+        crop = _crop(image, generator, (WIDTH, HEIGHT))
         content = io.BytesIO()
         crop.save(content, "JPEG", quality=90)
         yield "val" if number // len(originals) % 5 == 4 else "train", name, number, content.getvalue()
+
+
+def class_folders(root: Path, count: int, seed: int = 0, names: tuple[str, ...] = PHOTOGRAPHS[:4]) -> Path:
+    """ROOT/CLASS/N.jpg, ``count`` images in turn of each class, 160 x 120 px: other crops for another seed."""
+    generator, originals = np.random.default_rng(seed), _originals(names)
+    for number in range(count):
+        name, image = list(originals.items())[number % len(originals)]
+        file = root / name / f"{number:05d}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _crop(image, generator, (160, 120)).save(file, "JPEG", quality=90)
+    return root
+
+
+def _originals(names: tuple[str, ...]) -> dict[str, Image.Image]:
+    data = Path(skimage.__file__).parent / "data"
+    return {Path(name).stem: Image.open(data / name).convert("RGB") for name in names}
+
+
+def _crop(image: Image.Image, generator: np.random.Generator, size: tuple[int, int]) -> Image.Image:
+    """A random part of 4:3, a third of the area or more."""
+    width = min(image.width, image.height * WIDTH / HEIGHT) * generator.uniform(0.6, 1.0)
+    left, top = generator.uniform(0, [image.width - width, image.height - width * HEIGHT / WIDTH])
+    box = (left, top, left + width, top + width * HEIGHT / WIDTH)
+    return image.resize(size, Image.Resampling.BICUBIC, box=box)
 
 
 def _tar(file: Path, members: list[tuple[str, bytes]]) -> None:

@@ -20,8 +20,8 @@ from sparsemae.options import StudyConfig
 
 PACKAGE = ROOT / "sparsemae"
 FILES = sorted(PACKAGE.rglob("*.py"))
-STATEMENTS = {"the commit before the house was rebuilt (f31ab9b)": 6952, "right": 1150, "held": 754, "fast": 14,
-              "own": 794, "better": 383}  # fmt: skip
+STATEMENTS = {"the commit before the house was rebuilt (f31ab9b)": 6952, "right": 1150, "held": 785, "fast": 14,
+              "own": 1546, "better": 611}  # fmt: skip
 """The house has no more than were there before; then what each later issue added, counted when it landed."""
 # Who may import whom, by first name below the package. What everybody may import imports nothing but itself.
 LEAVES = {"limits", "renamed", "card", "files", "plain_yaml", "predictor", "terminal"}
@@ -190,7 +190,7 @@ def test_the_readmes_tree_is_the_tree() -> None:
 def test_help_describes_every_option(job: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert job in usage()
     with pytest.raises(SystemExit) as exit_:
-        main([job, "--help"])
+        main([job, "--help-all"])
     assert exit_.value.code == 0
     text = capsys.readouterr().out
     undocumented = re.findall(r"^  (--\S+ \S+)\s+\((?:type|required)", text, re.MULTILINE)

@@ -4,6 +4,7 @@ Classes of images are reported here, masks in `check_masks`. In tars and other c
 that `Source.filename` gives it.
 """
 
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from sparsemae.data.sources import find_source, require_classes
 from sparsemae.data.splits import Source
 from sparsemae.data.tree import Split
 from sparsemae.options import CheckConfig, SourceConfig
+from sparsemae.options.data import source_of
 from sparsemae.terminal import printable
 
 NO_FOLDER = "(in no class folder)"
@@ -67,7 +69,8 @@ def check(config: CheckConfig) -> Report:
     if data.source == "embedded":
         raise ValueError("data.source: wanted a data set of yours, got embedded, whose checksum is checked")
     report: Report
-    if (config.task or _task_of(data)) == "segment":
+    task = config.task or _task_of(data)
+    if task == "segment":
         report = examine_masks(data, config.smallest or 1)
     else:
         report = examine(replace(data, exif=data.exif is not False), config.smallest or 16, config.task == "pretrain")
@@ -81,10 +84,23 @@ def check(config: CheckConfig) -> Report:
         hint = f"leave files out with --data.exclude {target}"
     leaks = sum(len({file.split for file in group}) > 1 for group in report.duplicates)
     spoiling = f"{len(report.duplicates):,} groups of duplicates, {leaks:,} across train and val"
+    if report.near_duplicates:
+        spoiling += f", and {len(report.near_duplicates):,} near-duplicates (the same picture saved again) across them"
     if report.breaking:
         raise ValueError(f"{report.root}: would break a run: {'; '.join(report.breaking)}; also {spoiling}; {hint}")
     print(printable(f"{report.root}: nothing would break a run; {spoiling}"))
+    print(printable(f"next: {_next(config, task, target)}"))
     return report
+
+
+def _next(config: CheckConfig, task: str, exclude: str | None) -> str:
+    """The command that trains on what was checked."""
+    job, data = {"pretrain": "pretrain", "classify": "finetune", "segment": "segment"}[task], config.data
+    words = ["sparsemae", job, data.root or ""] + ["--data.source", data.source] * (source_of(data.root) != data.source)
+    left_out = exclude or data.exclude
+    named = {"--data.exclude": left_out, "--data.classes": data.classes, "--data.exif": "true" if data.exif else None}
+    words += [word for option, value in named.items() if value is not None for word in (option, str(value))]
+    return shlex.join([*words, "--out", f"runs/{job}"])
 
 
 def _task_of(data: SourceConfig) -> str:

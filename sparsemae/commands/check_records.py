@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from sparsemae.commands.near_duplicates import fingerprint, near_pairs
 from sparsemae.data.images import PixelRules, is_16_bit, open_image, orientation
 from sparsemae.data.loader import begin_worker
 from sparsemae.data.masks import IGNORED, read_mask
@@ -30,6 +32,8 @@ from sparsemae.terminal import printable
 from sparsemae.training.logs import RunLog
 
 FILES_PER_TURN = 64
+LISTED = 50
+"""Pairs of near-duplicates that are shown."""
 Fault = Literal["empty", "unusable", "too small", "binary", "ignored"]
 USABLE: tuple[Fault | None, ...] = (None, "binary", "ignored")
 """What training would take, to no use."""
@@ -57,6 +61,8 @@ class FileRecord:
     """Width and height, px."""
     digest: bytes = b""
     """Of the image file's bytes; of the pixels where a source has no files."""
+    mark: bytes = b""
+    """Of the picture, see `near_duplicates`."""
     values: frozenset[int] = frozenset()
     """Of an index mask."""
     flat: bool = False
@@ -102,6 +108,15 @@ class Report:
             if not file.fault:
                 groups[file.digest].append(file)
         return [group for group in groups.values() if len(group) > 1]
+
+    @cached_property
+    def near_duplicates(self) -> list[tuple[FileRecord, FileRecord, int]]:
+        """A validation file, a training file that is the same picture with other bytes, and how many bits differ."""
+        val, train = (
+            [file for file in self.files if file.split == part and not file.fault] for part in ("val", "train")
+        )
+        pairs = near_pairs([file.mark for file in val], [file.mark for file in train])
+        return [(val[i], train[j], bits) for i, j, bits in pairs if val[i].digest != train[j].digest]
 
     @property
     def exclude(self) -> list[str]:
@@ -157,6 +172,10 @@ class Report:
             ]
             what = ", ".join(mark for mark in marks if mark)
             yield f"duplicate{f' ({what})' * bool(what)}: {' = '.join(file.path for file in group)}"
+        for val, train, bits in self.near_duplicates[:LISTED]:
+            yield f"the same picture in validation and training: {val.path} ~ {train.path} ({bits} of 256 bits differ)"
+        if len(self.near_duplicates) > LISTED:
+            yield f"... and {len(self.near_duplicates) - LISTED:,} more such pairs"
 
 
 def read_records(
@@ -208,6 +227,7 @@ class _Files(Dataset[Any]):
         except (ValueError, ConnectionError) as error:
             record.fault, record.reason = record.fault or "unusable", str(error)
             return record, sums
+        record.mark = fingerprint(image)
         record.flat = bool((np.ptp(np.asarray(image), axis=(0, 1)) == 0).all())
         histogram, values = np.array(image.histogram(), np.int64).reshape(3, 256), np.arange(256)
         return record, np.stack((histogram @ values, histogram @ values**2))

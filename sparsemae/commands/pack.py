@@ -1,5 +1,6 @@
 """From a finetuned run to the packed file that is shipped, held against the model it was made of."""
 
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,9 @@ from sparsemae.models.weights import find_weights
 from sparsemae.options import PackConfig, SourceConfig
 from sparsemae.packing.pack import PackReport, pack as pack_model
 from sparsemae.runtime import load
+from sparsemae.sparsity import freeze, iter_sparse
 from sparsemae.tasks import task_class
+from sparsemae.tasks.guessing import warning
 from sparsemae.tasks.loading import load_model
 from sparsemae.terminal import printable
 
@@ -26,6 +29,12 @@ def pack(config: PackConfig) -> PackReport:
     if Path(config.out).resolve() == find_weights(config.checkpoint).resolve():
         raise ValueError(f"out: wanted another file than the model's own, got {config.out}")
     model, card = load_model(config.checkpoint, "classify")
+    if not card.frozen and any(iter_sparse(model)):
+        print(f"{config.checkpoint}: a checkpoint, whose masks are frozen as they are at step {card.step}")
+        freeze(model)
+        card = replace(card, frozen=True)
+    if said := warning(card.metrics):
+        print(said, file=sys.stderr)
     card = replace(card, source=str(config.checkpoint), license=config.license)
     report = pack_model(model, config.out, card, config.dtype)
     print(report)

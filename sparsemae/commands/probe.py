@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from sparsemae.card import InputSpec
+from sparsemae.card import InputSpec, ModelCard
 from sparsemae.data import loader, sampling, sources, transforms
 from sparsemae.data.dataset import ImageDataset
 from sparsemae.models import patch_side
@@ -38,7 +38,13 @@ def probe(kind: str, model: str, data: SourceConfig, fabric: Fabric) -> dict[str
     Raises:
         ValueError: if the file is foreign, or the splits differ in their classes.
     """
-    network, card = load_model(model)
+    return probe_network(kind, *load_model(model), data, fabric)
+
+
+def probe_network(
+    kind: str, network: nn.Module, card: ModelCard, data: SourceConfig, fabric: Fabric
+) -> dict[str, float]:
+    """As `probe`, of a model in evaluation mode with its card; ``images``, their number, is among the figures."""
     encoder = encoder_of(network).to(fabric.device)
     spec, transform = card.input, transforms.evaluation_transform(card.input)
     features, targets, classes = {}, {}, {}
@@ -55,7 +61,8 @@ def probe(kind: str, model: str, data: SourceConfig, fabric: Fabric) -> dict[str
     top1, top5 = (
         float(multiclass_accuracy(scores, targets["val"], count, average="micro", top_k=k)) for k in (1, min(5, count))
     )
-    return {"top1": top1, "top5": top5, "standard_error": math.sqrt(top1 * (1 - top1) / len(scores))}
+    error = math.sqrt(top1 * (1 - top1) / len(scores))
+    return {"top1": top1, "top5": top5, "standard_error": error, "images": len(scores)}
 
 
 @torch.no_grad()

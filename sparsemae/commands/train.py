@@ -3,21 +3,23 @@
 from dataclasses import replace
 from pathlib import Path
 
+from sparsemae.commands.result import measured, tested
 from sparsemae.data.record import record
 from sparsemae.data.sampling import INIT, BatchPlan, seed_all
-from sparsemae.models.architecture import architecture_of
+from sparsemae.files import write_atomic
 from sparsemae.models.start import start_from
 from sparsemae.models.weights import save_model
 from sparsemae.options import TrainingConfig
 from sparsemae.packing.pack import check_blocks
 from sparsemae.report.collect import collect
-from sparsemae.sparsity import freeze, iter_sparse, summarize
+from sparsemae.sparsity import freeze, summarize
 from sparsemae.tasks import task_class
+from sparsemae.tasks.derived import settle
 from sparsemae.tasks.sparse import make_sparse, mask_schedule
 from sparsemae.tasks.task import encoder_of
 from sparsemae.training.fit import fit
 from sparsemae.training.group import Group
-from sparsemae.training.run import start, with_pixels_of_before
+from sparsemae.training.run import start, with_rules_of_before
 from sparsemae.training.subject import Subject
 
 
@@ -28,9 +30,11 @@ def train(config: TrainingConfig) -> Path:
 
 
 def _train(config: TrainingConfig, group: Group) -> Path:
-    config, notes = with_model_of_source(with_pixels_of_before(config))
+    config = with_rules_of_before(config)
     task = task_class(config.task)(config)
     task.open_data()
+    config, notes = settle(config, task)
+    task.config = config
     card, sparse = task.card(), config.sparse
     seed_all(config.seed, INIT)
     model = task.build(card, config.model.drop_path)
@@ -44,32 +48,32 @@ def _train(config: TrainingConfig, group: Group) -> Path:
     if config.init is not None:
         run.log.info(f"{config.init}: {start_from(model, config.init)}")
     make_sparse(model, sparse)
+    masks = mask_schedule(model, sparse, trainer, plan)
     try:
         check_blocks(encoder_of(model))
     except ValueError as error:
         notes.append(f"warning: this model can be trained, not packed: {error}")
-    run.log.info(*str(summarize(encoder_of(model))).split("\n"), *notes, *task.notes(model))
+    summary = summarize(encoder_of(model))
+    run.log.info(summary.line(), *notes, *task.notes(model))
     task.prepare(model, run.fabric, plan)
-    card = replace(card, patterns={name: str(layer.pattern) for name, layer in iter_sparse(model)})
 
-    masks = mask_schedule(model, sparse, trainer, plan)
     subject = Subject(task, model, task.wrapped(model), dataset, card, masks, plan, images)
-    metrics = fit(run, subject)
+    fitted = fit(run, subject)
     frozen = task.freezes and sparse.pattern != "dense"
     if frozen:
         freeze(model)
-    path = run.folder / "model.safetensors"
+    result = measured(run, task, model, fitted)
+    card, path = (
+        replace(card, patterns=masks.patterns, frozen=frozen, metrics=result.metrics),
+        run.folder / "model.safetensors",
+    )
     if run.fabric.is_global_zero:
-        save_model(path, model, replace(card, frozen=frozen, metrics=metrics))
-        run.log.info(f"wrote {path}: {task.result(metrics)}")
+        save_model(path, model, card)
+        write_atomic(run.folder / "layers.txt", f"{summary}\n")
+    result = tested(run, task, model, card, result)
+    if run.fabric.is_global_zero:
+        result.write(run)
+        of = f"epoch {result.kept:g} of {result.epochs:g}, the best: " if result.kept == result.best else ""
+        run.log.info(f"wrote {path}: {of}{task.result(result.metrics)}", *result.notes)
     collect(run, subject)
     return path
-
-
-def with_model_of_source(config: TrainingConfig) -> tuple[TrainingConfig, list[str]]:
-    """The options with the network of the weights to start from, where the user names none, and what to say of it."""
-    if config.init is None or config.model.name is not None:
-        return config, []
-    found = architecture_of(config.init, config.model.args)
-    model = replace(config.model, name=found.name, args=found.args)
-    return replace(config, model=model), [f"{config.init}: {found} {found.note and f'({found.note})'}".rstrip()]

@@ -17,6 +17,7 @@ from sparsemae.data.folders import Openers, open_folders
 from sparsemae.data.libraries import open_hfds, open_torchvision
 from sparsemae.data.shards import read_shards
 from sparsemae.data.splits import Source, Splits
+from sparsemae.data.tables import open_tables
 from sparsemae.data.tars import Member, class_reader, find_images, natural_order_of, read_tars, scan
 from sparsemae.data.tree import (
     SPLIT_WORDS,
@@ -32,10 +33,11 @@ from sparsemae.data.tree import (
 from sparsemae.options import SourceConfig
 
 # The options that each source of images with classes can use, beside those of all.
-_COMMON = {"source", "workers", "exif", "background", "bits", "max_pixels"}
+_COMMON = {"source", "workers", "exif", "background", "bits", "max_pixels", "val_share", "val_rule"}
 _ROOT = {"root", "exclude"}
 OPTIONS: dict[str, set[str]] = {
     "embedded": set(), "folder": _ROOT, "tar": _ROOT, "wds": _ROOT, "hfds": {"image_column", "label_column", *_ROOT},
+    "csv": {"image_column", "label_column", *_ROOT},
     "torchvision": {"name", "download", *_ROOT}, "fashion-mnist": {"download", *_ROOT},
 }  # fmt: skip
 _REQUIRED = {"root": "a folder", "classes": "a file with one class a line"}
@@ -99,6 +101,8 @@ def _openers(data: SourceConfig) -> Openers:
     if data.source in ("tar", "wds"):
         return open_archives(data.root, data.source)
     root = Path(data.root)
+    if data.source == "csv" and root.exists():
+        return open_tables(root, data.image_column, data.label_column)
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder")
     return open_hfds(root, data.image_column, data.label_column) if data.source == "hfds" else open_folders(root)

@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from sparsemae.data.exclude import read_exclude
 from sparsemae.data.folders import Openers
 from sparsemae.data.images import DEFAULT_RULES, PixelRules, decode_rgb, open_image, orientation, reason
-from sparsemae.data.masks import Legend, read_mask
-from sparsemae.data.sampling import HOLDOUT, stream
+from sparsemae.data.masks import Legend, read_mask, turned_mask
+from sparsemae.data.sampling import HOLDOUT, held_out, stream
 from sparsemae.data.tree import Split
 from sparsemae.limits import MAX_PIXELS
 from sparsemae.options import SourceConfig
 
 Part = Split | Literal["all"]
-HELD_OUT = {"rule": "permutation", "share": 0.1, "seed": 0}
-"""The part of the only split that is kept for validation: a tenth, the same every time."""
+HELD_OUT_BEFORE = {"rule": "permutation", "share": 0.1, "seed": 0}
+"""The part of the only split that models of before kept for validation; see `Splits.held_out` for those of now."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,14 @@ class Source:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def class_counts(self) -> np.ndarray | None:
+        """Images of each class ``[C]``; None where they have masks, or the reader does not list its labels."""
+        labels = getattr(self.reader, "labels", None)
+        if labels is None or self.legend is not None:
+            return None
+        own = np.asarray(labels, np.int64)[self.indices]
+        return np.bincount(own if self.labels is None else self.labels[own], minlength=len(self.class_names))
 
     def filename(self, index: int) -> str:
         """Path of one image, for messages and lists; what lies inside a file as if that were a folder."""
@@ -90,7 +98,7 @@ class Source:
         if self.legend is None:
             return image, target
         if rules.exif and turned != 1 and (turned < 5 or image.size != target.shape[::-1]):
-            target = _turned(target, turned)  # unless it was drawn on the turned image, as its size tells
+            target = turned_mask(target, turned)  # unless it was drawn on the turned image, as its size tells
         if image.size == target.shape[::-1]:
             return image, target
         (height, width), other = target.shape, image.size == target.shape
@@ -120,12 +128,6 @@ def _orientation(file: Any, max_pixels: int) -> int:
         return 1  # `decode_rgb` says why
     finally:
         file.seek(0)
-
-
-def _turned(target: np.ndarray, way: int) -> np.ndarray:
-    image = Image.fromarray(target)
-    image.getexif()[0x0112] = way
-    return np.asarray(ImageOps.exif_transpose(image))
 
 
 # A broken link, or a file that is not ours to read; other errors are of the file system.
@@ -165,6 +167,11 @@ class Splits:
         """What the set is called."""
         return self.data.root or self.data.source
 
+    @property
+    def held_out(self) -> dict[str, Any]:
+        """Which part of the only split is kept for validation, the same every time; a model's card keeps it."""
+        return {"rule": self.data.val_rule, "share": self.data.val_share, "seed": 0}
+
     def reader(self, split: Split) -> Any:
         """Of one split. Raises ValueError if there is none."""
         if split not in self.openers:
@@ -182,7 +189,7 @@ class Splits:
         """Which split is which, of how many images, and what else is to be said of them."""
         if self.data.root is None:
             return []
-        parts = []
+        parts, single = list[str](), list[str]()
         for split, (name, _) in self.openers.items():
             use = {"train": "training", "val": "validation", "test": "left for --split test"}[split]
             with suppress(ValueError):  # one that is not wanted may be amiss
@@ -190,14 +197,21 @@ class Splits:
         if self.tested:
             parts[-1] += ", the only other split, so that the best epoch is chosen by it"
         if self.openers.keys() == {"train"}:
-            count = _held_out_count(len(self.reader("train")), HELD_OUT)
-            parts.append(f"where validation is wanted, {count:,} of them are held out for it")
+            whole = self.whole("train")
+            with suppress(ValueError):  # too few: said where validation is wanted
+                count = len(_held_out(whole, "val", self.held_out))
+                parts.append(f"where validation is wanted, {count:,} of them are held out for it (data.val_share)")
+            counts = whole.class_counts() if self.data.val_rule == "stratified" else None
+            single = [] if counts is None else [whole.class_names[i] for i in np.flatnonzero(counts == 1)]
         own = [note for reader in self._readers.values() for note in getattr(reader, "notes", ())]
         lines = [f"{self.root}: {'; '.join(parts)}", *dict.fromkeys(self._notes + own)]
         train = self._readers.get("train")
         if train is not None and train.class_names != [""] and getattr(train, "legend", None) is None:
             shown = ", ".join(train.class_names[:4]) + ", ..." * (len(train.class_names) > 4)
             lines[0] += f"; {len(train.class_names):,} classes: {shown}"
+        if single:
+            few = ", ".join(single[:4]) + ", ..." * (len(single) > 4)
+            lines.append(f"{len(single):,} classes of one image, which stays in training: {few}")
         return lines
 
     def whole(self, split: Part) -> Source:
@@ -209,13 +223,13 @@ class Splits:
 
     def open(
         self, split: Part, limit: int | None = None, class_names: Sequence[str] | None = None,
-        held_out: Mapping[str, Any] = HELD_OUT,
+        held_out: Mapping[str, Any] | None = None,
     ) -> Source:  # fmt: skip
         """One split, without what is excluded, and at most ``limit`` images of it; held out where there is but one.
 
         Args:
             class_names: number the classes so; None: as the training split has them.
-            held_out: which part of the only split is validation.
+            held_out: which part of the only split is validation; None: by the options.
 
         Raises:
             ValueError: naming the folder, if a split is missing or empty, or has other classes.
@@ -223,7 +237,7 @@ class Splits:
         alone = self.openers.keys() == {"train"} and split in ("train", "val")
         source = self.whole("train" if alone else split)
         if alone:
-            source = _held_out(source, split, held_out)
+            source = _held_out(source, split, held_out or self.held_out)
         if source.legend is None:
             whose = "training" if class_names is None else "the model"
             if class_names is None and "train" in self.openers and split != "train":
@@ -254,7 +268,7 @@ class Splits:
         if split is not None:
             names = [name or "all its images" for part, (name, _) in self.openers.items() if split in (part, "all")]
             return self.open(split, class_names=class_names), f"{self.root}: evaluated on {', '.join(names) or split}"
-        rule = trained_on.get("held_out") or HELD_OUT
+        rule = trained_on.get("held_out") or HELD_OUT_BEFORE
         own = not trained_on or trained_on["digest"] == names_digest(self.whole("train"), self.data.root)
         if not own and trained_on.get("root") == root_digest(self.data.root):
             raise ValueError(
@@ -272,7 +286,7 @@ class Splits:
         return {
             "digest": names_digest(self.whole("train"), self.data.root),
             "root": root_digest(self.data.root),
-            "held_out": HELD_OUT if self.openers.keys() == {"train"} else None,
+            "held_out": self.held_out if self.openers.keys() == {"train"} else None,
         }
 
     def _joined(self) -> Any:
@@ -329,17 +343,13 @@ class _Joined:
         return str(self.readers[number].filename(own, absolute=absolute))
 
 
-def _held_out_count(images: int, rule: Mapping[str, Any]) -> int:
-    return max(1, images // round(1.0 / float(rule["share"])))
-
-
 def _held_out(source: Source, split: Part, rule: Mapping[str, Any]) -> Source:
     """A part of the only split, the same every time; or the rest."""
-    if rule["rule"] != HELD_OUT["rule"]:
-        raise ValueError(f"held-out part: wanted the rule {HELD_OUT['rule']}, got {rule['rule']}: update sparsemae")
-    order = stream(rule["seed"], HOLDOUT).permutation(len(source))
-    count = _held_out_count(len(source), rule)
-    return replace(source, indices=np.sort(order[:count] if split == "val" else order[count:]))
+    stratified = rule["rule"] == "stratified" and source.class_counts() is not None
+    labels = np.asarray(source.reader.labels, np.int64)[source.indices] if stratified else None
+    held = held_out(len(source), rule, labels)
+    rest = np.setdiff1d(np.arange(len(source)), held)
+    return replace(source, indices=source.indices[held if split == "val" else rest])
 
 
 def composed(name: str) -> str:
@@ -361,7 +371,8 @@ def _numbered(source: Source, class_names: Sequence[str], wanted: str) -> Source
 def names_digest(source: Source, root: str | None) -> str:
     """Of the names of all images, relative to the root, and of their classes."""
     reader = source.reader
-    digest, prefix = hashlib.sha256(), f"{Path(root)}/" if root else ""
+    base = Path(root or "")
+    digest, prefix = hashlib.sha256(), f"{base.parent if base.suffix in ('.csv', '.tsv') else base}/" if root else ""
     digest.update("\0".join(source.class_names).encode(errors="surrogateescape"))
     for i in source.indices.tolist():
         name = reader.filename(i, absolute=True).removeprefix(prefix)

@@ -1,5 +1,6 @@
 """What the headers of some images say of all: turned pictures, and 16-bit gray that does not use its range."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ from sparsemae.data.splits import Source
 
 LOOKED_AT = 1000
 """Images, spread over the set."""
+SIDES_LOOKED_AT = 200
 
 
 @dataclass
@@ -76,3 +78,18 @@ def survey(source: Source, rules: PixelRules) -> list[str]:
             "orientation (true turns an image and its mask, false neither)"
         )
     return traits.notes(rules)
+
+
+def median_side(source: Source) -> int:
+    """Median of the shorter side of some of a source's images, px; 224 where none can be read."""
+    sides = []
+    for index in np.unique(np.linspace(0, len(source) - 1, min(len(source), SIDES_LOOKED_AT)).round().astype(int)):
+        with suppress(Exception):  # named when it is its turn
+            file, _ = source.open(int(index))
+            with file:
+                if isinstance(file, Image.Image):
+                    sides.append(min(file.size))
+                    continue
+                with open_image(file) as image:
+                    sides.append(min(image.size))
+    return int(np.median(sides)) if sides else 224

@@ -13,12 +13,12 @@ FILES = ("model.safetensors", "pytorch_model.bin")
 SECONDS = 10
 
 
-def pretrained(source: str) -> VisionTransformer:
-    """The model of ``timm:NAME``. Raises ValueError, naming the way out, if its weights cannot be had."""
+def pretrained(source: str, option: str = "--init") -> VisionTransformer:
+    """The model of ``timm:NAME``. Raises ValueError, naming option and way out, if its weights cannot be had."""
     name = timm_name(source)
     found = timm.get_pretrained_cfg(name)
     if found is None or not found.has_weights:
-        raise ValueError(f"--init {source}: wanted the name of weights, got one that timm has none for")
+        raise ValueError(f"{option} {source}: wanted the name of weights, got one that timm has none for")
     repository, files = found.hf_hub_id, [found.hf_hub_filename] if found.hf_hub_filename else FILES
     try:
         if repository and not any(isinstance(try_to_load_from_cache(repository, file), str) for file in files):
@@ -26,7 +26,7 @@ def pretrained(source: str) -> VisionTransformer:
         model: VisionTransformer = timm.create_model(name, pretrained=True)
     except Exception as error:  # the client's own, of whatever library it is built on, and damaged files
         raise ValueError(
-            f"--init {source}: its weights cannot be fetched from the hub: {error or type(error).__name__} (wanted a "
+            f"{option} {source}: its weights cannot be fetched from the hub: {error or type(error).__name__} (wanted a "
             "connection, HF_ENDPOINT of a mirror, HF_HOME of a filled cache, or the file itself: --init FILE)"
         ) from error
     return model

@@ -46,6 +46,8 @@ class Start:
     resized: list[str] = field(default_factory=list)
     """Position embeddings that were resampled to another grid."""
     notes: list[str] = field(default_factory=list)
+    card: ModelCard | None = None
+    """The source's, if it is of ours."""
 
     def __str__(self) -> str:
         resized = f"; resampled: {', '.join(self.resized)}" if self.resized else ""
@@ -97,7 +99,7 @@ def start_from(model: nn.Module, source: str) -> Start:
     _check_forward(origin, encoder)
     beside = f"beside it and left out: {len(origin.beside)} tensors ({', '.join(origin.beside[:3])})"
     notes = [origin.license] * bool(origin.license) + [beside] * bool(origin.beside)
-    return Start(load_weights(model, state, ignore=[*NEW, *unfit], name=source), fraction, resized, notes)
+    return Start(load_weights(model, state, ignore=[*NEW, *unfit], name=source), fraction, resized, notes, origin.card)
 
 
 @dataclass(frozen=True)

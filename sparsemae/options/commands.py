@@ -30,7 +30,8 @@ class EvaluateConfig:
     model: str = field(metadata=READ)
     """The model: a packed file, a run folder, or its model.safetensors."""
     data: SourceConfig = field(default_factory=SourceConfig)
-    """Where the images lie; their preparation comes from the model's file."""
+    """Where the images lie, where not those that the model's run was trained on; their preparation comes from the
+    model's file."""
     split: Literal["train", "val", "test", "all"] | None = None
     """What to evaluate on; None: the validation split, or, of a folder without splits, the part that the model's own
     training held out, or all of it if the model was trained on another."""
@@ -47,7 +48,7 @@ class PackConfig:
     """Pack a finetuned model into one small file that runs without torch."""
 
     checkpoint: str = field(metadata=READ)
-    """The model: a run folder, or its model.safetensors, with its mask frozen."""
+    """The model: a run folder, its model.safetensors, or a checkpoint, whose mask is frozen as it is now."""
     out: str
     """The packed file to write."""
     dtype: Literal["bf16", "fp32", "int8"] = "bf16"
@@ -78,7 +79,7 @@ class PredictConfig(Options):
 class CheckConfig(Options):
     """Read every image of a data set; exit status 2 if something would break a run."""
 
-    data: SourceConfig = field(default_factory=lambda: SourceConfig(source="folder", workers=os.cpu_count() or 1))
+    data: SourceConfig = field(default_factory=lambda: SourceConfig(workers=os.cpu_count() or 1))
     """The data set; workers: processes that read, 0 for none but this one."""
     task: Literal["pretrain", "classify", "segment"] | None = None
     """What the images are for; pretrain: one class is enough; None: segment where `images` lies beside `masks`,

@@ -1,7 +1,10 @@
 """Where images lie, how they are prepared, and how they are augmented."""
 
 import re
+import tarfile
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from typing import Literal
 
 from sparsemae.limits import (
@@ -9,6 +12,7 @@ from sparsemae.limits import (
     AT_LEAST_0,
     AT_LEAST_1,
     BELOW_1,
+    BETWEEN_0_AND_1,
     MAX_PIXELS,
     UNIT_INTERVAL,
     UP_TO_1,
@@ -27,15 +31,17 @@ class SourceConfig(Options):
     prefix = "data."
 
     source: Literal[
-        "embedded", "folder", "tar", "wds", "hfds", "torchvision", "fashion-mnist", "sceneparse"
-    ] = "embedded"  # fmt: skip
-    """embedded: a part of Fashion-MNIST that ships with the package, its masks computed from the images. With classes:
-    folder: ROOT/train/CLASS/*.jpg and ROOT/val/...; tar: ROOT/train.tar and ROOT/val.tar with class folders or a tar
-    per class in them, or ROOT/train/*.tar and ROOT/val/*.tar; wds: WebDataset shards ROOT/*train*.tar and
-    ROOT/*val*.tar; hfds: a folder that HF datasets loads (parquet files, say); torchvision: one of its sets
-    (data.name); fashion-mnist: the full set, fetched by torchvision. With masks: folder: ROOT/images/{train,val} and
-    ROOT/masks/{train,val}, same stems; sceneparse: SceneParse150 (ADE20K) as downloaded. Where there is but one split
-    (class folders in ROOT itself, ROOT a tar file, no val folder), a tenth of it is held out."""
+        "auto", "embedded", "folder", "csv", "tar", "wds", "hfds", "torchvision", "fashion-mnist", "sceneparse"
+    ] = "auto"  # fmt: skip
+    """auto: what data.root looks like, or embedded without one. embedded: a part of Fashion-MNIST that ships with the
+    package, its masks computed from the images. With classes: folder: ROOT/train/CLASS/*.jpg and ROOT/val/...; csv: a
+    file with a line of FILE,CLASS for each image below its header, or a folder of such files train.csv and val.csv;
+    tar: ROOT/train.tar and ROOT/val.tar with class folders or a tar per class in them, or ROOT/train/*.tar and
+    ROOT/val/*.tar; wds: WebDataset shards ROOT/*train*.tar and ROOT/*val*.tar; hfds: a folder that HF datasets loads
+    (parquet files, say); torchvision: one of its sets (data.name); fashion-mnist: the full set, fetched by
+    torchvision. With masks: folder: ROOT/images/{train,val} and ROOT/masks/{train,val}, same stems; sceneparse:
+    SceneParse150 (ADE20K) as downloaded. Where there is but one split (class folders in ROOT itself, ROOT a tar file,
+    no val folder), a part of it is held out, see val_share."""
     root: str | None = option(
         None,
         may_change=True,
@@ -46,15 +52,20 @@ class SourceConfig(Options):
     """torchvision's name of the set, for example CIFAR10."""
     download: bool = option(False, may_change=True)
     """Let torchvision fetch the set to data.root if it is not there."""
-    workers: int = option(2, AT_LEAST_0, may_change=True)
+    workers: int = option(2, AT_LEAST_0, may_change=True, from_data=True)
     """Loader processes per device; 0 loads in the process that computes."""
+    val_share: float = option(0.1, BETWEEN_0_AND_1)
+    """Fraction of the only split that is held out for validation, of each class at least one image where it has two."""
+    val_rule: Literal["stratified", "permutation"] = "stratified"
+    """stratified: that fraction of every class; permutation: of all images, as models of before were trained."""
     exclude: str | None = option(None, must_exist=True)
     """File of images to leave out, one path a line, relative to data.root (`sparsemae check --write-exclude` writes
     one)."""
     image_column: str | None = None
-    """Of hfds: column of the images; None: image, or the only one there is."""
+    """Of hfds and csv: column of the images or their files; None: image, or the only one there is; of csv the first."""
     label_column: str | None = None
-    """Of hfds: column of the classes, ClassLabel or text; None: label, or the only one there is."""
+    """Of hfds and csv: column of the classes, ClassLabel or text; None: label, or the only one there is; of csv the
+    second."""
     exif: bool | None = None
     """Turn images as their EXIF orientation says, with their masks; None: images with classes are turned, images with
     masks refused if they have one. A model's file keeps it."""
@@ -73,6 +84,38 @@ class SourceConfig(Options):
     ignore_label: int = option(255, (0, (1 << 16) - 1))
     """Mask value that is ignored, at most 65535."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.source == "auto":
+            self.source = source_of(self.root)
+
+
+def source_of(root: str | None) -> Literal["embedded", "folder", "csv", "tar", "wds", "hfds", "sceneparse"]:
+    """What a root looks like; class folders, or images and masks, where it is nothing else."""
+    if root is None:
+        return "embedded"
+    top = Path(root)
+    if root.lower().endswith((".csv", ".tsv")):
+        return "csv"
+    if top.name == "ADEChallengeData2016" or (top / "ADEChallengeData2016").is_dir():
+        return "sceneparse"
+    if root.endswith(".tar") or "{" in root or any(top.glob("*.tar")) or any(top.glob("*/*.tar")):
+        first = next((file for file in (top, *top.glob("*.tar"), *top.glob("*/*.tar")) if file.is_file()), None)
+        return "wds" if first is not None and _has_class_numbers(first) else "tar"
+    if any(top.glob("*.parquet")) or any(top.glob("data/*.parquet")) or (top / "dataset_dict.json").is_file():
+        return "hfds"
+    classes = any(entry.is_dir() for split in ("train", "training") for entry in top.glob(f"{split}/*"))
+    return "csv" if (top / "train.csv").is_file() and not classes else "folder"
+
+
+def _has_class_numbers(file: Path) -> bool:
+    """Whether a tar's first members are a shard's."""
+    try:
+        with tarfile.open(file) as archive:
+            return any(member.name.endswith(".cls") for member in islice(archive, 8))
+    except (tarfile.TarError, OSError):
+        return False  # its reader says why
+
 
 @dataclass
 class DataConfig(SourceConfig):
@@ -83,11 +126,11 @@ class DataConfig(SourceConfig):
     max_unreadable: float = option(0.001, BELOW_1, may_change=True)
     """Fraction of the training images that may turn out unreadable, each replaced by the next of its epoch, before the
     run stops; 0 stops at the first."""
-    img_size: int = option(224, AT_LEAST_1)
+    img_size: int = option(224, AT_LEAST_1, from_data=True)
     """Side of the model's input, px; in segmentation of the training crop and of the window."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    mean: tuple[float, float, float] = option((0.485, 0.456, 0.406), from_data=True)
     """Channel means, for pixels in 0 to 1."""
-    std: tuple[float, float, float] = option((0.229, 0.224, 0.225), ABOVE_0)
+    std: tuple[float, float, float] = option((0.229, 0.224, 0.225), ABOVE_0, from_data=True)
     """Channel standard deviations, for pixels in 0 to 1."""
     hflip: float = option(0.5, UNIT_INTERVAL)
     """Probability of a horizontal flip."""
@@ -99,15 +142,15 @@ class ImageDataConfig(DataConfig):
 
     exif: bool | None = True
     """Turn images as their EXIF orientation says. A model's file keeps it."""
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    interpolation: Literal["bicubic", "bilinear"] = option("bicubic", from_data=True)
     """Resampling of every resize."""
     crop: Literal["resized", "shift"] = "resized"
     """Training crop. resized: RandomResizedCrop; shift: resize to img_size, then shift by up to crop_shift px."""
-    crop_scale: tuple[float, float] = option((0.2, 1.0), UP_TO_1)
+    crop_scale: tuple[float, float] = option((0.2, 1.0), UP_TO_1, from_data=True)
     """Area of a resized crop, as a fraction of the image."""
     crop_shift: int = option(1, AT_LEAST_0)
     """Largest shift, px."""
-    auto_augment: str | None = None
+    auto_augment: str | None = option(None, from_data=True)
     """timm's policy string, for example rand-m9-mstd0.5-inc1."""
     crop_pct: float = option(0.875, UP_TO_1)
     """In evaluation the shorter side is resized to img_size / crop_pct px, then the center is cropped."""
@@ -117,11 +160,11 @@ class ImageDataConfig(DataConfig):
 class MaskDataConfig(DataConfig):
     """Images with masks, their preparation and their augmentation."""
 
-    img_size: int = option(512, AT_LEAST_1)
+    img_size: int = option(512, AT_LEAST_1, from_data=True)
     """Side of the training crop and of the window, px."""
-    short_side: int = option(512, AT_LEAST_1)
+    short_side: int = option(512, AT_LEAST_1, from_data=True)
     """Images are resized to this shorter side, px: in training times a random scale, in evaluation as it is."""
-    long_side: int = option(2048, AT_LEAST_1)
+    long_side: int = option(2048, AT_LEAST_1, from_data=True)
     """Largest longer side after that resize, px; in training times the scale."""
     scale: tuple[float, float] = option((0.5, 2.0), ABOVE_0)
     """Random scale of the training images."""

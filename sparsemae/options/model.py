@@ -14,11 +14,11 @@ class ModelConfig(Options):
 
     prefix = "model."
 
-    name: str | None = None
+    name: str | None = option(None, from_data=True)
     """Any timm VisionTransformer; None: that of the weights to start from, or vit_base_patch16_224 from scratch."""
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments of timm's constructor that differ, for example {depth: 4, embed_dim: 128}."""
-    drop_path: float = option(0.1, BELOW_1)
+    drop_path: float = option(0.1, BELOW_1, from_data=True)
     """Stochastic depth of the last block, 0 to below 1; linear from 0 at the first."""
 
 
@@ -26,11 +26,11 @@ class ModelConfig(Options):
 class DecoderConfig:
     """MAE's decoder, dense, used in pretraining only."""
 
-    embed_dim: int = 512
+    embed_dim: int = option(512, from_data=True)
     """Embedding dimension of the decoder."""
-    depth: int = 8
+    depth: int = option(8, from_data=True)
     """Blocks of the decoder."""
-    num_heads: int = 16
+    num_heads: int = option(16, from_data=True)
     """Attention heads of the decoder."""
 
 
@@ -40,9 +40,9 @@ class HeadConfig(Options):
 
     prefix = "head."
 
-    width: int = option(512, AT_LEAST_1)
+    width: int = option(512, AT_LEAST_1, from_data=True)
     """Channels of UperNet's maps."""
-    auxiliary_width: int = option(256, AT_LEAST_1)
+    auxiliary_width: int = option(256, AT_LEAST_1, from_data=True)
     """Channels of the auxiliary head's map."""
     auxiliary_weight: float = option(0.4, AT_LEAST_0)
     """Weight of the auxiliary head's loss; the main one's is 1."""
@@ -73,7 +73,7 @@ class InferenceConfig(InferenceChange):
     """How a segmenter looks at an image."""
 
     mode: Literal["slide", "whole"] = "slide"
-    stride: int = 341
+    stride: int = option(341, from_data=True)
     scales: list[float] = field(default_factory=lambda: [1.0])
     flip: bool = False
 
@@ -99,12 +99,20 @@ class SparseConfig(Options):
     """Where SR-STE's term acts: inside the gradient (as published), or as a shrink after the step (try 0.5)."""
     init_weights: Literal["full", "sparse"] = "full"
     """full: start from all latent weights; sparse: from the sparse network alone, the pruned weights set to 0."""
-    schedule: Literal["constant", "gradual"] = "constant"
+    schedule: Literal["constant", "gradual"] = option("constant", from_data=True)
     """gradual: keep m of m at first and halve n in stages, for a start from a dense model."""
     gradual_epochs: float | None = option(None, ABOVE_0)
     """Epochs until a gradual schedule reaches the pattern; None: half of the training."""
     dense_epochs: float = option(0.0, AT_LEAST_0)
     """Epochs of dense warm-up before sparsity starts."""
+    decay_epochs: float = option(0.0, AT_LEAST_0)
+    """Epochs, after the dense ones, in which the pruned weights fade from the forward, linearly from 1 to 0 times their
+    value (mask decay, arXiv 2402.04744); 0: at once."""
+    allocation: Literal["uniform", "magnitude"] = "uniform"
+    """uniform: every layer has the pattern; magnitude: each has n/2, n, 2n or 4n of m, those of one total that keep the
+    largest sum of squared weights (after DominoSearch, NeurIPS 2021)."""
+    allocation_epoch: float = option(0.0, AT_LEAST_0)
+    """Epoch at which the weights are looked at for that; 0: those the training starts from."""
     freeze_epoch: float | None = option(None, AT_LEAST_0)
     """Epoch from which the mask stays as it is; None: it moves to the end."""
     mask: Literal["dynamic", "fixed"] = "dynamic"
@@ -116,7 +124,16 @@ class SparseConfig(Options):
         super().__post_init__()
         if self.gradual_epochs is not None and self.schedule != "gradual":
             raise ValueError("sparse.gradual_epochs: wanted sparse.schedule=gradual with it, got constant")
-        if self.mask == "fixed" and (self.schedule == "gradual" or self.dense_epochs or self.freeze_epoch is not None):
+        moves = self.schedule == "gradual" or self.dense_epochs or self.decay_epochs or self.freeze_epoch is not None
+        allocated = self.allocation != "uniform"
+        if self.mask == "fixed" and (moves or allocated):
             raise ValueError(
-                "sparse.mask: wanted dynamic with sparse.schedule=gradual, dense_epochs or freeze_epoch, got fixed"
+                "sparse.mask: wanted dynamic with sparse.schedule=gradual, dense_epochs, decay_epochs, freeze_epoch or "
+                "allocation, got fixed"
+            )
+        if self.allocation_epoch and not allocated:
+            raise ValueError("sparse.allocation_epoch: wanted sparse.allocation=magnitude with it, got uniform")
+        if allocated and (self.pattern == "dense" or self.init_weights == "sparse"):
+            raise ValueError(
+                "sparse.allocation: wanted uniform with sparse.pattern=dense or init_weights=sparse, got magnitude"
             )

@@ -15,28 +15,31 @@ class OptimConfig(Options):
 
     prefix = "optim."
 
-    lr: float = option(2.4e-3, AT_LEAST_0)
+    lr: float = option(2.4e-3, AT_LEAST_0, from_data=True)
     """Peak learning rate, for the global batch as it is (no hidden scaling)."""
     lr_batch: int | None = option(None, ABOVE_0)
     """The global batch, in images, that lr and min_lr are given for; only trainer.scale_lr uses it."""
-    min_lr: float = option(1e-5, AT_LEAST_0)
+    min_lr: float = option(1e-5, AT_LEAST_0, from_data=True)
     """Learning rate at the end of the schedule."""
     schedule: Literal["cosine", "linear"] = "cosine"
     """How the learning rate falls from its peak to min_lr."""
-    warmup_epochs: float = option(5.0, AT_LEAST_0)
+    warmup_epochs: float = option(5.0, AT_LEAST_0, from_data=True)
     """Epochs of linear warm-up."""
-    warmup_steps: int | None = option(None, AT_LEAST_0)
+    warmup_steps: int | None = option(None, AT_LEAST_0, from_data=True)
     """Length of the warm-up in optimizer steps instead of epochs."""
     warmup_start: float = option(0.0, UNIT_INTERVAL)
     """Learning rate at which the warm-up begins, as a fraction of the peak."""
     weight_decay: float = option(0.05, AT_LEAST_0)
     """Decoupled weight decay; biases, norms, position embeddings, class and mask tokens take none."""
-    layer_decay: float = option(1.0, UP_TO_1)
+    layer_decay: float = option(1.0, UP_TO_1, from_data=True)
     """Learning-rate factor per layer from the head down; 1 switches it off."""
     betas: tuple[float, float] = option((0.9, 0.999), BELOW_1)
     """Adam's beta."""
     eps: float = option(1e-8, ABOVE_0)
     """Adam's epsilon."""
+    freeze_variance_epoch: float | None = option(None, ABOVE_0)
+    """Epoch from which AdamW's second moment stays as it is (STEP, arXiv 2302.01172: where sparse.dense_epochs end);
+    None: it never does."""
     clip_grad: float | None = option(None, ABOVE_0)
     """Largest norm of the gradient; None: no clipping."""
 
@@ -47,13 +50,13 @@ class TrainerConfig(Options):
 
     prefix = "trainer."
 
-    epochs: float = option(400.0, ABOVE_0)
+    epochs: float = option(400.0, ABOVE_0, from_data=True)
     """Length of the schedule, epochs."""
-    steps: int | None = option(None, AT_LEAST_1)
+    steps: int | None = option(None, AT_LEAST_1, from_data=True)
     """Length of the schedule in optimizer steps instead of epochs."""
     max_steps: int | None = option(None, AT_LEAST_1, may_change=True)
     """Stop after this many optimizer steps, the schedule unchanged; None: run to its end."""
-    global_batch: int = option(4096, AT_LEAST_1)
+    global_batch: int = option(4096, AT_LEAST_1, from_data=True)
     """Images per optimizer step, over all devices and accumulation: what a recipe fixes."""
     device_batch: int | None = option(None, AT_LEAST_1)
     """Images per device and forward; accumulation fills the global batch. None: global_batch / devices, and in a run
@@ -92,6 +95,9 @@ class TrainerConfig(Options):
     hang_timeout_seconds: float | None = option(None, ABOVE_0, may_change=True)
     """Seconds without progress in any of several processes after which all end; None: more than a loader's time-outs
     and retries can take."""
+    keep: Literal["last", "best"] = option("last", may_change=True, from_data=True)
+    """Which epoch's weights are written in the end, where the task has an evaluation; best: of those at which the mask
+    had the whole pattern."""
     evaluate_every_epochs: int = option(1, AT_LEAST_1, may_change=True)
     """Epochs between evaluations, where the task has one; the end is always evaluated."""
     resume: Literal["auto", "never", "anyway"] = option("auto", may_change=True)

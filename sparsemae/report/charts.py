@@ -72,13 +72,14 @@ def line_chart(
         (points,) = kept.values()
         both = [[place(x, y + sign * scale * e) for (x, y), e in zip(points, errors, strict=True)] for sign in (1, -1)]
         parts.append(f'<path class="band s0" d="M{_path(both[0])}L{_path(both[1][::-1])}Z"/>')
-    for number, points in enumerate(kept.values()):
+    color = {name: number % 8 for number, name in enumerate(lines)}  # on all charts the same
+    for name, points in kept.items():
         placed = [place(x, y) for x, y in points]
-        parts.append(f'<path class="line s{number % 8}" d="M{_path(placed)}"/>')
+        parts.append(f'<path class="line s{color[name]}" d="M{_path(placed)}"/>')
         for x, y in placed if len(placed) < 20 else placed[-1:]:
-            parts.append(f'<circle class="dot s{number % 8}" cx={x:.1f} cy={y:.1f} r=2.2 />')
-    names = "".join(f"<li><i class=s{number % 8}></i>{escaped(name)}</li>" for number, name in enumerate(kept))
-    legend = f"<ul class=legend>{names}</ul>" if len(kept) > 1 else ""
+            parts.append(f'<circle class="dot s{color[name]}" cx={x:.1f} cy={y:.1f} r=2.2 />')
+    names = "".join(f"<li><i class=s{color[name]}></i>{escaped(name)}</li>" for name in kept)
+    legend = f"<ul class=legend>{names}</ul>" if len(lines) > 1 else ""
     end = ", ".join(f"{name} {_number(points[-1][1])}" for name, points in kept.items())
     label = escaped(f"{title}, last: {end}")
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role=img aria-label="{label}">{"".join(parts)}</svg>'
@@ -142,8 +143,9 @@ def _reduced(points: Points) -> Points:
 
 def _axis(low: float, high: float, count: int = 4, tight: bool = False) -> tuple[float, float, list[float]]:
     """Limits and about ``count`` round numbers within them; ``tight``: the limits are kept."""
-    span = high - low or abs(high) or 1.0
-    rough = span / count
+    if high == low and not tight:
+        low, high = low - (abs(low) / 2 or 0.5), high + (abs(high) / 2 or 0.5)
+    rough = (high - low or 1.0) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

@@ -15,11 +15,12 @@ import numpy as np
 
 from sparsemae.data.loader import UnreadableImages, batches
 from sparsemae.data.sampling import STEP, TrainingSampler, seed_all
-from sparsemae.files import replacing, write_atomic
-from sparsemae.report.page import PREDICTIONS, RECORD, write_page
+from sparsemae.files import write_atomic
+from sparsemae.report.page import PREDICTIONS, RECORD, read_lines, write_page
 from sparsemae.sparsity import summarize
 from sparsemae.tasks.outcomes import Outcomes, Shown
 from sparsemae.tasks.task import Task
+from sparsemae.training.logs import METRICS
 from sparsemae.training.run import Run
 from sparsemae.training.subject import Subject
 
@@ -48,6 +49,7 @@ def collect(run: Run, subject: Subject) -> None:
         root = task.config.data.root
         found: dict[str, Any] = {
             "version": 1,
+            "step": read_lines(run.folder / METRICS)[-1]["step"],
             "title": task.title,
             "layers": vars(summarize(model)),
             "batch": [_encoded(shown, root) for shown in seen],
@@ -58,11 +60,9 @@ def collect(run: Run, subject: Subject) -> None:
         }
         if task.outcomes is not None:
             found |= _figures(task.outcomes)
-            with (
-                replacing(run.folder / PREDICTIONS) as file,
-                file.open("w", newline="", errors="surrogateescape") as to,
-            ):
-                csv.writer(to).writerows(task.outcomes.table())
+            rows = io.StringIO(newline="")
+            csv.writer(rows).writerows(task.outcomes.table())
+            write_atomic(run.folder / PREDICTIONS, rows.getvalue().encode(errors="surrogateescape"))
         write_atomic(run.folder / RECORD, json.dumps(found))
         run.log.info(f"wrote {write_page([run.folder])}")
     except (ValueError, OSError) as error:

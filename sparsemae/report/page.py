@@ -30,6 +30,7 @@ SCORES = {  # metrics that are fractions, by chart
     "Validation accuracy": {"top1": "top-1", "top5": "top-5"},
     "Validation scores": {"miou": "mIoU", "mean_accuracy": "mean accuracy", "pixel_accuracy": "pixel accuracy"},
 }
+LABELS = {key: label for chart in SCORES.values() for key, label in chart.items()}
 NO_CURVE = {"step", "epoch", "loss", "lr", "images_per_second", "standard_error", "scored_classes", "classes"}
 LOSS = "Mean over the steps between two lines of the log, of the images as they are augmented."
 FLIPS = (
@@ -65,10 +66,11 @@ def write_page(folders: Sequence[Path], out: str | Path | None = None) -> Path:
     for folder in folders:
         try:
             runs[str(folder)] = _Run(folder)
-            body = _one(runs[str(folder)]) if len(folders) == 1 else ""
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            body = _one(runs[str(folder)])
+        except Exception as error:  # they may hold anything
             raise ValueError(f"{folder}: wanted the files of a run: {error!r:.200}") from error
-    body = body or _comparison(runs)
+    if len(folders) > 1:
+        body = _comparison(runs)
     title = escaped(", ".join(folder.name for folder in folders))
     path = Path(out or folders[0] / PAGE)
     write_atomic(
@@ -86,12 +88,14 @@ class _Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.metrics, self.topology = _lines(folder / "metrics.jsonl"), _lines(folder / "topology.jsonl")
+        self.metrics, self.topology = read_lines(folder / "metrics.jsonl"), read_lines(folder / "topology.jsonl")
         self.settings = flatten(read_yaml(folder / "config.yaml"))
         self.machine = flatten(json.loads((folder / "environment.json").read_text()))
         self.record, self.result = (
             json.loads((folder / name).read_text()) if (folder / name).is_file() else {} for name in (RECORD, RESULT)
         )
+        if self.metrics and self.record.get("step", self.metrics[-1]["step"]) != self.metrics[-1]["step"]:
+            self.record, self.result = {}, {}  # the run has gone on since
 
     def points(self, name: str) -> list[tuple[float, float]]:
         """One quantity over the epochs."""
@@ -146,10 +150,10 @@ def _comparison(runs: Mapping[str, _Run]) -> str:
     """Several runs: their curves over one another, and the settings that differ."""
     names = list(dict.fromkeys(key for run in runs.values() for row in run.metrics for key in row))
     found = [name for name in names if name not in NO_CURVE]
-    labels = {key: label for chart in SCORES.values() for key, label in chart.items()}
+    labels = {"loss": "Training loss", "lr": "Learning rate"} | LABELS
     charts = [
         line_chart(
-            labels.get(name, name.replace("_", " ")), "%" if name in labels else "",
+            labels.get(name, name.replace("_", " ")), "%" if name in LABELS else "",
             {title: run.points(name) for title, run in runs.items()},
         )
         for name in ("loss", *found, "lr")
@@ -170,15 +174,14 @@ def _comparison(runs: Mapping[str, _Run]) -> str:
 
 
 def _headlines(run: _Run) -> str:
-    labels = {key: label for chart in SCORES.values() for key, label in chart.items()}
     found: list[Any] = list(run.record.get("headlines", ()))
     if test := run.result.get("test"):
-        key = next((key for key in labels if key in test), "")
+        key = next((key for key in LABELS if key in test), "")
         about = "on the split test, measured once"
-        tested = {"name": f"Test {labels.get(key, key)}", "value": test.get(key), "error": test.get("standard_error")}
+        tested = {"name": f"Test {LABELS.get(key, key)}", "value": test.get(key), "error": test.get("standard_error")}
         found = [tested | {"unit": "%", "about": about}, *found] if key else found
     if not found:  # it goes on, or has no evaluation
-        for key, label in ({"loss": "Training loss"} | labels).items():
+        for key, label in ({"loss": "Training loss"} | LABELS).items():
             for epoch, value in run.points(key)[-1:]:
                 unit = "" if key == "loss" else "%"
                 found.append({"name": label, "value": value, "error": None, "unit": unit, "about": f"epoch {epoch:g}"})
@@ -274,7 +277,7 @@ def _layers(record: Mapping[str, Any]) -> str:
     return details("What is sparse", layer_table(record["layers"])) if "layers" in record else ""
 
 
-def _lines(file: Path) -> Rows:
+def read_lines(file: Path) -> Rows:
     """Records of a run's file, none without it; the last line may be torn where the run goes on."""
     text = file.read_text() if file.is_file() else ""
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]

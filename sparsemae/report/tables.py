@@ -52,7 +52,7 @@ def confusion_table(confusion: NDArray[np.int64], names: Sequence[str], unit: st
         return table(("labeled", "predicted", unit, "of the label's"), rows, 2)
     written = len(names) <= NUMBERED_CLASSES
     head = "".join(f"<th><span>{escaped(name)}</span></th>" for name in names)
-    lines = [f"<tr><th class=corner>labeled&nbsp;↓ predicted&nbsp;→</th>{head}</tr>"]
+    lines = [f"<tr><th class=corner>labeled&nbsp;↓<br>predicted&nbsp;→</th>{head}</tr>"]
     for i, name in enumerate(names):
         cells = []
         for j, count in enumerate(confusion[i].tolist()):
@@ -82,7 +82,7 @@ def class_table(
         *cells, final = ("–" if np.isnan(values[i]) else f"{values[i]:.1%}" for values in kinds.values())
         return [chip + escaped(names[i]), *cells, bar + final, f"{found.support[i]:,}"]
 
-    head = ("class", *kinds, f"support, {unit}")
+    head = ("class", *kinds, "support")
     if len(names) <= MATRIX_CLASSES:
         return table(head, map(row, range(len(names))))
     weakest = np.argsort(np.nan_to_num(last, nan=np.inf), kind="stable")[:ROWS]

@@ -113,6 +113,14 @@ class SparsitySummary:
         """Parameters outside the sparse weights."""
         return sum(count for _, count in self.dense)
 
+    def line(self) -> str:
+        """In few words."""
+        patterns = ", ".join(dict.fromkeys(pattern for _, pattern, *_ in self.sparse)) or "dense"
+        return (
+            f"{self.sparse_total + self.dense_total:,} parameters, of which {self.kept + self.dense_total:,} are kept: "
+            f"{len(self.sparse)} layers {patterns}, the rest dense"
+        )
+
     def __str__(self) -> str:
         rows: list[tuple[str, str, Any, Any]] = [("layer", "pattern", "kept", "total"), *self.sparse]
         rows.append(("sparse weights", "", self.kept, self.sparse_total))

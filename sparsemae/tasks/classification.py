@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 from PIL import Image
@@ -23,6 +24,7 @@ from sparsemae.options import FinetuneConfig, SourceConfig
 from sparsemae.predictor import Prediction
 from sparsemae.tasks.outcomes import ClassOutcomes, Shown
 from sparsemae.tasks.task import Network, Task, blank_images, encoder_of, picture, smallest_side
+from sparsemae.tasks.teacher import Teacher, distillation_loss, open_teacher
 from sparsemae.training.logs import with_progress
 
 EVALUATION_BATCH = 256
@@ -33,6 +35,8 @@ class Classification(Task[FinetuneConfig]):
 
     title: ClassVar[str] = "finetuning"
     best_by: ClassVar[str | None] = "top1"
+    teacher: Teacher | None = None
+    """Opened with the data: a plan or a benchmark has none."""
 
     def open_data(self) -> None:
         data = self.config.data
@@ -41,6 +45,8 @@ class Classification(Task[FinetuneConfig]):
         self.sources = {"train": self.train, "val": self.val}
         self.class_names = self.train.class_names
         sources.require_classes(self.train, str(data.root))
+        if self.config.teacher is not None:
+            self.teacher = open_teacher(self.config.teacher, self.class_names)
 
     def datasets(self, model: nn.Module) -> tuple[ImageDataset, ImageDataset]:
         data, smallest = self.config.data, smallest_side(model)
@@ -51,7 +57,11 @@ class Classification(Task[FinetuneConfig]):
         ), self.validation  # fmt: skip
 
     def prepare(self, model: nn.Module, fabric: Fabric, batches: sampling.BatchPlan) -> None:
-        config = self.config
+        config, self.autocast = self.config, fabric.autocast
+        if self.teacher is not None:
+            self.teacher.model.to(fabric.device)
+            if fabric.device.type == "cpu":
+                use_plain_attention(self.teacher.model)
         self.mix: Mixup | None = None
         if config.mixup or config.cutmix:  # timm's, on every batch; they make the targets soft and smooth them
             if batches.micro_batch % 2:
@@ -61,8 +71,15 @@ class Classification(Task[FinetuneConfig]):
             self.mix = Mixup(
                 config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=len(self.class_names)
             )
+        weights = None
+        if config.class_weights == "balanced":
+            counts = self.train.class_counts()
+            if counts is None:
+                raise ValueError(f"class_weights: wanted none: the labels of {config.data.source} are not listed")
+            weights = torch.from_numpy(len(self.train) / (np.maximum(counts, 1) * (counts > 0).sum()))
+            weights = weights.to(fabric.device, torch.float32)
         self.criterion: Callable[[Tensor, Tensor], Tensor] = nn.CrossEntropyLoss(
-            label_smoothing=0.0 if self.mix else config.label_smoothing
+            weights, label_smoothing=0.0 if self.mix else config.label_smoothing
         )
         self.erase: Callable[[Tensor], Tensor] = lambda images: images
         if config.erasing:  # on the normalized batch; draws from the generators that the loop seeds
@@ -70,7 +87,14 @@ class Classification(Task[FinetuneConfig]):
 
     def loss(self, forward: nn.Module, batch: dict[str, Any]) -> Tensor:
         images, target = self._mixed(batch)
-        return self.criterion(forward(images).float(), target)
+        logits = forward(images).float()
+        loss = self.criterion(logits, target)
+        if self.teacher is None:
+            return loss
+        with self.autocast():
+            wanted = self.teacher.logits(images, self.config.data.mean, self.config.data.std).float()
+        weight = self.config.teacher_weight
+        return (1 - weight) * loss + weight * distillation_loss(logits, wanted, self.config.teacher_temperature)
 
     def _mixed(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         data = self.config.data
@@ -86,10 +110,11 @@ class Classification(Task[FinetuneConfig]):
             target = (target - smoothing / len(names)) / (1 - smoothing)
         pictures = map(picture, transforms.denormalize(images, data.mean, data.std))
         best = target.topk(2)  # mixed of two at most
-        return [
-            Shown(shown, "", " + ".join(f"{names[i]} {p:.0%}" for p, i in zip(*both, strict=True) if p > 0.005))
-            for shown, *both in zip(pictures, best.values.tolist(), best.indices.tolist(), strict=True)
-        ]
+        notes = (
+            f"{names[i]} {p:.0%} + {names[j]} {q:.0%}" if q > 0.005 else names[i]
+            for (p, q), (i, j) in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        )
+        return [Shown(shown, "", note) for shown, note in zip(pictures, notes, strict=True)]
 
     def example_batch(self, model: nn.Module, size: int) -> dict[str, Any]:
         return {"image": blank_images(size, self.config.data.img_size), "target": torch.zeros(size, dtype=torch.long)}
@@ -106,6 +131,11 @@ class Classification(Task[FinetuneConfig]):
         return self.measure(
             fabric, model, self.card(), self.validation, self.config.data.workers, outcomes=self.outcomes
         )
+
+    def guess(self, looks: int) -> dict[str, float]:
+        counts, images = self.val.class_counts(), len(self.validation)
+        most = 0.0 if counts is None else counts.max() / images
+        return {"images": images, "guess": max(1 / len(self.class_names), float(most)), "looks": looks}
 
     def result(self, metrics: dict[str, float]) -> str:
         return f"top-1 {metrics['top1']:.2%} on {len(self.validation):,} images"

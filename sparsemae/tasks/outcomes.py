@@ -176,7 +176,9 @@ class ClassOutcomes(Outcomes):
         unsure = np.argsort(margin, kind="stable")[: max(0, len(margin) - len(worst[:SHOWN]))]
 
         def shown(row: int) -> Shown:
-            image, _ = self.dataset.source.read(int(rows["index"][row]), self.dataset.smallest, self.dataset.rules)
+            dataset = self.dataset
+            image, _ = dataset.source.read(int(rows["index"][row]), dataset.smallest, dataset.rules)
+            image.thumbnail((THUMBNAIL, THUMBNAIL))
             first, second = rows["best"][row, :2]
             target, predicted, (p, q) = rows["target"][row], rows["predicted"][row], rows["probability"][row, :2]
             note = f"labeled {names[target]}, predicted {names[predicted]} ({p:.0%})"
@@ -207,27 +209,26 @@ class PixelOutcomes(Outcomes):
 
     def add(self, index: Tensor, images: Tensor, target: Tensor, predicted: Tensor) -> None:
         """A batch: ``[B]``, uint8 ``[B, 3, H, W]``, and classes ``[B, H, W]``, in the targets `IGNORED` among them."""
-        classes = len(self.class_names)
-        for number, *maps in zip(index.tolist(), images, target, predicted, strict=True):
-            pixels, truth, found = (each.cpu().numpy() for each in maps)
-            labeled = truth != IGNORED
-            cells = truth[labeled].astype(np.int64) * classes + found[labeled]
-            confusion = np.bincount(cells, minlength=classes**2).reshape(classes, classes)
-            self.counts += confusion
-            sums = np.stack([np.diagonal(confusion), confusion.sum(axis=1), confusion.sum(axis=0)])
-            self.keep(torch.tensor([number]), sums=torch.from_numpy(sums[None]))
-            iou = _miou(sums)
+        classes, truth, found = len(self.class_names), target.cpu().numpy(), predicted.cpu().numpy()
+        labeled = truth != IGNORED
+        row = np.broadcast_to(np.arange(len(truth))[:, None, None], truth.shape)[labeled]
+        cells = (row * classes + truth[labeled]) * classes + found[labeled]
+        confusion = np.bincount(cells, minlength=len(truth) * classes**2).reshape(-1, classes, classes)
+        self.counts += confusion.sum(axis=0)
+        right = np.diagonal(confusion, axis1=1, axis2=2)
+        sums = np.stack([right, confusion.sum(axis=2), confusion.sum(axis=1)], axis=1)
+        self.keep(index, sums=torch.from_numpy(sums))
+        for number, iou, *maps in zip(index.tolist(), _miou(sums).tolist(), images, truth, found, strict=True):
             if not math.isnan(iou):
-                self._picture(iou, number, pixels, truth, found)
+                self._picture(iou, number, *maps)
 
-    def _picture(self, iou: float, index: int, *maps: NDArray[np.uint8]) -> None:
+    def _picture(self, iou: float, index: int, pixels: Tensor, *maps: NDArray[np.uint8]) -> None:
         ranked = sorted(score for score, *_ in self.pictures)
         if len(ranked) == 2 * OVERLAYS and ranked[OVERLAYS - 1] <= iou <= ranked[OVERLAYS]:
             return
-        height, width = maps[1].shape
-        step = -(-max(height, width) // OVERLAY_SIDE)
-        image = Image.fromarray(np.ascontiguousarray(maps[0].transpose(1, 2, 0)[::step, ::step]))
-        shown = [overlaid(image, classes[::step, ::step].astype(np.uint8), self.palette) for classes in maps[1:]]
+        step = -(-max(maps[0].shape) // OVERLAY_SIDE)
+        image = Image.fromarray(pixels[:, ::step, ::step].permute(1, 2, 0).contiguous().cpu().numpy())
+        shown = [overlaid(image, classes[::step, ::step].astype(np.uint8), self.palette) for classes in maps]
         self.pictures.append((iou, index, beside(shown)))
         self.pictures.sort(key=lambda one: one[:2])
         if len(self.pictures) > 2 * OVERLAYS:
@@ -243,24 +244,24 @@ class PixelOutcomes(Outcomes):
 
     def table(self) -> Iterator[Sequence[Any]]:
         yield "file", "miou", "pixel_accuracy", "labeled_pixels"
-        for row, sums in enumerate(self.rows["sums"]):
-            right, labeled = sums[0].sum(), sums[1].sum()
-            yield self.file(row), f"{_miou(sums):.6g}", f"{right / labeled if labeled else math.nan:.6g}", labeled
+        sums = self.rows["sums"]
+        figures = zip(
+            _miou(sums).tolist(), _pixel_accuracy(sums).tolist(), sums[:, 1].sum(axis=1).tolist(), strict=True
+        )
+        for row, (miou, accuracy, labeled) in enumerate(figures):
+            yield self.file(row), f"{miou:.6g}", f"{accuracy:.6g}", labeled
 
     def confusion(self) -> NDArray[np.int64]:
         return self.counts
 
     def headlines(self) -> list[Headline]:
         """Errors are jackknife estimates: each image is left out in turn."""
-        sums = self.rows["sums"].sum(axis=0)
-        kinds = {"mIoU": _miou, "Mean accuracy": _mean_accuracy, "Pixel accuracy": lambda s: s[0].sum() / s[1].sum()}
-        scored = f"over {(sums[1] > 0).sum()} of {len(self.class_names)} classes"
-        found = []
-        with np.errstate(invalid="ignore"):
-            for name, kind in kinds.items():
-                others = np.array([kind(sums - own) for own in self.rows["sums"]])
-                error = math.sqrt((len(others) - 1) * others.var()) if len(others) > 1 else None
-                found.append(Headline(name, float(kind(sums)), error, "%", scored if name == "mIoU" else ""))
+        own = self.rows["sums"]
+        total, count = own.sum(axis=0), len(own)
+        scored, found = f"over {(total[1] > 0).sum()} of {len(self.class_names)} classes", []
+        for name, kind in {"mIoU": _miou, "Mean accuracy": _mean_accuracy, "Pixel accuracy": _pixel_accuracy}.items():
+            error = math.sqrt((count - 1) * kind(total - own).var()) if count > 1 else None
+            found.append(Headline(name, float(kind(total)), error, "%", scored if name == "mIoU" else ""))
         return found
 
     def galleries(self) -> list[Gallery]:
@@ -276,15 +277,27 @@ class PixelOutcomes(Outcomes):
         ]
 
 
-def _miou(sums: NDArray[np.int64]) -> float:
-    """Mean IoU over the annotated classes, of right, annotated and predicted pixels ``[3, C]``; nan: there are none."""
-    right, truth, predicted = sums[:, sums[1] > 0]
-    return float((right / (truth + predicted - right)).mean()) if len(truth) else math.nan
+def _miou(sums: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Mean IoU over the annotated classes, of right, annotated and predicted pixels ``[..., 3, C]``."""
+    right, truth, predicted = np.moveaxis(sums, -2, 0)
+    return _mean(right, truth + predicted - right, truth > 0)
 
 
-def _mean_accuracy(sums: NDArray[np.int64]) -> float:
-    right, truth, _ = sums[:, sums[1] > 0]
-    return float((right / truth).mean()) if len(truth) else math.nan
+def _mean_accuracy(sums: NDArray[np.int64]) -> NDArray[np.float64]:
+    right, truth, _ = np.moveaxis(sums, -2, 0)
+    return _mean(right, truth, truth > 0)
+
+
+def _pixel_accuracy(sums: NDArray[np.int64]) -> NDArray[np.float64]:
+    right, truth, _ = np.moveaxis(sums.sum(axis=-1), -1, 0)
+    return _mean(right[..., None], truth[..., None], truth[..., None] > 0)
+
+
+def _mean(part: NDArray[np.int64], whole: NDArray[np.int64], there: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Of fractions, over the classes that are there; nan where none is."""
+    with np.errstate(invalid="ignore"):
+        mean: NDArray[np.float64] = np.where(there, part / np.maximum(whole, 1), 0).sum(axis=-1) / there.sum(axis=-1)
+    return mean
 
 
 def beside(images: Sequence[Image.Image], gap: int = 4) -> Image.Image:

@@ -99,6 +99,10 @@ class Task(Trainable[Config]):
     def forwards(self, model: nn.Module) -> list[Forward]:
         """Multiply-adds of one image, of a model on the meta device."""
 
+    def guess(self, looks: int) -> dict[str, float]:
+        """What `guessing.warning` wants beside the metrics that are the best of so many evaluations, if it applies."""
+        return {}
+
     def result(self, metrics: dict[str, float]) -> str:
         """What a finished training says of itself."""
         return self.summary(metrics)

@@ -32,7 +32,7 @@ from sparsemae.training.optim import in_epochs, learning_rate, make_optimizer, s
 from sparsemae.training.run import Run
 from sparsemae.training.state import TrainingState, bad_record
 from sparsemae.training.step import memory_advice, optimizer_step
-from sparsemae.training.subject import Subject
+from sparsemae.training.subject import Fitted, Subject
 
 
 class _Verdict(NamedTuple):
@@ -53,17 +53,19 @@ class _Verdict(NamedTuple):
         return not self.no_data and math.isfinite(self.loss) and math.isfinite(self.norm)
 
 
-def fit(run: Run, subject: Subject) -> dict[str, float]:
-    """Run (or continue) the optimizer steps; returns the last evaluation's metrics, or an empty dict.
+def fit(run: Run, subject: Subject) -> Fitted:
+    """Run (or continue) the optimizer steps.
 
-    Leaves in ``subject.model`` the weights to write: those of the last step, or their moving average if there is one.
+    Leaves in ``subject.model`` the weights to write: those of the last step or, by trainer.keep, of the best epoch, or
+    their moving average if there is one.
     Raises SystemExit with `STOPPED_STATUS` when a signal asked for the end and all is saved; ValueError when the run
     cannot go on (data, disk, memory, numbers), saying what is saved.
     """
     loop = _Loop(run, subject)
     with run.open(), loop.signals, loop.feed:
         loop.resume()
-        return loop.run_all()
+        loop.run_all()
+        return loop.fitted()
 
 
 class _Loop:
@@ -83,7 +85,7 @@ class _Loop:
         self.stop = self.total if trainer.max_steps is None else min(self.total, trainer.max_steps)
         self.model = model = subject.model
         if fabric.device.type == "cpu" and run.precision == "bf16":
-            use_plain_attention(model)
+            use_plain_attention(subject.forward)
         compiled = fabric.device.type == "cuda" if trainer.compile == "auto" else trainer.compile
         forward: Any = torch.compile(subject.forward) if compiled else subject.forward
         # set up before resuming: optimizer state follows its parameters' device. Fabric compiles again around DDP, so
@@ -123,20 +125,8 @@ class _Loop:
         Damaged ones that are newer are set aside, or they would outlive what is saved from here on. Raises ValueError,
         and leaves all as it is, if one cannot be read for another reason.
         """
-        run, state, damaged, counters = self.run, self.state, [], dict[str, Any]()
-        for path in reversed(checkpoint.list_checkpoints(run.checkpoints)):
-            try:
-                counters = retried(partial(state.restore, path), run.log.info)
-                break
-            except checkpoint.DamagedCheckpoint as error:
-                damaged.append(path)
-                run.log.info(str(error))
-            except (OSError, MemoryError) as error:
-                raise ValueError(
-                    f"{path}: {error or 'out of memory'}; nothing is lost, the same command goes on when it can be read"
-                ) from error
-        if damaged and not state.done:
-            raise ValueError(f"{run.checkpoints}: no intact checkpoint to continue from; choose another --out")
+        run, state = self.run, self.state
+        counters, damaged = state.restore_newest(run.checkpoints, run.log.info)
         self.group.agree(state.identity)
         if self.fabric.is_global_zero:
             for path in damaged:
@@ -151,7 +141,7 @@ class _Loop:
             for name in (name for name in now if before.get(name, now[name]) != now[name]):
                 run.log.info(f"warning: {name} was {before[name]} and is {now[name]}: results may differ")
 
-    def run_all(self) -> dict[str, float]:
+    def run_all(self) -> None:
         """Step, evaluate, log and save until the schedule's end, or until something ends the run before."""
         run, state = self.run, self.state
         if state.done < self.stop and self.fabric.is_global_zero:  # older than what comes now
@@ -181,15 +171,25 @@ class _Loop:
             )
         if not self.metrics:
             self._evaluate()
+
+    def fitted(self) -> Fitted:
+        """Put the weights to write into the model, and say which they are."""
+        run, state, last = self.run, self.state, self.state.done
+        best = None if state.best is None else int(state.best["step"])
+        if run.trainer.keep == "best" and best not in (None, last):
+            self.fabric.barrier()  # the first process has written it
+            retried(partial(state.restore, checkpoint.checkpoint_path(run.checkpoints, best)), run.log.info)
         if state.average is not None:
             self.model.load_state_dict(state.average.module.state_dict())
             run.log.info(f"the weights written are the moving average of trainer.ema_decay {run.trainer.ema_decay:g}")
-        return self.metrics
+        per_epoch = self.plan.steps_per_epoch
+        return Fitted(self.metrics, last / per_epoch, state.done / per_epoch, best and best / per_epoch)
 
     def _step(self) -> None:
         """One optimizer step over its micro-batches, if all processes find it good."""
         state, epoch = self.state, self.state.done / self.plan.steps_per_epoch
-        set_learning_rate(self.optimizer, learning_rate(self.optim, epoch, self.epochs))
+        frozen = self.optim.freeze_variance_epoch is not None and epoch >= self.optim.freeze_variance_epoch
+        set_learning_rate(self.optimizer, learning_rate(self.optim, epoch, self.epochs), frozen)
         verdict, losses, indices = _Verdict(0.0, 0.0, 0.0, 0.0), torch.empty(0), torch.empty(0)
 
         def backward() -> None:
@@ -297,6 +297,8 @@ class _Loop:
             self.group.at(f"log of step {done}")
             self.unreadable.synchronize()
             self.group.agree(state.identity)
+        at = f"epoch {min(epoch + 1, math.ceil(self.epochs))}/{self.epochs:g}"
+        progress.advance(done, f"{at}, " + (f"loss {fmean(state.losses):.4f}" if state.losses else "no good step"))
         with self.whole:
             if logged:
                 loss = {"loss": fmean(state.losses)} if state.losses else {}
@@ -304,7 +306,6 @@ class _Loop:
                 bad = {"bad_steps": state.bad.total} if state.bad.total else {}
                 rate = progress.images_per_second(done)
                 self.run.log.write("metrics.jsonl", {**where, **loss, "lr": lr, "images_per_second": rate, **bad})
-                progress.advance(done, f"loss {loss['loss']:.4f}" if loss else "no good step")
                 state.losses.clear()
             if state.topology is not None and (within == 0 or done == self.total):
                 moved = state.topology.update()
@@ -312,7 +313,7 @@ class _Loop:
             best = False
             if metric is not None:
                 self.run.log.write("metrics.jsonl", {**where, **self.metrics})
-                best = state.is_best(self.metrics[metric], self.task.higher_is_better)
+                best = state.masks.reached and state.is_best(self.metrics[metric], self.task.higher_is_better)
             state.logged_through = done
         minutes, longest = (time.monotonic() - self.saved_at) / 60, trainer.save_every_minutes
         if last or best or (longest is not None and minutes >= longest) or done % trainer.save_every_steps == 0:
@@ -359,7 +360,8 @@ class _Loop:
         if self.run.log.lost() or not self.run.checkpoints.is_dir():
             return ""
         with suppress(Exception):
-            if saves and self.whole.acquire(timeout=5.0):
+            patience = 0 if threading.current_thread() is threading.main_thread() else 5.0  # who holds it is no other
+            if saves and self.whole.acquire(timeout=patience):
                 self.saver.wait()
                 kept = checkpoint.list_checkpoints(self.run.checkpoints)
                 stream = None

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 from lightning_fabric.loggers import CSVLogger, TensorBoardLogger
 
+from sparsemae.files import write_atomic
+
 PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "csv": (), "wandb": ("wandb",)}
 """Any of which each wants."""
 ALL_AT_ONCE = 1 << 62
@@ -39,7 +41,7 @@ class _WandB:
 
         known = folder / "wandb-id.txt"
         if not known.is_file():
-            known.write_text(secrets.token_hex(4))
+            write_atomic(known, secrets.token_hex(4))
         try:
             self.run = wandb.init(
                 project="sparsemae", name=folder.name, id=known.read_text().strip(), resume="allow", dir=str(folder),

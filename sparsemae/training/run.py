@@ -20,13 +20,13 @@ from lightning_fabric import Fabric
 from sparsemae.data.images import DefaultRules
 from sparsemae.data.record import differences as record_differences
 from sparsemae.files import retried, write_atomic
-from sparsemae.limits import marked
+from sparsemae.limits import marked, with_values
 from sparsemae.models.weights import card_of, read_metadata
 from sparsemae.options import TrainerConfig, TrainingConfig
 from sparsemae.plain_yaml import read_yaml
 from sparsemae.renamed import OPTIONS, renamed
 from sparsemae.training import checkpoint, lock, logs, mirrors
-from sparsemae.training.config import PRECISIONS, differences, resolved_precision
+from sparsemae.training.config import PRECISIONS, differences, flatten_config, resolved_precision
 from sparsemae.training.group import Group
 
 C = TypeVar("C", bound=TrainingConfig)
@@ -157,13 +157,25 @@ def start(config: TrainingConfig, group: Group) -> Run:
     return Run(fabric, group, log, folder, trainer, config.seed, precision, now, changed)
 
 
-def with_pixels_of_before(config: C) -> C:
-    """The options, to go on with a run in their folder that was begun when there were no rules of pixels."""
+def with_rules_of_before(config: C) -> C:
+    """The options, to go on with a run in their folder that was begun under other rules.
+
+    When there were none of pixels, or when a tenth of all images was held out, whatever their classes. What the data
+    settled then (`from_data`) is taken from the run.
+    """
     before, data, plain = _kept_config(Path(config.out), lambda text: None), config.data, type(config)().data
-    if (data.background, data.bits) != (plain.background, plain.bits) or not before:
+    if not before:
         return config
     rules = {name: before["data"][name] for name in ("background", "bits")}
-    return replace(config, data=replace(data, **rules)) if list(rules.values()) == [None, None] else config
+    if (data.background, data.bits) == (plain.background, plain.bits) and list(rules.values()) == [None, None]:
+        data = replace(data, **rules)
+    if data.val_rule == plain.val_rule:
+        data = replace(data, val_rule=before["data"]["val_rule"])
+    # the processors are those of now, and the network is that of the weights to start from
+    kept, mine = flatten_config(before), ("data.workers", *["model.name"] * (config.init not in (None, "auto")))
+    settled = {name: kept[name] for name in config.from_data if name in kept and name not in mine}
+    again = [name for name in config.from_data if name not in settled]
+    return with_values(replace(config, data=data, from_data=again), settled)
 
 
 def _leave_process_group(group: Group) -> None:
@@ -189,7 +201,7 @@ def _kept_config(folder: Path, info: Callable[[str], None]) -> dict[str, Any]:
     counters = checkpoint.migrated(counters, kept[-1])
     try:
         before = renamed(counters.get("config") or read_yaml(folder / "config.yaml"), OPTIONS)
-        before["data"] = asdict(PIXELS_OF_BEFORE) | before["data"]
+        before["data"] = asdict(PIXELS_OF_BEFORE) | {"val_rule": "permutation"} | before["data"]
         trainer = before["trainer"]
         if trainer["device_batch"] is None:  # written before it was resolved
             trainer["device_batch"] = trainer["global_batch"] // (trainer["devices"] * trainer["num_nodes"])

@@ -51,6 +51,15 @@ def test_the_methods_arithmetic(tmp_path: Path, pattern: str, kept: int, linear:
     assert giga(found, 1)["dense linear"][0] * 1e9 == pytest.approx(decoder)
 
 
+def test_a_recipe_beyond_the_paper_is_planned_as_the_uniform_one(tmp_path: Path) -> None:
+    """Patterns of one total cost the same; a teacher that is not there is not counted."""
+    model = "init: runs/mae\nmodel: {name: vit_tiny_patch16_224, args: {depth: 2}}\ntrainer: {global_batch: 8}\n"
+    plain = planned(tmp_path, "finetune", model, classes=10)
+    plus = "allocation: magnitude, allocation_epoch: 1, decay_epochs: 2, dense_epochs: 1"
+    text = f"{model}teacher: runs/nothing\nsparse: {{{plus}}}\noptim: {{freeze_variance_epoch: 1}}"
+    assert str(planned(tmp_path, "finetune", text, classes=10)) == str(plain)
+
+
 @pytest.mark.slow
 def test_a_finetuned_model_has_a_head_and_a_dense_one_keeps_all(tmp_path: Path) -> None:
     found = planned(tmp_path, "finetune", "seed: 0", devices=8)
@@ -75,6 +84,7 @@ def test_steps_hours_and_what_is_printed(tmp_path: Path, capsys: pytest.CaptureF
     assert f"hours            {511_180_800 / 5000 / 3600:.1f} at 5,000 images/s" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_loop_takes_the_steps_and_writes_the_checkpoint_that_were_planned(tmp_path: Path) -> None:
     main(tiny("pretrain", tmp_path / "run"))
     found = plan(PlanConfig(str(tmp_path / "run" / "config.yaml"), images=10_000))
@@ -168,6 +178,7 @@ def test_mistakes(tmp_path: Path, options: dict[str, Any], message: str) -> None
 
 
 @pytest.mark.parametrize(("recipe", "images"), [("demo_finetune", 1000), ("demo_pretrain", 10_000)])
+@pytest.mark.slow
 def test_a_demos_recipe_is_counted_on_the_embedded_images(recipe: str, images: int) -> None:
     assert plan(PlanConfig(recipe)).batches.images == images
 

@@ -158,7 +158,7 @@ def small_disk(folder: Path, megabytes: float) -> Iterator[Path]:
     folder.mkdir()
     options = ["-t", "tmpfs", "-o", f"size={round(megabytes * 1024)}k", "tmpfs", str(folder)]
     if subprocess.run(["mount", *options], check=False, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a small tmpfs (root)")
+        pytest.skip("needs root: mounts a small file system")
     try:
         yield folder
     finally:

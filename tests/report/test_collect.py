@@ -6,13 +6,17 @@ import base64
 import csv
 import io
 import json
+import os
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import SceneRun, tiny
+from conftest import SceneRun, on_scene, scene_folder, tiny
 from pages import CHROMIUM, Page, browse, served
 from PIL import Image
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
@@ -156,6 +160,38 @@ def test_the_page_shows_the_first_batch_as_the_loss_had_it(tmp_path: Path, monke
     batch = record_of(tmp_path / "run")["batch"]
     assert len(batch) == 16
     assert any("%" in one["note"] for one in batch)  # mixed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("job", "name", "metric"), [("finetune", "Top-1 accuracy", "top1"), ("segment", "mIoU", "miou")]
+)
+def test_two_processes_bring_all_images_together(tmp_path: Path, job: str, name: str, metric: str) -> None:
+    """Each looks at every other image; the page is of all."""
+    short = ["--trainer.max_steps", "1", "--trainer.device_batch", "8" if job == "finetune" else "2"]
+    words = partial(tiny, job)
+    if job == "segment":
+        words = partial(on_scene, root=scene_folder(tmp_path / "ade", train=8, val=5, longest=100))
+        short += ["--data.workers", "0"]
+    both, alone = tmp_path / "both", tmp_path / "alone"
+    command = [*words(both), *short, "--trainer.devices", "2", "--trainer.accelerator", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    start = [sys.executable, "-m", "sparsemae.cli", *command]
+    done = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    main([*words(alone), *short])
+    for run in (both, alone):
+        rows, record = rows_of(run), record_of(run)
+        assert len(rows) == record["images"] == (10_000 if job == "finetune" else 5)
+        found = next(one["value"] for one in record["headlines"] if one["name"] == name)
+        assert found == pytest.approx(sparsemae.load(run).card.metrics[metric])
+    assert [row["file"] for row in rows_of(both)] == [row["file"] for row in rows_of(alone)]
+    for key in ("confusion", "galleries") if job == "finetune" else ():  # a batch's norm is each process's own on a CPU
+        assert record_of(both)[key] == record_of(alone)[key]
+    shown = [
+        {one["file"] for gallery in record_of(run)["galleries"] for one in gallery["pictures"]} for run in (both, alone)
+    ]
+    assert shown[0] == shown[1]
 
 
 @pytest.mark.slow

@@ -95,6 +95,7 @@ def test_whatever_users_call_their_files_is_text(tmp_path: Path, classes: int) -
     assert f"warning: {shown}" in page.words
 
 
+@pytest.mark.slow
 def test_a_page_of_a_thousand_classes_stays_small(tmp_path: Path) -> None:
     run = made_run(tmp_path / "run", record(1000, "class", 24))
     write_page([run])
@@ -110,6 +111,18 @@ def test_a_run_of_before_has_its_logs_shown_and_says_what_it_lacks(tmp_path: Pat
     assert any("no report.json" in word for word in page.words)
     assert "Confusion matrix" not in page.words
     assert page.words[page.words.index("top-1") + 1] == "40.0"
+
+
+def test_a_run_that_goes_on_is_not_shown_with_the_pictures_of_before(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run", record(3, "a") | {"step": 40}, {"kept": 3.0, "notes": ["of before"], "test": None})
+    write_page([run])
+    assert "Confusion matrix" in page_of(run).words
+    with (run / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 50, "epoch": 5.0, "loss": 1.0}\n')
+    write_page([run])
+    page = page_of(run)
+    assert "Confusion matrix" not in page.words
+    assert "of before" not in page.words
 
 
 def test_what_was_chosen_and_what_was_tested_is_said(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     rows = []
     for content in wandb_records(file.read_bytes()):
-        record = proto.Record()
+        record: Any = proto.Record()  # type: ignore[attr-defined]
         record.ParseFromString(content)
         if record.WhichOneof("record_type") == "history":
             items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
