@@ -80,13 +80,14 @@ class TrainingState:
     def identity(self) -> dict[str, Any]:
         """What all processes have alike: step, class names, settings, and of each weight the sum of its bits.
 
-        Buffers are each process's own, and the images may lie elsewhere on another machine.
+        Buffers are each process's own, and another machine may have the images elsewhere, and more processors.
         """
         bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}
         weights = {f"the checksum of {name}": weight.detach() for name, weight in self.model.named_parameters()}
         sums = [weight.view(bits[weight.element_size()]).sum(dtype=torch.int64) for weight in weights.values()]
         same = dict(zip(weights, torch.stack(sums).tolist(), strict=True))
-        settings = {name: value for name, value in flatten_config(self.origin["config"]).items() if name != "data.root"}
+        own = ("data.root", "data.workers")
+        settings = {name: value for name, value in flatten_config(self.origin["config"]).items() if name not in own}
         names = hashlib.sha256(repr((self.origin["images"] or {}).get("class_names")).encode()).hexdigest()
         return {"the step": self.done, "the digest of the class names": names[:16], **settings, **same}
 
