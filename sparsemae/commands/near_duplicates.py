@@ -1,8 +1,8 @@
 """Images that are one picture, saved twice: found by a difference hash, whatever their format, quality and size.
 
-A hash is one bit for each of 16 x 16 cells of the gray image: whether the next cell to the right is clearly
-brighter (N. Krawetz, *Kind of like that*, 2013, but for `NOISE`). Two of at most `MOST` different bits agree in one of `BANDS` whole parts, by
-which candidates are found without a look at all pairs.
+A hash is one bit for each of 16 x 16 cells of the gray image: whether the next cell to the right is clearly brighter
+(N. Krawetz, *Kind of like that*, 2013, but for `NOISE`). Two of at most `MOST` different bits agree in one of `BANDS`
+whole parts, by which candidates are found without a look at all pairs.
 """
 
 from collections import defaultdict
