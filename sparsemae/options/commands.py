@@ -135,7 +135,7 @@ class BenchmarkConfig:
     ViT-B with AdamW's state costs the loop, beside a save that blocks it; kernels: every instruction set's linear
     layers, attention and norm, one by one, on one thread."""
     quick: bool = False
-    """Packed models against torch alone, small batches, one run each: under two minutes."""
+    """Packed models against torch alone at ViT-B's size, the first two batches, one run each: under two minutes."""
     files: list[str] = field(default_factory=list, metadata=READ)
     """Packed files; none: SparseMAE-T and -S at ViT-B/16 size with random weights, bf16 and int8."""
     engines: list[str] = field(

@@ -108,6 +108,7 @@ def test_the_last_is_written_where_a_recipe_is_named_and_the_best_is_said(
     assert json.loads((tmp_path / "run" / "result.json").read_text())["kept"] == 2
 
 
+@pytest.mark.slow
 def test_what_is_best_before_the_pattern_is_reached_does_not_count(
     tmp_path: Path, forty: Path, scripted: Callable[..., None]
 ) -> None:
@@ -121,6 +122,7 @@ def test_what_is_best_before_the_pattern_is_reached_does_not_count(
     assert json.loads((tmp_path / "other" / "result.json").read_text())["kept"] == 2
 
 
+@pytest.mark.slow
 def test_masks_that_froze_after_the_peak_are_not_the_peaks(
     tmp_path: Path, forty: Path, scripted: Callable[..., None]
 ) -> None:
@@ -171,6 +173,7 @@ def test_a_run_goes_on_with_what_its_data_settled(
     assert before == after
 
 
+@pytest.mark.slow
 def test_evaluate_takes_the_runs_own_data(
     tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFixture[str], refused: Callable[..., str]
 ) -> None:
