@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test check lint types fast holds bench gpu kernels fuzz reliability sanitize format results segment wasm
+.PHONY: demo test check lint types fast holds bench gpu kernels fuzz reliability soak sanitize format results segment wasm
 
 demo: $(STAMP)
 	$(BIN)/sparsemae demo
@@ -73,6 +73,12 @@ kernels: $(STAMP)
 reliability: $(STAMP)
 	mkdir -p runs
 	SPARSEMAE_TEST_FUZZ=10000 $(TESTS) -m "" --rows runs/reliability.json tests/faults
+	$(BIN)/python docs/update.py
+
+# half an hour of a server's load, and 3,000 training steps: what stays flat, into docs/reliability.md
+soak: $(STAMP)
+	mkdir -p runs
+	SPARSEMAE_TEST_SOAK_SECONDS=1800 SPARSEMAE_TEST_SOAK_STEPS=3000 $(TESTS) -m "" --rows runs/soak.json tests/faults/test_soak.py
 	$(BIN)/python docs/update.py
 
 # 10,000 mutated checkpoint files; the tests take 500 of them

@@ -30,6 +30,8 @@ def main() -> None:
     if told := read("runs/reliability.json"):
         put("reliability", fault_table(told["fault"]))
         put("reliability: resumed", resume_table(told["resume"]))
+    if told := read("runs/soak.json"):
+        put("soak", soak_table(told["soak"]))
 
 
 def tested_task() -> str:
@@ -159,6 +161,19 @@ def resume_table(rows: list[dict]) -> str:
         parts = [", ".join(map(str, row[name])) for name in ("stops", "workers", "processes")]
         lines.append([row["job"], row["source"], parts[0], str(row["steps"]), *parts[1:]])
     return table(head, lines, 6)
+
+
+def soak_table(rows: list[dict]) -> str:
+    """What ran for long: how much it held in the end, and how much that grew."""
+    head = ["what", "how long", "resident, MB", "slope, MB per hour or 1,000 steps",
+            "more in the last fifth than in the second, MB", "at most", "descriptors", "threads"]  # fmt: skip
+    lines = []
+    for row in rows:
+        slope = row["slope"] * (1000 if row["amount"].endswith("steps") else 3600)
+        numbers = [f"{row['resident']:.1f}", f"{slope:+.2f}", f"{row['rise']:+.2f}", f"{row['bound']:g}"]
+        counts = [f"{row[name]:.0f}" for name in ("descriptors", "threads")]
+        lines.append([row["what"], row["amount"], *numbers, *counts])
+    return table(head, lines, 2)
 
 
 if __name__ == "__main__":

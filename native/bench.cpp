@@ -26,11 +26,14 @@ std::vector<KernelTiming> time_kernels(Vit& model, std::size_t rounds) {
   std::vector<float> image(g.channels * g.image_height * g.image_width), out(g.tokens * g.width);
   model.forward(image.data(), 1, out.data(), true);  // activations that are not all zero
   const auto lock = model.pool_.acquire();
-  Vit::Workspace& w = model.workspace(0);
+  model.reserve(1, 1);
+  Vit::State& state = *model.states_[0];
+  Vit::Workspace& w = *model.workspaces_[0];
   void* scratch = model.scratch_[0].get();
 
   // What a layer reads: the activation itself, or its int8 copy, rounded before.
   const auto copy_of = [&](const Aligned<char>& activation) {
+    if (&activation == &state.normed) return state.quantized.get();
     return &activation == &w.hidden ? w.quantized_hidden.get() : w.quantized.get();
   };
   const auto input = [&](const Vit::Layer& layer, const Aligned<char>& activation) {
@@ -41,29 +44,29 @@ std::vector<KernelTiming> time_kernels(Vit& model, std::size_t rounds) {
       kernels.quantize(g, layer.view.columns, activation.get(), copy_of(activation), 0, g.padded_tokens);
   };
   const auto linear = [&](const Vit::Layer& layer, const Aligned<char>& activation, Output kind, void* output) {
-    kernels.linear(g, layer.view, input(layer, activation), kind, output, 0, kernels.token_parts(g), 0,
-                   layer.view.rows / kRowBlock, scratch);
+    kernels.linear(g, layer.view, input(layer, activation), kind, state.residual.get(), output, 0,
+                   kernels.token_parts(g), 0, layer.view.rows / kRowBlock, scratch);
   };
   const auto norm = [&] {
-    kernels.norm(g, w.residual.get(), block.norm1.weight.data(), block.norm1.bias.data(), model.config_.norm_eps,
-                 w.normed.get(), 0, g.padded_tokens);
-    round(block.qkv, w.normed);
+    kernels.norm(g, state.residual.get(), block.norm1.weight.data(), block.norm1.bias.data(), model.config_.norm_eps,
+                 state.normed.get(), 0, g.padded_tokens);
+    round(block.qkv, state.normed);
   };
   const auto qkv = [&] {
     for (std::size_t head = 0; head < g.heads; ++head)
-      kernels.project_head(g, block.qkv.view, input(block.qkv, w.normed), head, scratch);
+      kernels.project_head(g, block.qkv.view, input(block.qkv, state.normed), head, scratch);
   };
   const auto attention = [&] {
     for (std::size_t head = 0; head < g.heads; ++head) kernels.attend_head(g, w.attended.get(), head, scratch);
   };
   const auto proj = [&] {
     round(block.proj, w.attended);
-    linear(block.proj, w.attended, Output::residual, w.residual.get());
+    linear(block.proj, w.attended, Output::residual, state.residual.get());
   };
-  const auto fc1 = [&] { linear(block.fc1, w.normed, Output::gelu, w.hidden.get()); };
+  const auto fc1 = [&] { linear(block.fc1, state.normed, Output::gelu, w.hidden.get()); };
   const auto fc2 = [&] {
     round(block.fc2, w.hidden);
-    linear(block.fc2, w.hidden, Output::residual, w.residual.get());
+    linear(block.fc2, w.hidden, Output::residual, state.residual.get());
   };
   struct Subject {
     const char* kernel;

@@ -78,7 +78,7 @@ inline void quantize(const Geometry& g, size_t features, const void* activation,
 }
 #endif
 
-// sink(token, row, y) as in multiply, for tokens of [first_token, last_token).
+// sink(token, row, slab, y) as in multiply, for tokens of [first_token, last_token).
 template <class Sink>
 inline void multiply_layer(const Geometry& g, const Linear& l, const void* input, size_t first_token, size_t last_token,
                            size_t first, size_t last, bool slabwise, const Sink& sink) {
@@ -100,25 +100,28 @@ inline size_t pack_any_block(const RowSource& source, const Linear& l, size_t bl
   return pack_block<Bf16>(source, l, block, out);
 }
 
-inline void linear(const Geometry& g, const Linear& l, const void* input, Output kind, void* output, size_t first_part,
-                   size_t last_part, size_t first, size_t last, void*) {
+inline void linear(const Geometry& g, const Linear& l, const void* input, Output kind, const float* residual,
+                   void* output, size_t first_part, size_t last_part, size_t first, size_t last, void*) {
   const size_t first_token = part_begin(g, first_part), last_token = part_begin(g, last_part);
   if (kind == Output::residual) {
-    auto* residual = static_cast<float*>(output);
-    multiply_layer(g, l, input, first_token, last_token, first, last, true, [&](size_t token, size_t row, __m512 y) {
-      float* to = residual + token * l.used + row;
-      if (row + kHalf <= l.used) return _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), y));
-      if (row >= l.used) return;
-      const __mmask16 mask = first_lanes(l.used - row);
-      _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), y));
-    });
-    return;
+    auto* sums = static_cast<float*>(output);
+    return multiply_layer(g, l, input, first_token, last_token, first, last, true,
+                          [&](size_t token, size_t row, size_t slab, __m512 y) {
+                            float* to = sums + token * l.used + row;
+                            const float* from = slab ? to : residual + token * l.used + row;
+                            if (row + kHalf <= l.used)
+                              return _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(from), y));
+                            if (row >= l.used) return;
+                            const __mmask16 mask = first_lanes(l.used - row);
+                            _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, from), y));
+                          });
   }
   auto* activation = static_cast<uint16_t*>(output);
   const size_t stride = stride_of(l.used);
-  multiply_layer(g, l, input, first_token, last_token, first, last, false, [&](size_t token, size_t row, __m512 y) {
-    store_bf16(activation + token * stride + row, kind == Output::gelu ? gelu(y) : y);
-  });
+  multiply_layer(g, l, input, first_token, last_token, first, last, false,
+                 [&](size_t token, size_t row, size_t, __m512 y) {
+                   store_bf16(activation + token * stride + row, kind == Output::gelu ? gelu(y) : y);
+                 });
 }
 
 struct Scratch {
@@ -185,7 +188,7 @@ inline void project_head(const Geometry& g, const Linear& qkv, const void* input
   const size_t hd = g.padded_head_dim, origin = head * 3 * hd, keys = g.padded_tokens;
   uint16_t* parts[3] = {s.q, s.k_rows, s.v_rows};
   multiply_layer(g, qkv, input, 0, g.padded_tokens, origin / kRowBlock, (origin + 3 * hd) / kRowBlock, false,
-                 [&](size_t token, size_t row, __m512 y) {
+                 [&](size_t token, size_t row, size_t, __m512 y) {
                    store_bf16(parts[(row - origin) / hd] + token * hd + (row - origin) % hd, y);
                  });
   for (size_t t = 0; t < keys; t += 16)  // rows beyond the padded tokens stay zero

@@ -181,9 +181,9 @@ __attribute__((noinline)) inline void accumulate_dense(const char* record, size_
 }
 
 // Multiplies blocks [first, last) of a layer with tokens [first_token, last_token), whole tiles of kTokens, whose
-// inputs are `stride` bytes apart. sink(token, row, y) gets the scaled sums of 16 rows from `row` on for one token;
-// with `slabwise` one slab after the other, otherwise whole. token_scale: what a token's inputs have been divided by,
-// or null.
+// inputs are `stride` bytes apart. sink(token, row, slab, y) gets the scaled sums of 16 rows from `row` on for one
+// token; with `slabwise` one slab after the other, otherwise whole. token_scale: what a token's inputs have been
+// divided by, or null.
 template <class P, class Sink>
 inline void multiply(const Linear& l, const char* x, size_t stride, const float* token_scale, size_t first_token,
                      size_t last_token, size_t first, size_t last, bool slabwise, const Sink& sink) {
@@ -216,7 +216,7 @@ inline void multiply(const Linear& l, const char* x, size_t stride, const float*
           for (size_t t = 0; t < kTokens; ++t) {
             __m512 y = P::to_float(sums[half][t]);
             if (token_scale) y = _mm512_mul_ps(y, _mm512_set1_ps(token_scale[token + t]));
-            sink(token + t, row, _mm512_fmadd_ps(y, scale, bias));
+            sink(token + t, row, slab, _mm512_fmadd_ps(y, scale, bias));
           }
         }
       }

@@ -110,8 +110,10 @@ struct Kernels {
   // each; that of the one after the last is padded_tokens.
   std::size_t (*token_parts)(const Geometry&);
   std::size_t (*part_begin)(const Geometry&, std::size_t part);
-  void (*linear)(const Geometry&, const Linear&, const void* input, Output kind, void* output, std::size_t first_part,
-                 std::size_t last_part, std::size_t first_block, std::size_t last_block, void* scratch);
+  // `residual`: what is added for Output::residual; it may be the output itself.
+  void (*linear)(const Geometry&, const Linear&, const void* input, Output kind, const float* residual, void* output,
+                 std::size_t first_part, std::size_t last_part, std::size_t first_block, std::size_t last_block,
+                 void* scratch);
   // q, k and v of one head from the normalized input, into scratch; qkv rows are [head][q, k, v][padded_head_dim].
   void (*project_head)(const Geometry&, const Linear& qkv, const void* input, std::size_t head, void* scratch);
   // Attention of the head that project_head has put into scratch.

@@ -22,15 +22,14 @@ using namespace sparsemae;
 using std::size_t;
 #include "amx_products-inl.h"
 
-void linear(const Geometry& g, const Linear& l, const void* input, Output kind, void* output, size_t, size_t,
-            size_t first, size_t last, void* scratch) {
+void linear(const Geometry& g, const Linear& l, const void* input, Output kind, const float* residual, void* output,
+            size_t, size_t, size_t first, size_t last, void* scratch) {
   const Scratch s = layout_scratch(g, scratch);
   if (kind == Output::residual) {
-    auto* residual = static_cast<float*>(output);
     multiply_blocks(g, l, input, first, last, s, [&](size_t row, size_t t, const Rows& y) {
-      float* to = residual + residual_at(g, t * 16, row);
-      for (size_t r = 0; r < kEpilogueRows && row + r < l.used; ++r, to += 16)
-        _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), y[r]));
+      size_t at = residual_at(g, t * 16, row);
+      for (size_t r = 0; r < kEpilogueRows && row + r < l.used; ++r, at += 16)
+        _mm512_storeu_ps(static_cast<float*>(output) + at, _mm512_add_ps(_mm512_loadu_ps(residual + at), y[r]));
     });
     return;
   }

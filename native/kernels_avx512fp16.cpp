@@ -91,8 +91,8 @@ size_t scratch_bytes(const Geometry& g) {
   return own > embedding ? own : embedding;
 }
 
-void linear(const Geometry& g, const Linear& l, const void* input, Output kind, void* output, size_t first_chunk,
-            size_t last_chunk, size_t first, size_t last, void* scratch) {
+void linear(const Geometry& g, const Linear& l, const void* input, Output kind, const float* residual, void* output,
+            size_t first_chunk, size_t last_chunk, size_t first, size_t last, void* scratch) {
   const auto store = [&](const auto& write) {
     lanes::multiply<Kept>(
         g, l, static_cast<const _Float16*>(input), first_chunk, last_chunk, first, last, static_cast<Halves*>(scratch),
@@ -105,9 +105,10 @@ void linear(const Geometry& g, const Linear& l, const void* input, Output kind, 
     const lanes::Chunks chunks(g);
     return store([&](size_t row, size_t chunk, size_t vectors, const Halves* sum) {
       const size_t token = chunks.first_token(chunk);
-      float* to = static_cast<float*>(output) + residual_at(g, token, row);
-      for (size_t j = 0; j < 2 * vectors && token + j * 16 < g.padded_tokens; ++j, to += residual_unit(g))
-        _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), epilogue(l, row, sum[j / 2], j % 2)));
+      size_t at = residual_at(g, token, row);
+      for (size_t j = 0; j < 2 * vectors && token + j * 16 < g.padded_tokens; ++j, at += residual_unit(g))
+        _mm512_storeu_ps(static_cast<float*>(output) + at,
+                         _mm512_add_ps(_mm512_loadu_ps(residual + at), epilogue(l, row, sum[j / 2], j % 2)));
     });
   }
   store([&](size_t row, size_t chunk, size_t vectors, const Halves* sum) {

@@ -230,16 +230,16 @@ inline void multiply_rows(const Geometry& g, const Linear& l, const void* input,
     multiply<KeptBf16>(g, l, x, first_chunk, last_chunk, first, last, sums, finish);
 }
 
-inline void linear(const Geometry& g, const Linear& l, const void* input, Output kind, void* output, size_t first_chunk,
-                   size_t last_chunk, size_t first_block, size_t last_block, void* scratch) {
+inline void linear(const Geometry& g, const Linear& l, const void* input, Output kind, const float* residual,
+                   void* output, size_t first_chunk, size_t last_chunk, size_t first_block, size_t last_block,
+                   void* scratch) {
   auto* sums = static_cast<V*>(scratch);
   if (kind == Output::residual) {
     const Chunks chunks(g);
     multiply_rows(g, l, input, first_chunk, last_chunk, first_block, last_block, sums,
                   [&](size_t row, size_t chunk, size_t j, V y) {
-                    float* to =
-                        static_cast<float*>(output) + residual_at(g, chunks.first_token(chunk) + j * V::kLanes, row);
-                    if (row < l.used) V::store(to, y + V::load(to));
+                    const size_t at = residual_at(g, chunks.first_token(chunk) + j * V::kLanes, row);
+                    if (row < l.used) V::store(static_cast<float*>(output) + at, y + V::load(residual + at));
                   });
     return;
   }

@@ -1,26 +1,22 @@
-// A fixed team of threads that run one job at a time, with a barrier inside the job.
-//
-// Waiting spins for some 50 microseconds and then sleeps: a forward has many short stages, so that sleeping at once
-// would cost a wake-up each, and spinning for long collapses when another process wants the core (the one that is
-// waited for cannot run).
+// A fixed team of threads that run one job at a time, whole or step by step (crew.h).
 //
 // A process that forks keeps only the thread that did: in the child, every pool begins anew with a team that is not
 // locked, and starts its threads with its next job.
 #pragma once
 
 #include <cstddef>
-#if !defined(__wasm__)
 #include <memory>
+#if !defined(__wasm__)
 #include <mutex>
 #endif
+
+#include "crew.h"
 
 namespace sparsemae {
 
 #if defined(__wasm__)
-// WebAssembly has one thread.
 class ThreadPool {
  public:
-  using Job = void (*)(void* context, std::size_t thread);
   struct Lock {
     ~Lock() {}
   };
@@ -28,15 +24,21 @@ class ThreadPool {
   explicit ThreadPool(std::size_t) {}
   Lock acquire() { return {}; }
   std::size_t size() const { return 1; }
-  void run(Job job, void* context) { job(context, 0); }
-  void barrier() {}
+  void run(void (*job)(void* context, std::size_t thread), void* context) { job(context, 0); }
+  StepsResult run_steps(const Job& job, const std::shared_ptr<const void>& call) {
+    job.reserve(call.get(), 1, 1);
+    for (std::size_t step = 0; step < job.steps; ++step) {
+      Crew crew;
+      crew.step = step;
+      job.run(call.get(), 0, crew);
+    }
+    return {0, 0};
+  }
 };
 #else
 
 class ThreadPool {
  public:
-  using Job = void (*)(void* context, std::size_t thread);
-
   // Has fewer threads where the system does not let so many start.
   explicit ThreadPool(std::size_t threads);
   ~ThreadPool();
@@ -48,12 +50,11 @@ class ThreadPool {
   std::unique_lock<std::mutex> acquire();
   std::size_t size() const;
   // Runs job(context, t) for t in [0, size()), t = 0 on the calling thread, and returns when all are done.
-  void run(Job job, void* context);
-  // Inside a job: returns when all threads have come here.
-  void barrier();
+  void run(void (*job)(void* context, std::size_t thread), void* context);
+  // Runs the steps of a job. `call` lives as long as a thread that was left behind may look at it.
+  StepsResult run_steps(const Job& job, std::shared_ptr<const void> call);
 
  private:
-  class Team;
   struct Registry;  // of all pools, for forks
 
   std::size_t wanted_;

@@ -88,32 +88,40 @@ class Vit {
     Norm norm1, norm2;
     Layer qkv, proj, fc1, fc2;
   };
-  struct Workspace;  // activations of one image
-  struct Stages;     // how the threads of one image share its stages
+  struct State;      // of one image, between two steps: what a block reads, and what it leaves
+  struct Workspace;  // what a step has to itself
+  struct Stages;     // how the threads of one image share the stages of a step
+  struct Call;
+  struct Image;  // what a step works on
 
   using Vectors = std::map<std::string, std::vector<float>>;
   Layer build_layer(const Kernels&, const Weights&, const std::vector<std::int64_t>& rows,
                     const std::vector<float>* bias, const std::vector<float>* gain, float input_bound) const;
   void build_base(const Vectors&);
-  Workspace& workspace(std::size_t index);
-  void forward_image(Workspace&, Stages&, const float* image, float* out, bool features, void* scratch) const;
-  void forward_block(Workspace&, Stages&, const Block&, void* scratch) const;
-  void run_linear(Stages&, const Kernels&, const Layer&, const void* input, Output, void* output, void* scratch) const;
-  void run_head(Workspace&, Stages&, float* out, bool features) const;
+  void reserve(std::size_t states, std::size_t spaces);
+  // Step 0 is the embedding, the last one the head, between them is one for each block.
+  std::size_t steps() const { return blocks_.size() + 2; }
+  void run_step(std::size_t step, Image&, Stages&, void* scratch) const;
+  void run_embedding(Image&, Stages&, void* scratch) const;
+  void run_block(const Block&, Image&, Stages&, void* scratch) const;
+  void run_norm(const Norm&, const Layer& next, Image&, Stages&) const;
+  void run_linear(const Kernels&, const Layer&, const void* input, Output, const float* residual, void* output, Stages&,
+                  void* scratch) const;
+  void run_head(Image&, Stages&) const;
 
   VitConfig config_;
   Geometry geometry_;
   const Kernels *kernels_, *embedding_;  // of the blocks, and of the patch embedding
-  ThreadPool pool_;
   Layer embed_;
   std::optional<Norm> norm_pre_, norm_, fc_norm_;
   std::vector<Block> blocks_;
   std::vector<float> head_weight_, head_bias_;
   Aligned<float> base_;  // the residual before the patches are added: positions, biases, class and register tokens
   std::size_t residual_size_ = 0;
+  std::vector<std::unique_ptr<State>> states_;
   std::vector<std::unique_ptr<Workspace>> workspaces_;
-  std::vector<Aligned<char>> scratch_;                // one per thread
-  std::vector<std::atomic<std::uint32_t>> counters_;  // [threads][stages]
+  std::vector<Aligned<char>> scratch_;  // one per thread
+  ThreadPool pool_;                     // the last one: it ends before what its threads use
 };
 
 }  // namespace sparsemae

@@ -196,7 +196,7 @@ void Vit::build_base(const Vectors& vectors) {
 
 Vit::Vit(const VitConfig& config, const std::map<std::string, Weights>& weights, const Vectors& vectors,
          std::size_t threads, const std::string& isa)
-    : config_(config), pool_(threads), counters_(pool_.size() * (kStagesPerImage + kStagesPerBlock * config.depth)) {
+    : config_(config), pool_(threads) {
   Geometry& g = geometry_;
   g.width = config.embed_dim;
   g.heads = config.num_heads;
@@ -265,7 +265,9 @@ Vit::Vit(const VitConfig& config, const std::map<std::string, Weights>& weights,
   if (config.final_norm) norm_ = norm("norm");
   if (config.fc_norm) fc_norm_ = norm("fc_norm");
   if (config.num_classes) head_weight_ = vectors.at("head.weight"), head_bias_ = vectors.at("head.bias");
-  workspaces_.reserve(pool_.size());  // a fork while one is added must not find the others moved
+  // a fork or another thread while one is added must not find the others moved
+  states_.reserve(2 * pool_.size() + 2);
+  workspaces_.reserve(pool_.size() + 1);
   for (std::size_t t = 0; t < pool_.size(); ++t) scratch_.push_back(aligned_array<char>(kernels_->scratch_bytes(g)));
 }
 

@@ -8,9 +8,6 @@
 
 namespace sparsemae {
 
-constexpr std::size_t kStagesPerImage = 8;
-constexpr std::size_t kStagesPerBlock = 8;
-
 // Zeroed, 64-byte aligned; `count` may be 0.
 template <class T>
 Aligned<T> aligned_array(std::size_t count) {
@@ -23,13 +20,17 @@ inline std::size_t residual_index(const Kernels& kernels, const Geometry& g, std
   return kernels.blocked_residual ? residual_at(g, token, feature) : token * g.width + feature;
 }
 
-struct Vit::Workspace {
+struct Vit::State {
   Aligned<float> residual;
-  Aligned<char> patches, normed, attended, hidden;
-  // Inputs of int8 layers; of fc2 by itself, because where threads keep to their own tokens, one may already round the
-  // inputs of fc1 while another is still at fc2, and the two are of different lengths.
+  Aligned<char> normed, quantized;  // quantized: of an int8 layer
+};
+
+struct Vit::Workspace {
+  Aligned<char> patches, attended, hidden;
+  // Inputs of int8 layers. Each has its own, because where threads keep to their own tokens, one may already be a layer
+  // further than another, and they are of different lengths.
   Aligned<char> quantized, quantized_hidden;
-  std::vector<float> pooled;
+  std::vector<float> pooled, result;
 };
 
 }  // namespace sparsemae

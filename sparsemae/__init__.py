@@ -14,8 +14,8 @@ _HOMES = {
     "sparsemae.packing.pack": ("pack",),
     "sparsemae.predictor": ("Prediction", "Predictor"),
     "sparsemae.sparsity": (
-        "NMLinear", "NMPattern", "Topology", "add_srste_gradient", "dense_weights", "densify", "freeze", "hold_masks",
-        "iter_sparse", "nm_mask", "sparsify", "summarize",
+        "Criterion", "NMLinear", "NMPattern", "Topology", "add_srste_gradient", "dense_weights", "densify", "freeze",
+        "hold_masks", "iter_sparse", "magnitude", "nm_mask", "sparsify", "summarize",
     ),
     "sparsemae.models": ("Loaded", "MAEOutput", "MaskedAutoencoder", "load_weights"),
 }  # fmt: skip

@@ -15,11 +15,13 @@ from typing import Any, NoReturn
 from sparsemae import __version__
 from sparsemae.config import check_paths, help_page, read_config, recipe_names, split_words
 from sparsemae.jobs import JOBS, resolve, training_jobs
+from sparsemae.terminal import make_safe, printable
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``sparsemae``."""
     words = list(sys.argv[1:] if argv is None else argv)
+    make_safe()
     if not words or words[0] in ("-h", "--help"):
         return print(usage())
     if words[0] == "--version":
@@ -59,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def fail(program: str, message: str) -> NoReturn:
     """Print one line on stderr and exit with status 2."""
-    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{program}: error: {printable(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(2)
 
 

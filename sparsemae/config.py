@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -14,6 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from sparsemae.limits import marked
+from sparsemae.plain_yaml import read_yaml
 from sparsemae.renamed import OPTIONS, new_option, renamed
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -81,6 +83,7 @@ def read_config(
     return config
 
 
+@cache
 def _parser(kind: type[Any], program: str) -> _Parser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = _Parser(prog=program, description=kind.__doc__)
@@ -193,9 +196,9 @@ def _recipe(name: str) -> str:
     if not path.is_file() or not name:
         raise ValueError(f"--config: wanted a YAML file or a recipe ({', '.join(recipe_names())}), got {name!r}")
     try:
-        settings = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"--config: {path}: wanted a YAML file: {error}") from error
+        settings = read_yaml(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--config: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"--config: {path}: wanted options by name, got {settings!r:.60}")
     current = renamed(settings, OPTIONS)

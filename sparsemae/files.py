@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 RETRY_PAUSES_SECONDS = (1.0, 2.0, 4.0)
@@ -63,6 +63,19 @@ def retried(action: Callable[[], T], info: Callable[[str], None]) -> T:
             info(f"{error or 'out of memory'}; trying again in {pause:g} s")
             time.sleep(pause)
     return action()
+
+
+def existing(path: Any) -> Path:
+    """A path from outside, of a file or a folder, if it is there.
+
+    Raises ValueError, naming it, if it is of a device or a pipe, which need have no end, or no path at all.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"wanted a path, got {path!r:.40}")
+    found = Path(path)
+    if found.exists() and not found.is_file() and not found.is_dir():
+        raise ValueError(f"{path}: wanted a file, got a device or pipe")
+    return found
 
 
 def fsync(path: Path) -> None:

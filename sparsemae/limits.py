@@ -13,6 +13,8 @@ ABOVE_0 = (math.ulp(0.0), math.inf)
 UP_TO_1 = (math.ulp(0.0), 1.0)
 BETWEEN_0_AND_1 = (math.ulp(0.0), math.nextafter(1.0, 0.0))
 BELOW_1 = (0.0, math.nextafter(1.0, 0.0))
+MAX_PIXELS = 178_956_970
+"""Of an image, where nothing else is said: what Pillow itself takes, and so all of ImageNet-1K and ADE20K."""
 
 T = TypeVar("T")
 
@@ -28,6 +30,13 @@ def check_limits(settings: Any, prefix: str, **limits: tuple[float, float]) -> N
         if not all(least <= number <= most for number in numbers):  # nan is within none
             shown = list(value) if isinstance(value, tuple) else f"{value:g}"
             raise ValueError(f"{prefix}{name}: wanted {_range(least, most)}, got {shown}")
+
+
+def whole_number(name: str, value: Any, least: int, most: float = math.inf) -> int:
+    """A whole number from outside. Raises ValueError, naming it, if it is none, or below or above its limits."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or not least <= value <= most:
+        raise ValueError(f"{name}: wanted a whole number, {_range(least, most)}, got {value!r:.40}")
+    return int(value)
 
 
 def _range(least: float, most: float) -> str:
@@ -81,6 +90,15 @@ def marked(settings: Any, mark: str, prefix: str = "") -> Iterator[tuple[str, An
             yield from marked(value, mark, f"{name}.")
         elif found(settings) if callable(found) else found:
             yield name, value
+
+
+def flatten(tree: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, their keys joined."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, Mapping)
+        leaves |= flatten(value, separator, f"{prefix}{key}{separator}") if nested else {f"{prefix}{key}": value}
+    return leaves
 
 
 def value_of(settings: Any, name: str) -> Any:

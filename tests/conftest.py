@@ -7,6 +7,7 @@ as much of the machine as of the code.
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Generator
@@ -23,6 +24,8 @@ from sparsemae.cli import main
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
 ROOT = Path(__file__).parent.parent
 MISSED = "MISSED"
+NEEDS_ROOT = "needs root: "
+"""Begins the reason for which a test is skipped where it may not mount or make devices; CI as root fails at it."""
 RecordProperty = Callable[[str, object], None]
 Figure = Callable[[str], None]
 sys.path.insert(0, str(Path(__file__).parent))  # tests/reference.py
@@ -52,6 +55,9 @@ def _held(item: pytest.Item) -> list[str]:
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
     outcome = yield
     report = outcome.get_result()
+    reason = report.longrepr[2].removeprefix("Skipped: ") if report.skipped and len(report.longrepr) == 3 else ""
+    if reason.startswith(NEEDS_ROOT) and os.geteuid() == 0 and os.environ.get("CI"):
+        report.outcome, report.longrepr = "failed", f"{item.nodeid}: skipped while CI runs as root: {reason}"
     if report.when == "call" or report.outcome != "passed":
         figures = "; ".join(str(value) for name, value in item.user_properties if name in ("figure", "benchmark"))
         report.held = [(name, report.outcome, figures, item.nodeid.split("::")[-1]) for name in _held(item)]
@@ -61,8 +67,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if config.getoption("--rows") is not None:
         passed = sorted(terminalreporter.stats.get("passed", ()), key=lambda report: report.nodeid)
         told = [(name, value) for report in passed for name, value in report.user_properties]
-        kinds = {kind: [value for name, value in told if name == kind] for kind in ("fault", "resume")}
+        kinds = {kind: [value for name, value in told if name == kind] for kind in ("fault", "resume", "soak")}
         Path(config.getoption("--rows")).write_text(json.dumps(kinds, indent=1))
+    skipped = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", ())]
+    if count := sum(NEEDS_ROOT in reason for reason in skipped):
+        terminalreporter.write_line(f"{count} skipped that need root (sudo make test)")
     if config.getoption("--holds") is None:
         return
     rows = {row for reports in terminalreporter.stats.values() for r in reports for row in getattr(r, "held", ())}
@@ -120,6 +129,29 @@ def resumed(record_property: RecordProperty) -> Callable[..., None]:
     def note(job: str, source: str, stops: Any, steps: int, workers: Any, processes: Any) -> None:
         row = {"job": job, "source": source, "stops": stops, "steps": steps, "workers": workers, "processes": processes}
         record_property("resume", row)
+
+    return note
+
+
+@pytest.fixture
+def soaked(record_property: RecordProperty, figure: Figure) -> Callable[..., None]:
+    """Call with what ran for long, and what it held: a row of docs/reliability.md, and a figure.
+
+    ``resident``, ``rise`` and ``bound`` in MB, ``slope`` in MB per second or step; descriptors and threads at the end.
+    """
+
+    def note(
+        what: str, amount: str, samples: int, resident: float, slope: float, rise: float, bound: float,
+        descriptors: float, threads: float,
+    ) -> None:  # fmt: skip
+        row = {
+            "what": what, "amount": amount, "samples": samples, "resident": resident, "slope": slope, "rise": rise,
+            "bound": bound, "descriptors": descriptors, "threads": threads,
+        }  # fmt: skip
+        record_property("soak", row)
+        figure(
+            f"{what}, {amount}: {resident:.1f} MB, {rise:+.2f} MB, {descriptors:.0f} descriptors, {threads:.0f} threads"
+        )
 
     return note
 

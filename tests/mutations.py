@@ -17,7 +17,7 @@ _DOCUMENTS = {"card": "sparsemae", "config": "config"}  # of weights files, of p
 
 def scramble(rng: Random, data: bytes, end: int) -> bytes:
     """Bytes before ``end`` flipped, overwritten, cut out or doubled, or the file cut off there."""
-    changed, at = bytearray(data), int(rng.integers(max(end, 1)))
+    changed, at = bytearray(data), int(rng.integers(max(min(end, len(data)), 1)))
     kind = rng.integers(5)
     if kind == 0 and changed:
         changed[at] ^= 1 << int(rng.integers(8))
@@ -59,7 +59,7 @@ def edit(rng: Random, data: bytes, where: str = "header") -> bytes:
     name = names[rng.integers(len(names))]
     if where in _DOCUMENTS:
         metadata, key = header.setdefault("__metadata__", {}), _DOCUMENTS[where]
-        metadata[key] = json.dumps(_graft(rng, json.loads(metadata.get(key, "{}"))))
+        metadata[key] = json.dumps(graft(rng, json.loads(metadata.get(key, "{}"))))
         if rng.random() < 0.05:
             metadata[key] = "[" * 100_000
         return join(header, body)
@@ -69,7 +69,7 @@ def edit(rng: Random, data: bytes, where: str = "header") -> bytes:
         most = [len(json.dumps(header)) + int(rng.integers(-9, 10)), len(data), *HUGE[1:-1]]
         return join(header, body, max(0, min(2**64 - 1, most[rng.integers(len(most))])))
     if rng.random() < 0.2:
-        return join(_graft(rng, header), body)
+        return join(graft(rng, header), body)
     changes = (_shape, _offsets, _type, _alike, _renamed, _crowded)
     changes[rng.integers(len(changes))](rng, header, name)
     return join(header, body)
@@ -123,7 +123,7 @@ def _other_values(rng: Random, entry: dict[str, Any], body: bytes) -> bytes:
     return bytes(changed)
 
 
-def _graft(rng: Random, tree: Any) -> Any:
+def graft(rng: Random, tree: Any) -> Any:
     """Plain values with one leaf or branch replaced, removed or added, at a random depth."""
     strange: tuple[Any, ...] = (
         _huge(rng),
@@ -148,7 +148,7 @@ def _graft(rng: Random, tree: Any) -> Any:
     elif kind < 0.25 and isinstance(tree, dict):
         tree[_word(rng)] = strange[rng.integers(len(strange))]
     else:
-        tree[key] = _graft(rng, tree[key])
+        tree[key] = graft(rng, tree[key])
     return tree
 
 

@@ -18,7 +18,6 @@ from conftest import ROOT
 from documents import blocks
 from rich.console import Console
 
-from sparsemae import nm_mask
 from sparsemae.demo import classification
 from sparsemae.demo.results import read_arms
 from sparsemae.demo.stages import PRETRAINING
@@ -86,15 +85,12 @@ def test_an_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_mask_criterion() -> None:
     torch.manual_seed(0)
     names: dict[str, Any] = {}
-    exec(block("RelativeLinear"), names)
+    exec(block("relative_size"), names)
     layer = names["model"].blocks[0].attn.qkv
     assert len(names["names"]) == 48
     assert layer.weight_mask.reshape(-1, 32).sum(dim=1).eq(2).all()
-    kept = torch.where(layer.weight_mask, layer.weight, 0.0)
-    assert torch.equal(kept, layer.weight)
-    fresh = names["RelativeLinear"](64, 32)
-    fresh.pattern = layer.pattern
-    assert not torch.equal(fresh.current_mask(), nm_mask(fresh.weight, fresh.pattern))
+    assert torch.equal(torch.where(layer.weight_mask, layer.weight, 0.0), layer.weight)
+    assert torch.equal(layer.weight_mask, names["moving"]["blocks.0.attn.qkv"])
 
 
 @pytest.mark.slow

@@ -20,11 +20,11 @@ from sparsemae.options import StudyConfig
 
 PACKAGE = ROOT / "sparsemae"
 FILES = sorted(PACKAGE.rglob("*.py"))
-STATEMENTS = {"the commit before the house was rebuilt (f31ab9b)": 6952, "right": 1150, "held": 76, "fast": 14,
-              "better": 383}  # fmt: skip
+STATEMENTS = {"the commit before the house was rebuilt (f31ab9b)": 6952, "right": 1150, "held": 771, "fast": 14,
+              "own": 1546, "better": 383}  # fmt: skip
 """The house has no more than were there before; then what each later issue added, counted when it landed."""
 # Who may import whom, by first name below the package. What everybody may import imports nothing but itself.
-LEAVES = {"limits", "renamed", "card", "files", "predictor"}
+LEAVES = {"limits", "renamed", "card", "files", "plain_yaml", "predictor", "terminal"}
 ALLOWED = {
     "sparsity": set(),
     "options": set(),
@@ -36,8 +36,19 @@ ALLOWED = {
     "costs": {"sparsity", "data", "models", "training", "tasks", "options", "config", "jobs"},
     "tasks": {"sparsity", "data", "models", "training", "costs", "options", "jobs"},
     "loading": {"packing", "runtime", "tasks"},
-    "commands": {"sparsity", "data", "models", "training", "packing", "runtime", "tasks", "options", "loading"},
-    "report": {"sparsity", "data", "models", "training", "options"},
+    "report": {"sparsity", "data", "models", "training", "tasks", "options"},
+    "commands": {
+        "sparsity",
+        "data",
+        "models",
+        "training",
+        "packing",
+        "runtime",
+        "tasks",
+        "options",
+        "loading",
+        "report",
+    },
     "study": {"sparsity", "tasks", "data", "commands", "benchmark", "runtime", "options", "config", "jobs"},
     "demo": {"study", "sparsity", "data", "tasks", "commands", "report", "benchmark", "runtime", "options"},
     "benchmark": {"packing", "runtime", "sparsity", "data", "models", "training", "tasks", "options", "config", "jobs"},
@@ -47,8 +58,9 @@ ALLOWED = {
     "__main__": {"cli"},
     "__init__": set(),
 } | {leaf: set() for leaf in LEAVES}
-WITHOUT_TORCH = ("options/", "limits.py", "renamed.py", "card.py", "files.py", "predictor.py", "config.py", "jobs.py",
-                 "cli.py", "tasks/__init__.py", "runtime/", "data/images.py", "commands/predict.py")  # fmt: skip
+WITHOUT_TORCH = ("options/", "limits.py", "renamed.py", "card.py", "files.py", "plain_yaml.py", "predictor.py",
+                 "terminal.py", "config.py", "jobs.py", "cli.py", "tasks/__init__.py", "runtime/", "data/images.py",
+                 "commands/predict.py")  # fmt: skip
 
 
 def imported(file: Path) -> set[str]:

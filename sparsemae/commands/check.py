@@ -19,6 +19,7 @@ from sparsemae.data.splits import Source
 from sparsemae.data.tree import Split
 from sparsemae.options import CheckConfig, SourceConfig
 from sparsemae.options.data import source_of
+from sparsemae.terminal import printable
 
 NO_FOLDER = "(in no class folder)"
 
@@ -79,7 +80,7 @@ def check(config: CheckConfig) -> Report:
         already = read_exclude(data.exclude, report.root) if data.exclude else {}
         paths = {*report.exclude, *already}
         write_exclude(target, report.root, paths)
-        print(f"wrote {target}: {len(paths):,} to leave out (--data.exclude {target})")
+        print(printable(f"wrote {target}: {len(paths):,} to leave out (--data.exclude {target})"))
         hint = f"leave files out with --data.exclude {target}"
     leaks = sum(len({file.split for file in group}) > 1 for group in report.duplicates)
     spoiling = f"{len(report.duplicates):,} groups of duplicates, {leaks:,} across train and val"
@@ -87,8 +88,8 @@ def check(config: CheckConfig) -> Report:
         spoiling += f", and {len(report.near_duplicates):,} near-duplicates (the same picture saved again) across them"
     if report.breaking:
         raise ValueError(f"{report.root}: would break a run: {'; '.join(report.breaking)}; also {spoiling}; {hint}")
-    print(f"{report.root}: nothing would break a run; {spoiling}")
-    print(f"next: {_next(config, task, target)}")
+    print(printable(f"{report.root}: nothing would break a run; {spoiling}"))
+    print(printable(f"next: {_next(config, task, target)}"))
     return report
 
 
@@ -107,7 +108,7 @@ def _task_of(data: SourceConfig) -> str:
     laid_out = data.source == "folder" and has_masks(Path(data.root or "."))
     masks = data.source == "sceneparse" or data.classes is not None or laid_out
     task, layout = ("segment", "images with masks") if masks else ("classify", "images with classes")
-    print(f"{data.root}: {layout}, checked as for --task {task}")
+    print(printable(f"{data.root}: {layout}, checked as for --task {task}"))
     return task
 
 

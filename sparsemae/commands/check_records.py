@@ -21,12 +21,14 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from sparsemae.commands.near_duplicates import fingerprint, near_pairs
-from sparsemae.data.images import FORMATS, UNREADABLE, PixelRules, is_16_bit, orientation
+from sparsemae.data.images import PixelRules, is_16_bit, open_image, orientation
+from sparsemae.data.loader import begin_worker
 from sparsemae.data.masks import IGNORED, read_mask
 from sparsemae.data.splits import Source
 from sparsemae.data.survey import Traits
 from sparsemae.data.tree import Split
 from sparsemae.options import SourceConfig
+from sparsemae.terminal import printable
 from sparsemae.training.logs import RunLog
 
 FILES_PER_TURN = 64
@@ -72,9 +74,9 @@ class FileRecord:
     pixels: np.ndarray | int = 0
     """Per class of a mask ``[C]``; of an unusable one 0."""
 
-    def note_header(self, content: bytes) -> None:
+    def note_header(self, content: bytes, max_pixels: int) -> None:
         """Note what the image file says of itself, if it can be opened."""
-        with suppress(*UNREADABLE), Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        with suppress(Exception), open_image(io.BytesIO(content), max_pixels) as image:
             self.turned = orientation(image) != 1
             self.highest = int(np.asarray(image).max()) if is_16_bit(image) else None
 
@@ -91,7 +93,7 @@ class Report:
     class_names: list[str]
     notes: list[str]
     """What training would say of the splits."""
-    rules: PixelRules
+    rules: SourceConfig
 
     @property
     def faulty(self) -> list[FileRecord]:
@@ -134,7 +136,8 @@ class Report:
         return found + [f"no usable image in {split}" for split in ("train", "val") if split not in there]
 
     def __str__(self) -> str:
-        return "\n".join((*self.notes, *self._traits(), *self._classes(), *self._pixels(), *self._problems()))
+        lines = (*self.notes, *self._traits(), *self._classes(), *self._pixels(), *self._problems())
+        return "\n".join(map(printable, lines))
 
     def _classes(self) -> Iterator[str]:
         raise NotImplementedError
@@ -152,6 +155,8 @@ class Report:
             return
         for name, side in (("width", sizes[:, 0]), ("height", sizes[:, 1]), ("shorter side", sizes.min(axis=1))):
             yield f"{name}: {side.min()} to {side.max()} px, median {np.median(side):g}, mean {side.mean():.1f}"
+        largest = int(sizes.prod(axis=1).max())
+        yield f"largest image: {largest:,} px, of at most data.max_pixels={self.rules.max_pixels:,}"
         mean, std = (", ".join(f"{value:.4f}" for value in values) for values in (self.mean, self.std))
         if self.mean:
             yield f"all pixels of train: --data.mean '[{mean}]' --data.std '[{std}]'"
@@ -178,7 +183,10 @@ def read_records(
 ) -> tuple[list[FileRecord], list[float], list[float]]:
     """Read every image of the splits, with a progress display: records, and mean and standard deviation of train's."""
     dataset = _Files(sources, smallest, data)
-    loader = DataLoader(dataset, batch_size=FILES_PER_TURN, num_workers=data.workers, collate_fn=list)
+    loader = DataLoader(
+        dataset, batch_size=FILES_PER_TURN, num_workers=data.workers, collate_fn=list,
+        worker_init_fn=begin_worker,
+    )  # fmt: skip
     turns = iter(loader)  # starts the processes, before the progress display starts its thread
     files, sums = [], np.zeros((2, 3), object)  # python's integers do not overflow
     pixels = faulty = 0
@@ -234,7 +242,7 @@ class _Files(Dataset[Any]):
                 record.fault = "empty"
                 raise ValueError(f"{path}: 0 bytes")
             if not isinstance(file, Image.Image):
-                record.note_header(content)
+                record.note_header(content, source.max_pixels)
             image, target = source.decode(
                 index, file if isinstance(file, Image.Image) else io.BytesIO(content), label, rules=self.rules
             )
@@ -245,7 +253,7 @@ class _Files(Dataset[Any]):
         if source.legend is None:
             record.class_name = source.class_names[target]
             return image
-        values = read_mask(label, source.legend.colors is not None)
+        values = read_mask(label, source.legend.colors is not None, source.max_pixels)
         if values.ndim == 2:
             record.values = frozenset(np.unique(values).tolist())
         counts = np.bincount(target.ravel(), minlength=IGNORED + 1)

@@ -18,6 +18,7 @@ from sparsemae.renamed import OPTIONS, renamed
 from sparsemae.tasks import task_class
 from sparsemae.tasks.loading import TorchPredictor
 from sparsemae.tasks.task import Network
+from sparsemae.terminal import printable
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
@@ -28,7 +29,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
             raise ValueError(f"model: wanted a run or its weights with --probe, got a packed file: {config.model}")
         fabric = _fabric(config.accelerator)
         metrics = probe(config.probe, config.model, config.data, fabric)
-        print(f"{config.model}: {config.probe} probe, {task_class('classify').summary(metrics)}")
+        print(printable(f"{config.model}: {config.probe} probe, {task_class('classify').summary(metrics)}"))
         return metrics
     predictor = sparsemae.load(config.model)
     card = predictor.card
@@ -43,13 +44,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     if config.data.exif and card.input.exif is False:
         raise ValueError(f"data.exif: wanted what {config.model} was trained with, false, got true")
     dataset, said = task.evaluation_set(card, config.data, predictor.smallest_side, config.split)
-    print(said, file=sys.stderr)
+    print(printable(said), file=sys.stderr)
     with torch.inference_mode():
         network = _network(predictor, fabric)
         metrics = task.measure(fabric, network, card, dataset, config.data.workers, progress=True)
     conditions = f" ({task.conditions(card)})" if task.conditions(card) else ""
     summary = f"{config.model}: {task.summary(metrics)} on {len(dataset):,} images{conditions}"
-    print(*task.details(card, metrics), summary, sep="\n")
+    print(*map(printable, (*task.details(card, metrics), summary)), sep="\n")
     return metrics
 
 

@@ -3,6 +3,7 @@
 A mask's values are those of the data set that the model was trained on: it may be used where an annotation is.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,13 +11,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from sparsemae.card import ModelCard
-from sparsemae.data.masks import Legend
+from sparsemae.data.masks import Legend, overlaid
 from sparsemae.files import replacing
 from sparsemae.predictor import Prediction
 
-OPACITY = 0.55
 SMALLEST_SIDE = 320
 """Of an overlay, px: a smaller image is magnified."""
+LARGEST = 1 << 22
+"""Pixels of a magnified image: a strip stays as narrow as that takes."""
 FONT_SIZE, ROW, SWATCH, MARGIN, LINE = 15, 22, 14, 10, 1
 """Of the legend and the outlines, px, while the image's shorter side is at most `LEGIBLE_SIDE`; in proportion above."""
 LEGIBLE_SIDE = 700
@@ -69,19 +71,11 @@ def overlay_image(
     areas: Sequence[Prediction],
 ) -> Image.Image:
     """The image under its classes' colors, outlines between them, and a legend of the classes at its right."""
-    factor = max(1, -(-SMALLEST_SIDE // min(image.size)))
+    factor = max(1, min(-(-SMALLEST_SIDE // min(image.size)), math.isqrt(LARGEST // (image.width * image.height))))
     size = (image.width * factor, image.height * factor)
     classes = classes.repeat(factor, axis=0).repeat(factor, axis=1)
-    base = np.asarray(image.resize(size, Image.Resampling.NEAREST), np.float32)
-    blended = base * (1 - OPACITY) + np.array(palette, np.float32)[classes] * OPACITY
     larger = max(1.0, min(size) / LEGIBLE_SIDE)  # or a full-size photograph's legend could not be read
     font_size, row_height, swatch, margin, line = (round(larger * px) for px in (FONT_SIZE, ROW, SWATCH, MARGIN, LINE))
-    edge = np.zeros(classes.shape, bool)
-    for px in range(1, line + 1):
-        edge[px:] |= classes[px:] != classes[:-px]
-        edge[:, px:] |= classes[:, px:] != classes[:, :-px]
-    blended[edge] = 255
-
     font = ImageFont.load_default(font_size)
     room = (size[1] - 2 * margin) // row_height
     shown = len(areas) if len(areas) <= room else room - 1
@@ -90,7 +84,7 @@ def overlay_image(
         lines.append(f"and {len(areas) - shown} more")
     width = max(int(font.getlength(text)) for text in lines) + swatch + 3 * margin
     picture = Image.new("RGB", (size[0] + width, size[1]), "white")
-    picture.paste(Image.fromarray(blended.astype(np.uint8)))
+    picture.paste(overlaid(image.resize(size, Image.Resampling.NEAREST), classes, palette, line))
     draw = ImageDraw.Draw(picture)
     for row, text in enumerate(lines):
         left, top = size[0] + margin, margin + row * row_height

@@ -19,6 +19,7 @@ from sparsemae.sparsity import freeze, iter_sparse
 from sparsemae.tasks import task_class
 from sparsemae.tasks.guessing import warning
 from sparsemae.tasks.loading import load_model
+from sparsemae.terminal import printable
 
 _BATCH = 64
 
@@ -39,7 +40,7 @@ def pack(config: PackConfig) -> PackReport:
     print(report)
     agreement = compare(model, load(config.out), checked_images(config.data, card))
     kind = "random images" if config.data is None else "images"
-    print(f"{config.out}: against the masked dense model on {agreement.images} {kind}: {agreement}")
+    print(printable(f"{config.out}: against the masked dense model on {agreement.images} {kind}: {agreement}"))
     return report
 
 

@@ -15,6 +15,7 @@ from sparsemae.data.images import PixelRules, as_rgb
 from sparsemae.data.tree import image_files
 from sparsemae.options import PredictConfig
 from sparsemae.predictor import Prediction
+from sparsemae.terminal import printable
 
 BATCH = 8
 
@@ -28,7 +29,7 @@ def predict(config: PredictConfig) -> dict[str, Any]:
     files = [file for path in config.images for file in image_files(Path(path))]
     predictor = sparsemae.load(config.model)
     pictures = Pictures(predictor.card, files, Path(config.out)) if "palette" in predictor.card.settings else None
-    images = _Images(files, predictor.card.input)
+    images = _Images(files, predictor.card.input, config.max_pixels)
     results: dict[str, Any] = {}
     rest = iter(images)
     while batch := list(islice(rest, 1 if pictures else BATCH)):
@@ -36,7 +37,7 @@ def predict(config: PredictConfig) -> dict[str, Any]:
         for (file, image), result in zip(batch, found, strict=True):
             best = pictures.write(file, image, result)[: config.top_k] if pictures else result
             results[str(file)] = best
-            print(f"{file}: {_shown(best)}", flush=True)
+            print(printable(f"{file}: {_shown(best)}"), flush=True)
     if images.unreadable:
         raise ValueError(f"{images.unreadable} of {len(files)} images could not be read; the others are done")
     return results
@@ -45,19 +46,19 @@ def predict(config: PredictConfig) -> dict[str, Any]:
 class _Images:
     """Image files, of which some may not be readable. One alone must be."""
 
-    def __init__(self, files: Sequence[Path], rules: PixelRules) -> None:
-        self.files, self.rules, self.unreadable = files, rules, 0
+    def __init__(self, files: Sequence[Path], rules: PixelRules, max_pixels: int) -> None:
+        self.files, self.rules, self.max_pixels, self.unreadable = files, rules, max_pixels, 0
 
     def __iter__(self) -> Iterator[tuple[Path, Image.Image]]:
         """Files with their RGB image, or their names on stderr."""
         for file in self.files:
             try:
-                image = as_rgb(file, self.rules)
+                image = as_rgb(file, self.rules, self.max_pixels)
             except (ValueError, OSError) as error:
                 if len(self.files) == 1:
                     raise
                 self.unreadable += 1
-                print(f"sparsemae predict: {' '.join(str(error).split())}", file=sys.stderr)
+                print(f"sparsemae predict: {printable(' '.join(str(error).split()))}", file=sys.stderr)
             else:
                 yield file, image
 

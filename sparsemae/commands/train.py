@@ -11,18 +11,25 @@ from sparsemae.models.start import start_from
 from sparsemae.models.weights import save_model
 from sparsemae.options import TrainingConfig
 from sparsemae.packing.pack import check_blocks
+from sparsemae.report.collect import collect
 from sparsemae.sparsity import freeze, iter_sparse, summarize
 from sparsemae.tasks import task_class
 from sparsemae.tasks.derived import settle
 from sparsemae.tasks.sparse import make_sparse, mask_schedule
 from sparsemae.tasks.task import encoder_of
 from sparsemae.training.fit import fit
+from sparsemae.training.group import Group
 from sparsemae.training.run import start, with_rules_of_before
 from sparsemae.training.subject import Subject
 
 
 def train(config: TrainingConfig) -> Path:
     """Run (or continue) a training; returns the file of its weights, frozen where the task ends in a frozen model."""
+    with Group(config.trainer) as group:
+        return _train(config, group)
+
+
+def _train(config: TrainingConfig, group: Group) -> Path:
     config = with_rules_of_before(config)
     task = task_class(config.task)(config)
     task.open_data()
@@ -33,7 +40,7 @@ def train(config: TrainingConfig) -> Path:
     model = task.build(card, config.model.drop_path)
     dataset, _ = task.datasets(model)
 
-    run = start(config)
+    run = start(config, group)
     images = record(task.sources, config.data.root)
     run.compare_images(images)
     trainer = run.trainer  # device_batch resolved
@@ -46,12 +53,13 @@ def train(config: TrainingConfig) -> Path:
     except ValueError as error:
         notes.append(f"warning: this model can be trained, not packed: {error}")
     summary = summarize(encoder_of(model))
-    run.log.info("\n".join([summary.line(), *notes, *task.notes(model)]))
+    run.log.info(summary.line(), *notes, *task.notes(model))
     task.prepare(model, run.fabric, plan)
     card = replace(card, patterns={name: str(layer.pattern) for name, layer in iter_sparse(model)})
 
     masks = mask_schedule(model, sparse, trainer, plan)
-    fitted = fit(run, Subject(task, model, task.wrapped(model), dataset, card, masks, plan, images))
+    subject = Subject(task, model, task.wrapped(model), dataset, card, masks, plan, images)
+    fitted = fit(run, subject)
     frozen = task.freezes and sparse.pattern != "dense"
     if frozen:
         freeze(model)
@@ -64,5 +72,6 @@ def train(config: TrainingConfig) -> Path:
     if run.fabric.is_global_zero:
         result.write(run)
         of = f"epoch {result.kept:g} of {result.epochs:g}, the best: " if result.kept == result.best else ""
-        run.log.info("\n".join([f"wrote {path}: {of}{task.result(result.metrics)}", *result.notes]))
+        run.log.info(f"wrote {path}: {of}{task.result(result.metrics)}", *result.notes)
+    collect(run, subject)
     return path

@@ -1,9 +1,10 @@
 """From an image file to RGB pixels: the one way of training, check and prediction. Nothing here imports torch.
 
-Files are not trusted: of Pillow's many decoders only those of `FORMATS` are ever tried.
+Files are not trusted: of Pillow's many decoders only those of `FORMATS` are ever tried, whatever a file is called, an
+image of too many pixels is refused by its header, and whatever a decoder raises is the file's fault.
 """
 
-import struct
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -12,6 +13,8 @@ from typing import Any, Protocol
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from sparsemae.limits import MAX_PIXELS
+
 AVIF = find_spec("PIL.AvifImagePlugin") is not None
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF") + ("AVIF",) * AVIF
 """Pillow's names of what is read; of several frames the first."""
@@ -19,8 +22,8 @@ SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif", *(".avif",) * AVIF
 )  # fmt: skip
 """Of the files that are images, in lower case."""
-# What Pillow raises on files that are not as they should be.
-UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+MAX_RESIZED_PIXELS = 1 << 25
+"""Of an image resized before it is cropped: of a narrower strip only what is kept is ever computed."""
 _ORIENTATION = 0x0112  # EXIF's tag
 
 
@@ -52,17 +55,33 @@ class DefaultRules:
 DEFAULT_RULES = DefaultRules()
 
 
-def decode_rgb(file: Any, name: str, smallest: int = 1, rules: PixelRules = DEFAULT_RULES) -> Image.Image:
+def open_image(file: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The header of an image file, as PIL's image that decodes when it is used. A decoder may raise anything.
+
+    Raises ValueError if it has more pixels than ``max_pixels``.
+    """
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow warns above it, and raises above twice as many
+    image = Image.open(file, formats=FORMATS)
+    if image.width * image.height > max_pixels:
+        image.close()
+        raise ValueError(f"wanted at most max_pixels={max_pixels:,}, got {image.width} x {image.height} px")
+    return image
+
+
+def decode_rgb(
+    file: Any, name: str, smallest: int = 1, rules: PixelRules = DEFAULT_RULES, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
     """PIL image (or a file of one) to RGB by Pillow's ``convert``: gray is repeated, a palette looked up.
 
     16-bit gray is scaled, alpha composed, and the image turned, as the rules say. Raises ValueError naming it if it is
-    unreadable, too small, or of 32 bits.
+    unreadable, too small or too large, or of 32 bits.
     """
     try:
-        with file if isinstance(file, Image.Image) else Image.open(file, formats=FORMATS) as opened:
+        with file if isinstance(file, Image.Image) else open_image(file, max_pixels) as opened:
             wide = is_16_bit(opened)
             image = _to_rgb(ImageOps.exif_transpose(opened) if rules.exif else opened, wide, rules)
-    except UNREADABLE as error:
+    except Exception as error:
         raise ValueError(f"{name}: unreadable image: {reason(error)}") from error
     if min(image.size) < smallest:
         raise ValueError(f"{name}: wanted at least one patch of {smallest} px, got {image.width} x {image.height} px")
@@ -106,13 +125,49 @@ def _scaled(image: Image.Image, bits: int) -> Image.Image:
     return gray
 
 
-def as_rgb(image: str | Path | Image.Image, rules: PixelRules = DEFAULT_RULES) -> Image.Image:
+def as_rgb(
+    image: str | Path | Image.Image, rules: PixelRules = DEFAULT_RULES, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
     """`decode_rgb` of a file, named by its path, or of an image."""
-    return decode_rgb(image, "image" if isinstance(image, Image.Image) else str(image), rules=rules)
+    name = "image" if isinstance(image, Image.Image) else str(image)
+    return decode_rgb(image, name, rules=rules, max_pixels=max_pixels)
+
+
+def center_crop(image: Image.Image, height: int, width: int, crop_pct: float, interpolation: str) -> Image.Image:
+    """timm's evaluation transform, to the pixel: the shorter side resized to ``height / crop_pct``, then the center.
+
+    torchvision resizes PIL images with Pillow itself, so that only its rounding of sizes and offsets has to be met: the
+    longer side is ``int(size * long / short)``, truncated; a crop starts at ``round((side - crop) / 2)``, half to even;
+    an image smaller than the crop is padded with black. Where the resized image would pass `MAX_RESIZED_PIXELS`, the
+    same part is computed alone, in the memory of the crop: the same but for the rounding between Pillow's two passes.
+    """
+    size, way = _resized(image.size, height, width, crop_pct), Image.Resampling[interpolation.upper()]
+    smaller = size[0] < width or size[1] < height
+    left, top = (max(0, round((side - part) / 2.0)) for part, side in zip((width, height), size, strict=True))
+    if size[0] * size[1] > MAX_RESIZED_PIXELS and not smaller:
+        x, y = image.width / size[0], image.height / size[1]
+        return image.resize((width, height), way, (left * x, top * y, (left + width) * x, (top + height) * y))
+    image = image.resize(size, way)
+    if smaller:
+        padded = Image.new("RGB", (max(width, image.width), max(height, image.height)))
+        padded.paste(image, (max(0, (width - image.width) // 2), max(0, (height - image.height) // 2)))
+        image = padded
+    return image.crop((left, top, left + width, top + height))
+
+
+def _resized(size: tuple[int, int], height: int, width: int, crop_pct: float) -> tuple[int, int]:
+    """(width, height) after timm's resize: the shorter side for a square input, the better fitting one otherwise."""
+    scaled_height, scaled_width = math.floor(height / crop_pct), math.floor(width / crop_pct)
+    if scaled_height == scaled_width:
+        short, long = sorted(size)
+        longer = int(scaled_height * long / short)
+        return (scaled_height, longer) if size[0] <= size[1] else (longer, scaled_height)
+    ratio = min(size[1] / scaled_height, size[0] / scaled_width)
+    return round(size[0] / ratio), round(size[1] / ratio)
 
 
 def reason(error: Exception) -> str:
     """Why a file is unreadable, in few words without its name."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image in a known format"
-    return getattr(error, "strerror", None) or str(error)
+    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__

@@ -5,6 +5,7 @@ index mask are values (1, 8 or 16 bits; a palette PNG's are its indices, never i
 """
 
 import colorsys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,13 +13,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sparsemae.data.images import FORMATS, UNREADABLE, reason
+from sparsemae.data.images import open_image, reason
+from sparsemae.limits import MAX_PIXELS
 
 IGNORED = 255
 MAX_CLASSES = 254
 SCENEPARSE150 = Path(__file__).parent / "sceneparse150.txt"
 """The first name of each class in the data set's own list."""
 IGNORED_NAME = "ignore"
+OPACITY = 0.55
+"""Of the classes' colors over an image."""
 _FULL_ADE20K = "; masks of the full ADE20K? wanted those of SceneParse150 (ADEChallengeData2016)"
 
 
@@ -135,15 +139,15 @@ def _color_line(line: str) -> tuple[tuple[int, int, int], str] | None:
     return (red, green, blue), name
 
 
-def read_mask(file: str | Path, table: bool = False) -> np.ndarray:
+def read_mask(file: str | Path, table: bool = False, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """An index mask's values ``[H, W]``, or a color mask's colors uint8 ``[H, W, 3]``.
 
     Without a color ``table``, colors that are all gray are values.
 
-    Raises ValueError naming the file if it is unreadable or neither.
+    Raises ValueError naming the file if it is unreadable, too large, or neither.
     """
     try:
-        with Image.open(file, formats=FORMATS) as opened:
+        with open_image(file, max_pixels) as opened:
             if opened.mode in ("RGB", "RGBA"):
                 colors = np.asarray(opened.convert("RGB"))
                 gray = (colors == colors[:, :, :1]).all()
@@ -152,9 +156,27 @@ def read_mask(file: str | Path, table: bool = False) -> np.ndarray:
             if image.mode in ("1", "L", "P", "I") or image.mode.startswith("I;16"):
                 return np.asarray(image).astype(np.int32)
             mode = image.mode
-    except UNREADABLE as error:
+    except Exception as error:
         raise ValueError(f"{file}: unreadable mask: {reason(error)}") from error
     raise ValueError(f"{file}: wanted a mask of indices or colors, got an image of mode {mode}")
+
+
+def overlaid(image: Image.Image, classes: np.ndarray, palette: Sequence[Sequence[int]], line: int = 1) -> Image.Image:
+    """An RGB image under the colors of its classes uint8 ``[H, W]``, with white outlines of ``line`` px between them.
+
+    Ignored pixels stay as they are.
+    """
+    colors = np.zeros((256, 3), np.float32)
+    colors[: len(palette)] = palette
+    blended = np.array(image, np.float32)
+    known = classes != IGNORED
+    blended[known] = blended[known] * (1 - OPACITY) + colors[classes[known]] * OPACITY
+    edge = np.zeros(classes.shape, bool)
+    for px in range(1, line + 1):
+        edge[px:] |= classes[px:] != classes[:-px]
+        edge[:, px:] |= classes[:, px:] != classes[:, :-px]
+    blended[edge] = 255
+    return Image.fromarray(blended.astype(np.uint8))
 
 
 def distinct_colors(count: int) -> list[tuple[int, int, int]]:

@@ -182,7 +182,7 @@ def refuse_binary(source: Source) -> None:
         return
     for mask in _masks(source):
         with suppress(ValueError):
-            values = np.unique(read_mask(mask)).tolist()
+            values = np.unique(read_mask(mask, max_pixels=source.max_pixels)).tolist()
             if not {*values} <= {0, IGNORED}:
                 return
             first = first or (mask if IGNORED in values else None)

@@ -33,7 +33,7 @@ from sparsemae.data.tree import (
 from sparsemae.options import SourceConfig
 
 # The options that each source of images with classes can use, beside those of all.
-_COMMON = {"source", "workers", "exif", "background", "bits", "val_share", "val_rule"}
+_COMMON = {"source", "workers", "exif", "background", "bits", "max_pixels", "val_share", "val_rule"}
 _ROOT = {"root", "exclude"}
 OPTIONS: dict[str, set[str]] = {
     "embedded": set(), "folder": _ROOT, "tar": _ROOT, "wds": _ROOT, "hfds": {"image_column", "label_column", *_ROOT},

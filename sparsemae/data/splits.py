@@ -16,10 +16,11 @@ from PIL import Image, ImageOps
 
 from sparsemae.data.exclude import read_exclude
 from sparsemae.data.folders import Openers
-from sparsemae.data.images import DEFAULT_RULES, FORMATS, UNREADABLE, PixelRules, decode_rgb, orientation, reason
+from sparsemae.data.images import DEFAULT_RULES, PixelRules, decode_rgb, open_image, orientation, reason
 from sparsemae.data.masks import Legend, read_mask
 from sparsemae.data.sampling import HOLDOUT, stream
 from sparsemae.data.tree import Split
+from sparsemae.limits import MAX_PIXELS
 from sparsemae.options import SourceConfig
 
 Part = Split | Literal["all"]
@@ -43,6 +44,8 @@ class Source:
     """What the values of the masks mean; None: each image has one class."""
     one_size: bool = False
     """All images have the same size."""
+    max_pixels: int = MAX_PIXELS
+    """Images and masks of more are refused."""
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -72,7 +75,7 @@ class Source:
         """What the reader has of one image: file or PIL image, and label. Raises as `read`."""
         try:
             return self.reader[int(self.indices[index])]
-        except UNREADABLE as error:  # torchvision's sets decode here
+        except Exception as error:  # torchvision's sets decode here
             name = self.filename(index)
             if isinstance(error, OSError) and _is_gone(error, name):
                 raise ConnectionError(f"{name}: {error.strerror}") from error
@@ -84,13 +87,13 @@ class Source:
         """`read`, of what `open` gave."""
         name = self.filename(index)
         with file:
-            turned = 1 if self.legend is None else _orientation(file)
+            turned = 1 if self.legend is None else _orientation(file, self.max_pixels)
             if turned != 1 and rules.exif is None:
                 raise ValueError(
                     f"{name}: wanted data.exif true or false, got none for an image whose EXIF orientation is {turned} "
                     "(true turns it and its mask, false neither)"
                 )
-            image = decode_rgb(file, name, smallest, rules)
+            image = decode_rgb(file, name, smallest, rules, self.max_pixels)
         target = self.target(label)
         if self.legend is None:
             return image, target
@@ -109,19 +112,19 @@ class Source:
         if self.legend is None:
             return int(label if self.labels is None else self.labels[label])
         return (
-            self.legend.decode(read_mask(label, self.legend.colors is not None), label)
+            self.legend.decode(read_mask(label, self.legend.colors is not None, self.max_pixels), label)
             if isinstance(label, Path)
             else label
         )
 
 
-def _orientation(file: Any) -> int:
+def _orientation(file: Any, max_pixels: int) -> int:
     if isinstance(file, Image.Image):
         return 1
     try:
-        with Image.open(io.BytesIO(file.read()), formats=FORMATS) as opened:
+        with open_image(io.BytesIO(file.read()), max_pixels) as opened:
             return orientation(opened)
-    except UNREADABLE:
+    except Exception:
         return 1  # `decode_rgb` says why
     finally:
         file.seek(0)
@@ -221,7 +224,8 @@ class Splits:
         """All images of one split, or of all splits."""
         reader = self._joined() if split == "all" else self.reader(split)
         legend, one_size = getattr(reader, "legend", None), getattr(reader, "one_size", False)
-        return Source(reader, reader.class_names, np.arange(len(reader)), None, legend, one_size)
+        limit = self.data.max_pixels
+        return Source(reader, reader.class_names, np.arange(len(reader)), None, legend, one_size, limit)
 
     def open(
         self, split: Part, limit: int | None = None, class_names: Sequence[str] | None = None,

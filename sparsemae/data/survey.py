@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from sparsemae.data.images import FORMATS, UNREADABLE, PixelRules, is_16_bit, orientation
+from sparsemae.data.images import PixelRules, is_16_bit, open_image, orientation
 from sparsemae.data.splits import Source
 
 LOOKED_AT = 1000
@@ -68,9 +68,9 @@ def survey(source: Source, rules: PixelRules) -> list[str]:
             with file:
                 if isinstance(file, Image.Image):
                     return []  # a set that is decoded by its library
-                with Image.open(file, formats=FORMATS) as image:
+                with open_image(file, source.max_pixels) as image:
                     traits.add(image, source.filename(int(index)))
-        except (*UNREADABLE, ConnectionError):
+        except Exception:
             continue  # named when it is its turn
     if refuse and traits.turned:
         raise ValueError(
@@ -84,12 +84,12 @@ def median_side(source: Source) -> int:
     """Median of the shorter side of some of a source's images, px; 224 where none can be read."""
     sides = []
     for index in np.unique(np.linspace(0, len(source) - 1, min(len(source), SIDES_LOOKED_AT)).round().astype(int)):
-        with suppress(*UNREADABLE, ConnectionError):  # named when it is its turn
+        with suppress(Exception):  # named when it is its turn
             file, _ = source.open(int(index))
             with file:
                 if isinstance(file, Image.Image):
                     sides.append(min(file.size))
                     continue
-                with Image.open(file, formats=FORMATS) as image:
+                with open_image(file) as image:
                     sides.append(min(image.size))
     return int(np.median(sides)) if sides else 224

@@ -5,6 +5,9 @@ away. WebDataset shards are thereby no stream: the order of an epoch, each image
 those of a folder. timm's tar reader reads every byte to scan, keeps a kilobyte per image, takes the order of several
 tars from the file system and shares one file position among forked workers; its stream reader for shards cannot resume.
 Images have the order of their tar.
+
+Tars are not trusted. Python's reader takes a header that it cannot read for the end, follows sizes below 0 in circles,
+and reads whatever a header says is another header: each step of the scan is checked before it is believed.
 """
 
 import hashlib
@@ -18,16 +21,19 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from sparsemae.data.images import SUFFIXES
+from sparsemae.data.images import SUFFIXES, reason
 from sparsemae.data.tree import below_shared, by_class, is_hidden, is_image, natural_order, said_of_others
+from sparsemae.files import fsync
 
 CACHE_SECONDS = 1.0
 """A scan that took longer is kept for the next time."""
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
+_LARGEST_HEADER = 1 << 20
+_DEEPEST = 8
 
 
 @dataclass(frozen=True)
@@ -144,18 +150,22 @@ def scan(file: Path) -> Members:
     key = f"{_CACHE_VERSION} {file.resolve()} {status.st_size} {status.st_mtime_ns}"
     name = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsemae" / f"{name}.npz"
-    with suppress(OSError, ValueError, KeyError, EOFError), np.load(cache) as kept:
+    with suppress(Exception), cache.open("rb") as kept_file, np.load(kept_file) as kept:  # a torn one is made again
         texts = {key: _split(kept[key]) for key in ("names", "classes", "tars")}
-        return Members(offsets=kept["offsets"], sizes=kept["sizes"], **texts)
+        lengths = len(texts["names"]), len(texts["classes"]), *kept["offsets"].shape, *kept["sizes"].shape
+        if len({*lengths}) == 1:
+            return Members(offsets=kept["offsets"], sizes=kept["sizes"], **texts)
     found = _Scan()
     try:
-        with tarfile.open(file, "r:") as archive:
-            found.read(archive, "", 0)
+        with file.open("rb") as stream:
+            found.read(stream, status.st_size, "", 0)
         found.follow_links()
-    except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{file}: wanted a whole, uncompressed tar file: {error}") from error
     except _RefusedError as error:
         raise ValueError(f"{file}/{error}") from None
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from error
+    except Exception as error:  # tarfile raises what comes
+        raise ValueError(f"{file}: wanted a whole, uncompressed tar file: {reason(error)}") from error
     rows = found.rows
     numbers = np.array([row[:2] for row in rows.values()], np.int64).reshape(-1, 2)
     members = Members(list(rows), numbers[:, 0], numbers[:, 1], [row[2] for row in rows.values()], found.tars)
@@ -165,12 +175,38 @@ def scan(file: Path) -> Members:
             temporary = cache.with_suffix(f".{os.getpid()}.npz")  # a run's processes scan at the same time
             np.savez(temporary, names=_join(members.names), offsets=members.offsets, sizes=members.sizes,
                      classes=_join(members.classes), tars=_join(members.tars))  # fmt: skip
+            fsync(temporary)
             temporary.replace(cache)
+            fsync(cache.parent)
     return members
 
 
 class _RefusedError(Exception):
     """Names a member."""
+
+
+class _Headers:
+    """What tarfile reads from: a part of a file, whose headers have the size of headers."""
+
+    def __init__(self, stream: BinaryIO, begin: int, size: int) -> None:
+        self.stream, self.begin, self.length, self.at = stream, begin, size, 0
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= _LARGEST_HEADER:
+            raise tarfile.ReadError(f"wanted a header of 0 to {_LARGEST_HEADER:,} bytes, got {size:,}")
+        self.stream.seek(self.begin + self.at)
+        content = self.stream.read(max(0, min(size, self.length - self.at)))
+        self.at += len(content)
+        return content
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence != os.SEEK_SET or not 0 <= offset <= self.length:
+            raise tarfile.ReadError("unexpected end of data")
+        self.at = offset
+        return offset
+
+    def tell(self) -> int:
+        return self.at
 
 
 class _Scan:
@@ -181,40 +217,49 @@ class _Scan:
         self.links: dict[str, str] = {}
         self.tars: list[str] = []
 
-    def read(self, archive: tarfile.TarFile, folder: str, base: int) -> None:
-        """All members of a tar, and of the tars in it."""
-        while (member := archive.next()) is not None:
-            archive.members.clear()  # type: ignore[attr-defined]  # they would stay in memory, a kilobyte each
-            parts = [part for part in member.name.split("/") if part not in ("", ".", "..")]
-            name = folder + "/".join(parts)
-            if member.isdir() or any(map(is_hidden, parts)):
-                continue
-            if member.islnk():
-                self.links[name] = folder + _normal(member.linkname)
-            elif member.issym():
-                outside = member.linkname.startswith("/")
-                target = _normal(posixpath.join(posixpath.dirname(name), member.linkname))
-                self.links[name] = member.linkname if outside else target
-            elif member.issparse():
-                raise _RefusedError(
-                    f"{name}: wanted its bytes in one piece, got a sparse member (tar without --sparse)"
-                )
-            elif member.isreg():
-                self._read_file(archive, member, name, base)
-            elif is_image(name):
-                raise _RefusedError(f"{name}: wanted a file, got a member of type {member.type!r}")
+    def read(self, stream: BinaryIO, size: int, folder: str, base: int, depth: int = 0) -> None:
+        """All members of the tar of ``size`` bytes at ``base``, and of the tars in it."""
+        headers, end = _Headers(stream, base, size), -1
+        with tarfile.open(fileobj=headers, mode="r:") as archive:  # type: ignore[call-overload]
+            while (member := archive.next()) is not None:
+                archive.members.clear()  # they would stay in memory, a kilobyte each
+                if not 0 <= member.size <= size or archive.offset <= end or "\0" in member.name:
+                    raise tarfile.ReadError(f"damaged header of {member.name:.200}, of {member.size:,} bytes")
+                end = archive.offset
+                self._note(stream, member, folder, base, depth)
+        headers.seek(end := max(end, 0))  # where tarfile saw the end, or what it takes for one
+        if headers.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"no end mark at byte {end:,}, but a header that is damaged or cut off")
 
-    def _read_file(self, archive: tarfile.TarFile, member: tarfile.TarInfo, name: str, base: int) -> None:
-        stream = archive.extractfile(member)
-        assert stream is not None
+    def _note(self, stream: BinaryIO, member: tarfile.TarInfo, folder: str, base: int, depth: int) -> None:
+        parts = [part for part in member.name.split("/") if part not in ("", ".", "..")]
+        name = folder + "/".join(parts)
+        if member.isdir() or any(map(is_hidden, parts)):
+            return
+        if member.islnk():
+            self.links[name] = folder + _normal(member.linkname)
+        elif member.issym():
+            outside = member.linkname.startswith("/")
+            target = _normal(posixpath.join(posixpath.dirname(name), member.linkname))
+            self.links[name] = member.linkname if outside else target
+        elif member.issparse():
+            raise _RefusedError(f"{name}: wanted its bytes in one piece, got a sparse member (tar without --sparse)")
+        elif member.isreg():
+            self._note_file(stream, member, name, base, depth)
+        elif is_image(name):
+            raise _RefusedError(f"{name}: wanted a file, got a member of type {member.type!r}")
+
+    def _note_file(self, stream: BinaryIO, member: tarfile.TarInfo, name: str, base: int, depth: int) -> None:
         self.links.pop(name, None)
         if name.lower().endswith(".tar"):
             self.tars.append(name)
-            with tarfile.open(fileobj=stream, mode="r:") as inner:
-                self.read(inner, f"{name}/", base + member.offset_data)
+            if depth == _DEEPEST:
+                raise _RefusedError(f"{name}: wanted at most {_DEEPEST} tars in one another")
+            self.read(stream, member.size, f"{name}/", base + member.offset_data, depth + 1)
         else:
-            text = stream.read(64).decode(errors="replace").strip() if name.lower().endswith(".cls") else ""
-            self.rows[name] = (base + member.offset_data, member.size, text)
+            stream.seek(base + member.offset_data)
+            text = stream.read(min(64, member.size)) if name.lower().endswith(".cls") else b""
+            self.rows[name] = (base + member.offset_data, member.size, text.decode(errors="replace").strip())
 
     def follow_links(self) -> None:
         """Give each link what it points to, which may be another link."""
@@ -223,6 +268,8 @@ class _Scan:
             while target in self.links and target not in passed:
                 passed.add(target)
                 target = self.links[target]
+            for link in passed:  # each is followed once
+                self.links[link] = target
             if target in self.rows:
                 self.rows[name] = self.rows[target]
             elif is_image(name) or not posixpath.splitext(name)[1]:

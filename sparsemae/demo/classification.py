@@ -13,6 +13,7 @@ from sparsemae.benchmark.timing import seconds, take_turns
 from sparsemae.commands.evaluate import evaluate
 from sparsemae.commands.pack import pack
 from sparsemae.commands.predict import predict
+from sparsemae.data.sources import open_source
 from sparsemae.demo.results import SIZES, Arms, Rows, ranked, sizes, table
 from sparsemae.demo.stages import DENSE, PRETRAINING, SMALL
 from sparsemae.options import EvaluateConfig, PackConfig, PredictConfig, SourceConfig
@@ -56,7 +57,8 @@ def finish(arms: Arms, out: Path, images: Path, seed: int, console: Console) -> 
     evaluate(EvaluateConfig(str(run), SourceConfig(workers=0)))
     print("\nPredictions on test images:")
     predict(PredictConfig(str(run), [str(images)]))
-    reconstruction_picture(*load_model(out / "pretrain-sparse", "pretrain"), picture, seed)
+    model, card = load_model(out / "pretrain-sparse", "pretrain")
+    reconstruction_picture(model, card, picture, open_source(SourceConfig(), "val"), seed)
     print(f"\nPicture: {picture} (originals, masked, reconstructed by the sparse and by the full weights)")
     print("\nPacked, to run on any CPU without torch:")
     pack(PackConfig(str(run), str(packed), data=SourceConfig()))

@@ -3,17 +3,23 @@
 ``weights_only=True`` runs no code, but it believes what it reads: an array of any size can be asked for in a few bytes,
 a zip may unfold, and no checksum is looked at. So a file is taken only if its pickles name nothing but what a state
 dict is made of, are small beside the data, and its zip is stored plainly and intact; and torch maps it, so that no
-storage can reach beyond it. Files from before torch 1.6 are no zips; torch compares their storages with the data.
+storage can reach beyond it. What is looked through and mapped is a copy of our own, where there can be one: the file
+itself, cut off meanwhile, would kill the process that maps it. Files from before torch 1.6 are no zips; torch compares
+their storages with the data.
 
 Checkpoints of MAE, DeiT and their kin also hold the arguments of their run and numbers of numpy. Their types are known
 to be inert, and even so none is made: a stand-in takes what the pickle says of them, and drops it.
 """
 
+import os
 import pickletools
 import re
+import shutil
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -45,7 +51,34 @@ def load_torch_file(path: Path) -> dict[str, Tensor]:
 
     Raises ValueError, naming the file, if it is damaged, needs more than tensors to load, or holds none.
     """
-    wanted = f"{path}: wanted a torch file of tensors only, got one that"
+    with _copied(path) as copy:
+        content = _loaded(copy, f"{path}: wanted a torch file of tensors only, got one that")
+        size = copy.stat().st_size
+    tensors = _tensors(content)
+    if not tensors or not all(isinstance(key, str) for key in tensors):
+        raise ValueError(f"{path}: wanted a state dict, got no tensors")
+    if strange := [key for key, value in tensors.items() if value.layout != torch.strided or value.is_meta]:
+        raise ValueError(f"{path}: wanted plain tensors, got {strange[0]} without values of its own")
+    held = sum(value.nbytes for value in tensors.values())
+    if held > 2 * size:  # views that repeat themselves; tied weights are named twice
+        raise ValueError(f"{path}: wanted tensors that lie in the file, got {held:,} bytes from a file of {size:,}")
+    return tensors
+
+
+@contextmanager
+def _copied(path: Path) -> Iterator[Path]:
+    """A copy in memory, where the system has files there."""
+    if not hasattr(os, "memfd_create"):
+        yield path
+        return
+    with path.open("rb") as file, os.fdopen(os.memfd_create(path.name), "wb") as copy:
+        shutil.copyfileobj(file, copy, 1 << 20)
+        copy.flush()
+        yield Path(f"/proc/self/fd/{copy.fileno()}")
+
+
+def _loaded(path: Path, wanted: str) -> Any:
+    """What a file holds. Raises ValueError, beginning with ``wanted``, if it cannot be loaded as tensors alone."""
     try:
         names, zipped = _names(path)
     except Exception as error:  # zip, pickle and end-of-file errors alike
@@ -54,18 +87,9 @@ def load_torch_file(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{wanted} needs {code[0].replace(' ', '.')} to load (convert it to safetensors)")
     try:
         with safe_globals([(_Dropped, name) for name in INERT]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:
         raise ValueError(f"{wanted} cannot be read: {_line(error)}") from error
-    tensors = _tensors(content)
-    if not tensors or not all(isinstance(key, str) for key in tensors):
-        raise ValueError(f"{path}: wanted a state dict, got no tensors")
-    if strange := [key for key, value in tensors.items() if value.layout != torch.strided or value.is_meta]:
-        raise ValueError(f"{path}: wanted plain tensors, got {strange[0]} without values of its own")
-    held, size = sum(value.nbytes for value in tensors.values()), path.stat().st_size
-    if held > 2 * size:  # views that repeat themselves; tied weights are named twice
-        raise ValueError(f"{path}: wanted tensors that lie in the file, got {held:,} bytes from a file of {size:,}")
-    return tensors
 
 
 class _Dropped:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsemae.card import ModelCard
-from sparsemae.files import replacing
+from sparsemae.files import existing, replacing
 from sparsemae.models.names import public_names
 from sparsemae.models.torch_file import load_torch_file
 
@@ -143,7 +143,7 @@ def find_weights(source: str | Path) -> Path:
 
     Raises ValueError if there is none.
     """
-    path = Path(source)
+    path = existing(source)
     if path.is_dir():
         for folder in (path, *sorted(path.glob("checkpoints/step-*"), reverse=True)):
             for name in ("ema", "model"):
@@ -191,7 +191,7 @@ def _opened(path: Path) -> Iterator[Any]:
         most = 2**16 + size // 16  # a byte of header may make twenty of tensors without values
         if most < header < size:
             raise ValueError(f"its header of {header:,} bytes is too large beside its data")
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="pt", backend="pread") as file:  # a map of a file that is cut off kills
             yield file
     except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a readable safetensors file: {error}") from error

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sparsemae.limits import ABOVE_0, AT_LEAST_1, READ, Options, option
+from sparsemae.limits import ABOVE_0, AT_LEAST_1, MAX_PIXELS, READ, Options, option
 from sparsemae.options.data import SourceConfig
 from sparsemae.options.model import InferenceChange
 
@@ -71,6 +71,8 @@ class PredictConfig(Options):
     """Classes to name for each image."""
     out: str = "predictions"
     """Of a segmenter: folder for NAME.png, the mask as a palette PNG, and NAME-overlay.png with its legend."""
+    max_pixels: int = option(MAX_PIXELS, AT_LEAST_1)
+    """Of an image; a larger one is not read. Decoding takes up to 16 bytes for each."""
 
 
 @dataclass

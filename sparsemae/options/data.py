@@ -13,11 +13,12 @@ from sparsemae.limits import (
     AT_LEAST_1,
     BELOW_1,
     BETWEEN_0_AND_1,
+    MAX_PIXELS,
     UNIT_INTERVAL,
     UP_TO_1,
     Options,
     option,
-)
+)  # fmt: skip
 
 WITHOUT_ROOT = ("embedded", "torchvision", "fashion-mnist")
 """Sources that have no root, or may make it."""
@@ -73,6 +74,8 @@ class SourceConfig(Options):
     bits: int | None = option(16, (9, 16))
     """Bits of 16-bit gray that are in use, 9 to 16: the largest such value becomes white; None: values are clipped at
     255. A model's file keeps it."""
+    max_pixels: int = option(MAX_PIXELS, AT_LEAST_1, may_change=True)
+    """Of an image; a larger one counts as unreadable. Decoding takes up to 16 bytes for each."""
     classes: str | None = option(None, must_exist=True)
     """Of a folder with masks: text file with one class a line, in the order of the masks' values; for color masks
     R G B NAME."""

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from sparsemae.limits import AT_LEAST_0, BELOW_1, UNIT_INTERVAL, Options, option
 from sparsemae.options.data import DataConfig, ImageDataConfig, MaskDataConfig
 from sparsemae.options.model import DEFAULT_MODEL, DecoderConfig, HeadConfig, InferenceConfig, ModelConfig, SparseConfig
-from sparsemae.options.training import OptimConfig, TrainerConfig
+from sparsemae.options.training import LOGGERS, OptimConfig, TrainerConfig
 
 FETCHED = ("timm:", "hf-hub:", "auto")
 
@@ -22,6 +22,8 @@ class TrainingConfig(Options):
     """The run's folder."""
     seed: int = option(0, AT_LEAST_0)
     """Seed of everything random."""
+    log: str | None = option(None, may_change=True)
+    """Where the lines of metrics.jsonl go besides, comma-separated: tensorboard, csv, wandb."""
     init: str | None = option(None, must_exist=lambda config: not (config.init or "").startswith(FETCHED))
     """Weights to start from: a run folder, a file (MAE, timm, HF ViTMAE, our own), timm:NAME, or auto: timm's for the
     chosen model; None: from scratch."""
@@ -35,8 +37,15 @@ class TrainingConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if unknown := {*self.loggers} - {*LOGGERS}:
+            raise ValueError(f"log: wanted some of {', '.join(LOGGERS)}, got {', '.join(sorted(unknown))}")
         if self.init is None and self.model.name is None:
             self.model.name = DEFAULT_MODEL
+
+    @property
+    def loggers(self) -> list[str]:
+        """What `log` names, each once."""
+        return list(dict.fromkeys(name.strip() for name in (self.log or "").split(",") if name.strip()))
 
 
 @dataclass

@@ -5,6 +5,9 @@ from typing import Literal
 
 from sparsemae.limits import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, UNIT_INTERVAL, UP_TO_1, Options, option
 
+LOGGERS = ("tensorboard", "csv", "wandb")
+"""What `TrainingConfig.log` may name."""
+
 
 @dataclass
 class OptimConfig(Options):
@@ -86,6 +89,9 @@ class TrainerConfig(Options):
     """Seconds without a batch after which loader processes count as hung."""
     loader_retries: int = option(6, AT_LEAST_0, may_change=True)
     """Times that a loader that died, hung or lost its source is started again, after 1, 2, 4, ... seconds."""
+    hang_timeout_seconds: float | None = option(None, ABOVE_0, may_change=True)
+    """Seconds without progress in any of several processes after which all end; None: more than a loader's time-outs
+    and retries can take."""
     keep: Literal["last", "best"] = option("last", may_change=True, from_data=True)
     """Which epoch's weights are written in the end, where the task has an evaluation; best: of those at which the mask
     had the whole pattern."""
@@ -94,6 +100,11 @@ class TrainerConfig(Options):
     resume: Literal["auto", "never", "anyway"] = option("auto", may_change=True)
     """auto: a run folder that holds a checkpoint continues from the last one; anyway: even where settings differ;
     never: refuse such a folder."""
+
+    def hang_timeout(self) -> float:
+        """What hang_timeout_seconds comes to, None included."""
+        longest = (2 * self.loader_timeout_seconds + 60) * (self.loader_retries + 1)  # the longest pause: 60
+        return self.hang_timeout_seconds or longest
 
     def schedule_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps from the start of the schedule to its end."""

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from sparsemae.files import write_atomic
+from sparsemae.files import existing, write_atomic
 from sparsemae.packing.codec import code_bytes, decode_mask
 from sparsemae.packing.metadata import FORMAT, PackedConfig, VitShape, parse_pattern, read_metadata, write_metadata
 
@@ -130,10 +130,10 @@ def read(path: str | Path) -> PackedModel:
         ValueError: not a packed file, damaged, or of a newer version; one line that names the file.
         OSError: the file cannot be opened.
     """
-    path = Path(path)
+    path = existing(path)
     path.open("rb").close()  # a missing or unreadable file is an OSError of its own
     try:
-        with safe_open(path, framework="numpy") as file:
+        with safe_open(path, framework="numpy", backend="pread") as file:  # a map of a file that is cut off kills
             config = read_metadata(file.metadata())
             wanted = stored_shapes(config)
             _check_names(set(file.keys()), set(wanted))
@@ -149,9 +149,12 @@ def read(path: str | Path) -> PackedModel:
 
 
 def is_packed(path: str | Path) -> bool:
-    """Whether a file says of itself that it is a packed model; `read` tells whether it is a usable one."""
+    """Whether a file says of itself that it is a packed model; `read` tells whether it is a usable one.
+
+    Raises ValueError, naming it, if it is a device or a pipe.
+    """
     try:
-        with safe_open(Path(path), framework="numpy") as file:
+        with safe_open(existing(path), framework="numpy", backend="pread") as file:
             return (file.metadata() or {}).get("format") == FORMAT
     except (OSError, SafetensorError):
         return False

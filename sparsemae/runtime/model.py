@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sparsemae.data.images import as_rgb
+from sparsemae.limits import whole_number
 from sparsemae.packing.format import PackedModel, dense_shapes, from_bf16, read
 from sparsemae.packing.metadata import PackedConfig, parse_pattern
 from sparsemae.predictor import Prediction, rank
@@ -23,6 +24,9 @@ from sparsemae.runtime.preprocess import transform
 
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
+MAX_THREADS = 1024
+IMAGES_PER_THREAD = 4
+"""In one call of the native library, which hears no Ctrl-C."""
 
 
 class Model:
@@ -57,11 +61,11 @@ class Model:
         Raises:
             ValueError: another shape or type.
         """
-        return self._native(self._checked(images), False)
+        return self._forward(images, features=False)
 
     def features(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """All tokens after the last block and the final norm, as timm's `forward_features`: float32 [B, L, D]."""
-        return self._native(self._checked(images), True)
+        return self._forward(images, features=True)
 
     @property
     def smallest_side(self) -> int:
@@ -102,13 +106,19 @@ class Model:
         if not self.vit.num_classes:
             raise ValueError("wanted a classifier to predict with, got an encoder: it has no classes")
 
+    def _forward(self, images: NDArray[np.float32], features: bool) -> NDArray[np.float32]:
+        images = self._checked(images)
+        step = IMAGES_PER_THREAD * self.threads
+        parts = [self._native(images[at : at + step], features) for at in range(0, max(1, len(images)), step)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
     def _checked(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         wanted = (self.vit.in_chans, self.vit.image_height, self.vit.image_width)
-        if images.dtype != np.float32 or images.ndim != 4 or images.shape[1:] != wanted:
-            raise ValueError(
-                f"images: wanted float32 [B, {', '.join(map(str, wanted))}], got {images.dtype} {list(images.shape)}"
-            )
-        return np.ascontiguousarray(images)
+        if not isinstance(images, np.ndarray) or images.dtype != np.float32 or images.shape[1:] != wanted:
+            is_array = isinstance(images, np.ndarray)
+            got = f"{images.dtype} {list(images.shape)}" if is_array else f"a {type(images).__name__}"
+            raise ValueError(f"images: wanted float32 [B, {', '.join(map(str, wanted))}], got {got}")
+        return np.require(images, requirements=("C", "ALIGNED", "ENSUREARRAY"))
 
 
 def load(path: str | Path, threads: int | None = None, quantize: bool = True) -> Model:
@@ -122,13 +132,16 @@ def load(path: str | Path, threads: int | None = None, quantize: bool = True) ->
             bf16.
 
     Raises:
-        ValueError: it is no packed model that can be used (one line, naming it), or `SPARSEMAE_ISA` cannot be had here.
+        ValueError: it is no packed model that can be used (one line, naming it), `threads` is no number of threads, or
+            `SPARSEMAE_ISA` cannot be had here.
         OSError: the file cannot be opened.
     """
     packed = read(path)
-    threads = _default_threads(packed.config.vit.tokens) if threads is None else threads
+    if threads is None:
+        threads = _default_threads(packed.config.vit.tokens)
+    threads = whole_number("threads", threads, 1, MAX_THREADS)
     try:
-        return Model(packed.config, _build(packed, threads, os.environ.get("SPARSEMAE_ISA", ""), quantize))
+        return Model(packed.config, _build(packed, threads, os.environ.get("SPARSEMAE_ISA", ""), bool(quantize)))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

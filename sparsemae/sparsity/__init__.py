@@ -12,11 +12,12 @@ from sparsemae.sparsity.convert import (
     zero_pruned,
 )
 from sparsemae.sparsity.linear import NMLinear
-from sparsemae.sparsity.pattern import NMPattern, nm_mask
+from sparsemae.sparsity.pattern import Criterion, NMPattern, magnitude, nm_mask
 from sparsemae.sparsity.schedule import MaskSchedule
 from sparsemae.sparsity.topology import Movement, SparsitySummary, Topology, TopologyReport, summarize
 
 __all__ = [
+    "Criterion",
     "MaskSchedule",
     "Movement",
     "NMLinear",
@@ -30,6 +31,7 @@ __all__ = [
     "freeze",
     "hold_masks",
     "iter_sparse",
+    "magnitude",
     "nm_mask",
     "shrink_pruned",
     "sparsify",

@@ -13,13 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from sparsemae.sparsity.linear import NMLinear, divided, whole
-from sparsemae.sparsity.pattern import NMPattern, check_divides, check_finite
+from sparsemae.sparsity.pattern import Criterion, NMPattern, check_divides, check_finite, magnitude, nm_mask
 
 _BYPASS_FORWARD = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 def sparsify(
-    model: nn.Module, pattern: str | NMPattern, include: Sequence[str] | None = None, exclude: Sequence[str] = ()
+    model: nn.Module,
+    pattern: str | NMPattern,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    criterion: Criterion = magnitude,
 ) -> list[str]:
     """Make linear layers of any module tree N:M sparse, in place; state-dict keys stay unchanged.
 
@@ -28,14 +32,15 @@ def sparsify(
         pattern: ``"2:32"`` keeps 2 of every 32 input features.
         include: glob patterns on module names. None: every ``nn.Linear`` below a module list named ``blocks``.
         exclude: glob patterns on module names to leave dense.
+        criterion: what of each group is kept: a function of the weight, see `sparsemae.Criterion`.
 
     Returns:
         Names of the converted layers, in module order. A module shared under several names is listed once.
 
     Raises:
         ValueError: nothing matched, a glob matched nothing, ``m`` does not divide a layer's ``in_features``,
-            a weight is NaN or infinite, a layer is of a subclass of ``nn.Linear`` or lies in a module that bypasses
-            its forward. Nothing is converted then.
+            a weight or a score is NaN or infinite, a layer is of a subclass of ``nn.Linear`` or lies in a module that
+            bypasses its forward. Nothing is converted then.
     """
     pattern = NMPattern.parse(pattern)
     names = [name for name, _ in model.named_modules()]
@@ -57,6 +62,8 @@ def sparsify(
             raise ValueError(f"{name}: wanted a plain nn.Linear, got a {kind}, whose forward may do more (exclude it)")
         check_divides(module.weight, pattern, name)
         check_finite(module.weight, name)
+        if criterion is not magnitude:
+            nm_mask(module.weight, pattern, name, criterion)
         chosen[name] = module
     if not chosen:
         where = "below a module list named `blocks`" if include is None else f"matching {list(include)}"
@@ -65,6 +72,8 @@ def sparsify(
     for name, module in chosen.items():
         module.__class__ = NMLinear
         module.pattern = pattern  # type: ignore[assignment]
+        if criterion is not magnitude:
+            module.criterion = criterion  # type: ignore[assignment]
         parent = model.get_submodule(name.rpartition(".")[0])
         if hasattr(parent, "qkv_bias_separate"):  # timm's BEiT, EVA and Swin v2 otherwise hand qkv.weight to F.linear
             parent.qkv_bias_separate = True  # type: ignore[assignment]
@@ -157,8 +166,8 @@ def densify(model: nn.Module) -> list[str]:
     for _, layer in layers:
         layer.drop_mask()
         del layer.pattern
-        layer.__dict__.pop("held_mask", None)
-        layer.__dict__.pop("use_dense", None)
+        for name in ("held_mask", "use_dense", "criterion"):
+            layer.__dict__.pop(name, None)
         layer.__class__ = nn.Linear  # type: ignore[assignment]
     return [name for name, _ in layers]
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from sparsemae.sparsity.pattern import NMPattern, check_finite, check_holds, select_mask
+from sparsemae.sparsity.pattern import Criterion, NMPattern, check_finite, check_holds, magnitude, select_mask
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -50,6 +50,8 @@ class NMLinear(nn.Linear):
     """
 
     pattern: NMPattern
+    criterion: Criterion = staticmethod(magnitude)
+    """What of each group is kept."""
     weight_mask: Tensor
     """Only on a frozen layer."""
     held_mask: Tensor | None = None
@@ -66,7 +68,9 @@ class NMLinear(nn.Linear):
         """The mask that the next forward uses, bool ``[O, I]``, True = kept."""
         if self.frozen:
             return self.weight_mask
-        return select_mask(whole(self.weight), self.pattern) if self.held_mask is None else self.held_mask
+        if self.held_mask is not None:
+            return self.held_mask
+        return select_mask(whole(self.weight), self.pattern, self.criterion)
 
     def forward(self, input: Tensor) -> Tensor:
         """``input [..., I]`` to ``[..., O]``."""

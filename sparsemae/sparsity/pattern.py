@@ -3,11 +3,13 @@
 ``n`` always means *kept*: 2:32 keeps 2 of every 32 consecutive input features of each output row.
 Groups run along the last dimension of an ``[O, I]`` weight and never cross a row; reshaping the whole
 weight to ``(-1, m)`` would hide an ``I`` that ``m`` does not divide, so that is refused here instead.
-Equal magnitudes keep the lower index, on every device and in every dtype, so that a mask is a function
-of the weight alone.
+What is kept is a `Criterion`'s to say, magnitude by default. Equal scores keep the lower index, on every device and in
+every dtype, so that a mask is a function of the weight alone.
 """
 
+import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -50,34 +52,55 @@ class NMPattern:
         return f"{self.n}:{self.m}"
 
 
-def nm_mask(weight: Tensor, pattern: NMPattern, name: str = "weight") -> Tensor:
-    """Select the ``n`` weights of largest magnitude in every group of ``m``; ties keep the lower index.
+Criterion = Callable[[Tensor], Tensor]
+"""From a latent weight ``[O, I]``, detached, to finite floating-point scores ``[O, I]``: of every ``m`` the ``n``
+largest are kept. It is called in each training forward: nothing in it should wait for the device."""
+
+
+def magnitude(weight: Tensor) -> Tensor:
+    """The criterion of SR-STE and SparseMAE: how large a weight is, whatever its sign."""
+    return weight.abs()
+
+
+def nm_mask(weight: Tensor, pattern: NMPattern, name: str = "weight", criterion: Criterion = magnitude) -> Tensor:
+    """Select the ``n`` weights of highest score in every group of ``m``; ties keep the lower index.
 
     Args:
         weight: ``[..., I]``, floating point; groups run along the last dimension.
         name: the layer's name, for messages.
+        criterion: what is to be kept, see `Criterion`.
 
     Returns:
         bool ``[..., I]``, True = kept, exactly ``n`` per group.
 
     Raises:
-        ValueError: if ``m`` does not divide ``I``, or a weight is NaN or infinite.
+        ValueError: if ``m`` does not divide ``I``, a weight or a score is NaN or infinite, or the scores are not one
+            floating-point number for each weight.
     """
     check_divides(weight, pattern, name)
     check_finite(weight, name)
-    return select_mask(weight, pattern)
+    if criterion is not magnitude:
+        scores = criterion(weight.detach())
+        if scores.shape != weight.shape or not scores.is_floating_point():
+            raise ValueError(
+                f"{name}: criterion: wanted floating-point scores {list(weight.shape)}, "
+                f"got {scores.dtype} {list(scores.shape)}"
+            )
+        check_finite(scores, f"{name}: criterion", "scores")
+    return select_mask(weight, pattern, criterion)
 
 
-def select_mask(weight: Tensor, pattern: NMPattern) -> Tensor:
+def select_mask(weight: Tensor, pattern: NMPattern, criterion: Criterion = magnitude) -> Tensor:
     """`nm_mask` without its checks, for the training forward (a check for NaN would synchronize the device)."""
     n, m = pattern.n, pattern.m
-    groups = weight.detach().abs().reshape(-1, m)
+    scores = criterion(weight.detach())
+    groups = (scores if criterion is magnitude else scores.clone()).reshape(-1, m)  # overwritten; might be the weight
     if n == m:
         return torch.ones_like(weight, dtype=torch.bool)
     if n <= 8:  # n passes of a maximum: 4 times as fast as a sort at n = 2
         for _ in range(n):  # max() returns the first of equal values
-            groups.scatter_(1, groups.max(dim=1, keepdim=True).indices, -1.0)
-        return (groups < 0).view(weight.shape)
+            groups.scatter_(1, groups.max(dim=1, keepdim=True).indices, -math.inf)
+        return (groups == -math.inf).view(weight.shape)
     order = groups.sort(dim=1, descending=True, stable=True).indices
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order[:, :n], True).view(weight.shape)
 
@@ -90,14 +113,14 @@ def check_divides(weight: Tensor, pattern: NMPattern, name: str) -> None:
         )
 
 
-def check_finite(weight: Tensor, name: str) -> None:
+def check_finite(weight: Tensor, name: str, what: str = "weights") -> None:
     """Raise ValueError, naming the layer and the row, if a weight is NaN or infinite."""
     if weight.is_meta:
         return
     finite = torch.isfinite(weight.detach())
     if not finite.all():
         where = (~finite).nonzero()[0].tolist()
-        raise ValueError(f"{name}: wanted finite weights, got {weight[tuple(where)].item()} at {where}")
+        raise ValueError(f"{name}: wanted finite {what}, got {weight[tuple(where)].item()} at {where}")
 
 
 def check_holds(weight: Tensor, mask: Tensor, pattern: NMPattern, name: str) -> None:

@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 
 from sparsemae.config import read_config
+from sparsemae.data.loader import end_with_parent
 from sparsemae.jobs import JOBS, resolve
 from sparsemae.runtime.model import processors
 
@@ -70,9 +71,8 @@ def run_stages(
     slots, waiting = at_a_time or min(processors(), 4), list(stages)
     running: dict[Future[float], Stage] = {}
     done: dict[str, float] = {}
-    # Ctrl-C is this process's, which ends the workers
-    context, ignored = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
-    with ProcessPoolExecutor(slots, context, signal.signal, ignored) as pool, console.status("") as status:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(slots, context, _begin_worker) as pool, console.status("") as status:
         # what starts from a stage that was left out is never ready
         while (ready := [stage for stage in waiting if stage.init is None or stage.init in done]) or running:
             for stage in ready[: slots - len(running)]:
@@ -104,6 +104,12 @@ def _progress(folder: Path) -> str:
         return "(epoch {epoch:.0f})".format(**json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1]))
     except (OSError, ValueError, IndexError, KeyError):
         return ""
+
+
+def _begin_worker() -> None:
+    """Ctrl-C is the first process's, which ends the workers; however that ends, they end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
 
 
 def _run_job(name: str, argv: list[str], log: str) -> float:

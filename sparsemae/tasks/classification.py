@@ -22,7 +22,8 @@ from sparsemae.data.splits import Part
 from sparsemae.models import build_vit, use_plain_attention
 from sparsemae.options import FinetuneConfig, SourceConfig
 from sparsemae.predictor import Prediction
-from sparsemae.tasks.task import Network, Task, blank_images, encoder_of, smallest_side
+from sparsemae.tasks.outcomes import ClassOutcomes, Shown
+from sparsemae.tasks.task import Network, Task, blank_images, encoder_of, picture, smallest_side
 from sparsemae.training.logs import with_progress
 
 EVALUATION_BATCH = 256
@@ -76,11 +77,27 @@ class Classification(Task[FinetuneConfig]):
             self.erase = RandomErasing(config.erasing, mode="pixel", device=str(fabric.device))
 
     def loss(self, forward: nn.Module, batch: dict[str, Any]) -> Tensor:
+        images, target = self._mixed(batch)
+        return self.criterion(forward(images).float(), target)
+
+    def _mixed(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         data = self.config.data
         images, target = self.erase(transforms.normalize(batch["image"], data.mean, data.std)), batch["target"]
-        if self.mix is not None:
-            images, target = self.mix(images, target)
-        return self.criterion(forward(images).float(), target)
+        return (images, target) if self.mix is None else self.mix(images, target)
+
+    def seen(self, batch: dict[str, Any]) -> list[Shown]:
+        data, smoothing, names = self.config.data, self.config.label_smoothing, self.class_names
+        images, target = self._mixed(batch)
+        if target.ndim == 1:
+            target = nn.functional.one_hot(target, len(names)).float()
+        else:
+            target = (target - smoothing / len(names)) / (1 - smoothing)
+        pictures = map(picture, transforms.denormalize(images, data.mean, data.std))
+        best = target.topk(2)  # mixed of two at most
+        return [
+            Shown(shown, "", " + ".join(f"{names[i]} {p:.0%}" for p, i in zip(*both, strict=True) if p > 0.005))
+            for shown, *both in zip(pictures, best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
 
     def example_batch(self, model: nn.Module, size: int) -> dict[str, Any]:
         return {"image": blank_images(size, self.config.data.img_size), "target": torch.zeros(size, dtype=torch.long)}
@@ -93,7 +110,10 @@ class Classification(Task[FinetuneConfig]):
         return [count_forward("the model", tokens, model, lambda: model(image))]
 
     def evaluate(self, fabric: Fabric, model: nn.Module) -> dict[str, float]:
-        return self.measure(fabric, model, self.card(), self.validation, self.config.data.workers)
+        self.outcomes = ClassOutcomes(self.validation, self.class_names)
+        return self.measure(
+            fabric, model, self.card(), self.validation, self.config.data.workers, outcomes=self.outcomes
+        )
 
     def guess(self, looks: int) -> dict[str, float]:
         counts, images = self.val.class_counts(), len(self.validation)
@@ -121,7 +141,7 @@ class Classification(Task[FinetuneConfig]):
     @classmethod
     def measure(
         cls, fabric: Fabric, network: Network, card: ModelCard, dataset: ImageDataset, workers: int,
-        progress: bool = False,
+        progress: bool = False, outcomes: ClassOutcomes | None = None,
     ) -> dict[str, float]:  # fmt: skip
         """Top-1, top-5 and the standard error of top-1.
 
@@ -141,6 +161,8 @@ class Classification(Task[FinetuneConfig]):
                 logits = network(transforms.normalize(images, card.input.mean, card.input.std)).float()
             for meter in meters.values():
                 meter.update(logits, targets)
+            if outcomes is not None:
+                outcomes.add(batch["index"], targets, logits)
         unreadable.synchronize()
         result: dict[str, Any] = {name: float(meter.compute()) for name, meter in meters.items()}
         result["standard_error"] = math.sqrt(result["top1"] * (1 - result["top1"]) / len(dataset))

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 from PIL import Image
@@ -12,15 +13,17 @@ from torch import Tensor, nn
 
 from sparsemae.card import ModelCard
 from sparsemae.costs.multiply_adds import Forward, count_forward
+from sparsemae.data import sampling
 from sparsemae.data.dataset import ImageDataset
 from sparsemae.data.sources import find_source
-from sparsemae.data.splits import Part
-from sparsemae.data.transforms import normalize, training_transform
+from sparsemae.data.splits import Part, Source
+from sparsemae.data.transforms import denormalize, evaluation_transform, normalize, training_transform
 from sparsemae.models import MaskedAutoencoder, build_vit, use_plain_attention
 from sparsemae.models.mae import patches_kept
 from sparsemae.options import PretrainConfig, SourceConfig
 from sparsemae.sparsity import dense_weights
-from sparsemae.tasks.task import Network, Task, blank_images, encoder_of, smallest_side
+from sparsemae.tasks.outcomes import Gallery, Shown, beside
+from sparsemae.tasks.task import Network, Task, blank_images, encoder_of, picture, smallest_side
 
 
 class Pretraining(Task[PretrainConfig]):
@@ -78,6 +81,19 @@ class Pretraining(Task[PretrainConfig]):
             count("the encoder afterwards", tokens, forward=lambda: encoder.forward_features(image)),
         ]
 
+    def galleries(self, model: nn.Module) -> list[Gallery]:
+        assert self.splits is not None
+        assert isinstance(model, MaskedAutoencoder)
+        try:
+            source, which = self.splits.open("val"), "Images that it was not trained on"
+        except ValueError:
+            source, which = self.source, "Training images"
+        shown = reconstruct(model, self.card(), source, self.config.seed)
+        about = f"{which}: as they are, {', '.join(list(shown.images)[1:])}. {shown.about}."
+        rows = zip(*([picture(pixels) for pixels in images] for images in shown.images.values()), strict=True)
+        pictures = [Shown(beside(row), file) for row, file in zip(rows, shown.files, strict=True)]
+        return [Gallery("Reconstructions", about, pictures)]
+
     def result(self, metrics: dict[str, float]) -> str:
         return f"the full latent weights, to start finetuning from (--init {self.config.out})"
 
@@ -107,6 +123,46 @@ class Pretraining(Task[PretrainConfig]):
     @classmethod
     def summary(cls, metrics: dict[str, float]) -> str:
         return ""
+
+
+class Reconstructions(NamedTuple):
+    """What an autoencoder makes of some images."""
+
+    files: list[str]
+    images: dict[str, Tensor]
+    """By what was done to them, uint8 ``[B, 3, H, W]``: the originals first."""
+    about: str
+    """How much is masked, and the losses."""
+
+
+def reconstruct(
+    model: MaskedAutoencoder, card: ModelCard, source: Source, seed: int = 0, count: int = 8
+) -> Reconstructions:
+    """Images evenly from a source, masked, and reconstructed by the kept and by the full latent weights.
+
+    Masked patches are shown as predicted, with the target's own mean and standard deviation given back when the model
+    predicts normalized patches; kept patches are shown as they are.
+    """
+    spec, ratio, device = card.input, card.settings["mask_ratio"], next(model.parameters()).device
+    transform = evaluation_transform(spec)
+    indices = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int).tolist()
+    pixels = torch.stack([transform(*source.read(index, rules=spec))[0] for index in indices]).to(device)
+    x = normalize(pixels, spec.mean, spec.std)
+    shape = len(x), model.encoder.patch_embed.num_patches
+    noise = torch.from_numpy(sampling.stream(seed, sampling.PICTURE).random(shape, np.float32)).to(device)
+    with torch.inference_mode():
+        sparse = model(x, ratio, noise)
+        with dense_weights(model):
+            full = model(x, ratio, noise)
+        masked = model.unpatchify(sparse.mask[..., None].expand_as(sparse.pred)).bool()
+        shown = {
+            "masked": x.masked_fill(masked, 0.0),
+            "by the kept weights": torch.where(masked, model.reconstruct(x, sparse), x),
+            "by the full weights": torch.where(masked, model.reconstruct(x, full), x),
+        }
+    about = f"{ratio:.0%} of the patches are masked; loss {float(sparse.loss):.3f} kept, {float(full.loss):.3f} full"
+    images = {title: denormalize(each, spec.mean, spec.std) for title, each in shown.items()}
+    return Reconstructions([source.filename(index) for index in indices], {"original": pixels, **images}, about)
 
 
 class ConcurrentLoss(nn.Module):

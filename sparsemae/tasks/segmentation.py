@@ -26,9 +26,10 @@ from sparsemae.data.transforms import normalize
 from sparsemae.models import build_vit, use_plain_attention
 from sparsemae.models.segmenter import Segmenter, segmentation_loss
 from sparsemae.options import HeadConfig, InferenceConfig, SegmentConfig, SourceConfig
+from sparsemae.tasks.outcomes import PixelOutcomes, Shown
 from sparsemae.tasks.sliding_window import predict_scores
 from sparsemae.tasks.sparse import meta_model
-from sparsemae.tasks.task import Network, Task, blank_images
+from sparsemae.tasks.task import Network, Task, blank_images, picture
 from sparsemae.training.logs import with_progress
 
 PER_CLASS = "iou/"
@@ -109,6 +110,12 @@ class Segmentation(Task[SegmentConfig]):
         output = forward(normalize(batch["image"], data.mean, data.std))
         return segmentation_loss(output, batch["target"], self.config.head.auxiliary_weight, masks.IGNORED)
 
+    def seen(self, batch: dict[str, Any]) -> list[Shown]:
+        return [
+            Shown(masks.overlaid(picture(pixels), classes.cpu().numpy(), self.legend.palette), "")
+            for pixels, classes in zip(batch["image"], batch["target"], strict=True)
+        ]
+
     def example_batch(self, model: nn.Module, size: int) -> dict[str, Any]:
         images = blank_images(size, self.config.data.img_size)
         return {"image": images, "target": torch.zeros_like(images[:, 0])}
@@ -125,7 +132,10 @@ class Segmentation(Task[SegmentConfig]):
         ]
 
     def evaluate(self, fabric: Fabric, model: nn.Module) -> dict[str, float]:
-        measured = self.measure(fabric, model, self.card(), self.validation, self.config.data.workers)
+        self.outcomes = PixelOutcomes(self.validation, self.class_names, self.legend.palette)
+        measured = self.measure(
+            fabric, model, self.card(), self.validation, self.config.data.workers, outcomes=self.outcomes
+        )
         self.absent = [name for name in self.class_names if math.isnan(measured[PER_CLASS + name])]
         return {name: value for name, value in measured.items() if not name.startswith(PER_CLASS)}
 
@@ -161,7 +171,7 @@ class Segmentation(Task[SegmentConfig]):
     @classmethod
     def measure(
         cls, fabric: Fabric, network: Network, card: ModelCard, dataset: ImageDataset, workers: int,
-        progress: bool = False,
+        progress: bool = False, outcomes: PixelOutcomes | None = None,
     ) -> dict[str, float]:  # fmt: skip
         """mIoU, mean and pixel accuracy, and ``iou/CLASS`` for each class (nan: in no mask).
 
@@ -180,7 +190,10 @@ class Segmentation(Task[SegmentConfig]):
         found = loader.batches(dataset, sampler, workers, unreadable=unreadable)
         for batch in with_progress(found, "evaluating", len(dataset)) if progress else found:
             images, targets = fabric.to_device((batch["image"], batch["target"]))
-            meter.update(predict_scores(logits, images, card.input, inference).argmax(dim=1), targets.long())
+            predicted = predict_scores(logits, images, card.input, inference).argmax(dim=1)
+            meter.update(predicted, targets.long())
+            if outcomes is not None:
+                outcomes.add(batch["index"], batch["image"], batch["target"], predicted)
         unreadable.synchronize()
         confusion = meter.compute()
         if not confusion.sum():

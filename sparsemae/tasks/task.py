@@ -23,6 +23,7 @@ from sparsemae.data.survey import survey
 from sparsemae.data.tree import Split
 from sparsemae.models import patch_side
 from sparsemae.options import DEFAULT_MODEL, SourceConfig
+from sparsemae.tasks.outcomes import Gallery, Outcomes, Shown
 from sparsemae.training.subject import Config, Trainable
 
 Network = Callable[[Tensor], Any]
@@ -48,6 +49,8 @@ class Task(Trainable[Config]):
         """Where the images are, once they have been found."""
         self.sources: dict[Split, Source] = {}
         """What is trained on, and what is evaluated on."""
+        self.outcomes: Outcomes | None = None
+        """Of the last evaluation, image by image, where the task keeps them."""
 
     @abstractmethod
     def open_data(self) -> None:
@@ -79,6 +82,14 @@ class Task(Trainable[Config]):
     def wrapped(self, model: nn.Module) -> nn.Module:
         """The module whose forward the loss calls: the model, or one around it."""
         return model
+
+    def seen(self, batch: dict[str, Any]) -> list[Shown]:
+        """The images of a training batch on the device, as the model sees them, the generators seeded for it."""
+        return [Shown(picture(pixels), "") for pixels in batch["image"]]
+
+    def galleries(self, model: nn.Module) -> list[Gallery]:
+        """Images that show how good the trained model is. Raises ValueError or OSError if one cannot be read."""
+        return self.outcomes.galleries() if self.outcomes is not None else []
 
     @abstractmethod
     def example_batch(self, model: nn.Module, size: int) -> dict[str, Any]:
@@ -158,6 +169,11 @@ def encoder_of(model: nn.Module) -> Any:
 def smallest_side(model: nn.Module) -> int:
     """The shorter side that an image needs: one patch, px."""
     return patch_side(encoder_of(model))
+
+
+def picture(pixels: Tensor) -> Image.Image:
+    """Of uint8 ``[3, H, W]``."""
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
 def blank_images(size: int, side: int) -> Tensor:

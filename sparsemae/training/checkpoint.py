@@ -50,6 +50,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder / name for name in names if re.fullmatch(r"step-\d{8,}", name))
 
 
+def last(folder: Path) -> str:
+    """Which checkpoint is the last, for a message."""
+    kept = list_checkpoints(folder)
+    return f"the last checkpoint is {kept[-1] if kept else 'none'}"
+
+
 def save_checkpoint(
     path: Path, files: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, Mapping[str, Any]]
 ) -> None:
@@ -152,17 +158,8 @@ def migrated(counters: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return renamed(counters, CHECKPOINT)
 
 
-def flatten(tree: Mapping[str, Any], separator: str = "/", prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, their keys joined."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        nested = isinstance(value, Mapping)
-        leaves |= flatten(value, separator, f"{prefix}{key}{separator}") if nested else {f"{prefix}{key}": value}
-    return leaves
-
-
 def unflatten(leaves: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Inverse of `flatten`, but for branches without a leaf."""
+    """Inverse of `limits.flatten` with ``/``, but for branches without a leaf."""
     tree: dict[str, Any] = {}
     for path, value in leaves.items():
         *branches, leaf = path.split("/")

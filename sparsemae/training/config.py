@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
+from sparsemae.limits import flatten
 from sparsemae.options import TrainerConfig
-from sparsemae.training.checkpoint import flatten
 
 PRECISIONS: dict[str, Any] = {"bf16": "bf16-mixed", "fp32": "32-true", "fp64": "64-true"}
 """What Fabric calls them."""
@@ -43,4 +43,4 @@ def differences(
 
 def flatten_config(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A tree of settings as one dictionary, names joined by dots."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in flatten(tree, ".").items()}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in flatten(tree).items()}

@@ -7,6 +7,7 @@ random is a function of the seed and of counters.
 """
 
 import math
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -25,11 +26,12 @@ from sparsemae.files import retried
 from sparsemae.models import use_plain_attention
 from sparsemae.sparsity import Topology, hold_masks, iter_sparse
 from sparsemae.training import checkpoint, feed, saver, signals
+from sparsemae.training.group import last_line
 from sparsemae.training.logs import StepProgress, package_versions
 from sparsemae.training.optim import in_epochs, learning_rate, make_optimizer, scaled_to_batch, set_learning_rate
 from sparsemae.training.run import Run
 from sparsemae.training.state import TrainingState, bad_record
-from sparsemae.training.step import optimizer_step
+from sparsemae.training.step import memory_advice, optimizer_step
 from sparsemae.training.subject import Subject
 
 
@@ -110,6 +112,7 @@ class _Loop:
             origin={"config": run.config, "packages": package_versions(), "images": subject.images},
         )  # fmt: skip
         self.unreadable = UnreadableImages(images, config.data.max_unreadable, run.log.info)
+        self.group = run.group
         self.signals = signals.StopSignals(announce=fabric.is_global_zero)
         self.feed = feed.Feed(
             self._loader_at, trainer.loader_retries, run.log.info, lambda: bool(self.signals.received),
@@ -123,8 +126,11 @@ class _Loop:
         """Why this process wants the run to end."""
         self.ending = False
         """All processes have agreed to end."""
-        self.consistent = True
-        """Weights, optimizer and counters are those of one step: not half-way through an update."""
+        self.whole = threading.Lock()
+        """Held while weights, optimizer and counters are not those of one step, but half-way to the next; and, once
+        they are saved because of a failure, for good."""
+        self.updated = torch.cuda.Event() if fabric.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        """On the device, the last update is done."""
 
     def resume(self) -> None:
         """Go back to the last intact checkpoint, if there are any.
@@ -146,12 +152,14 @@ class _Loop:
                 ) from error
         if damaged and not state.done:
             raise ValueError(f"{run.checkpoints}: no intact checkpoint to continue from; choose another --out")
-        self.fabric.barrier()
+        self.group.agree(state.identity)
         if self.fabric.is_global_zero:
             for path in damaged:
                 checkpoint.set_aside(path)
         run.log.truncate_after(state.done)
+        run.log.mirror(self.task.config.loggers, run.config)
         self.saver.step = state.done
+        self.group.rescue = self._rescue
         if state.done:
             run.log.info(f"continuing {run.folder} at step {state.done}")
             now, before = state.origin["packages"], counters.get("packages", {})
@@ -176,12 +184,9 @@ class _Loop:
                     if state.done >= self.stop or self.ending:
                         break
                     self._step()
-        except torch.OutOfMemoryError as error:
-            self._emergency_save()
-            raise ValueError(f"{self._memory_advice()}; {self._last_checkpoint()}") from error
-        except Exception:
-            self._emergency_save()
-            raise
+        except Exception as error:
+            memory = isinstance(error, torch.OutOfMemoryError)
+            self.group.fail(ValueError(memory_advice(self.plan, self.fabric.device)) if memory else error)
         if self.ending and (state.done < self.stop or self.stop_reason):
             self._end()
         self.saver.wait()
@@ -217,8 +222,10 @@ class _Loop:
 
         def accept(norm: Tensor) -> bool:
             nonlocal verdict
+            self.group.at(f"all-reduce of step {state.done + 1}")
             verdict = self._agree(losses.sum(), norm)
-            self.consistent = False
+            if verdict.good:
+                self.whole.acquire()
             return verdict.good
 
         masks, sparse = state.masks.step(epoch), self.task.config.sparse
@@ -226,21 +233,28 @@ class _Loop:
             state.losses.append(verdict.loss)
             if state.average is not None:
                 state.average.update(self.model)
-        elif not verdict.no_data:
-            self._record_bad(verdict, losses, indices)
+        else:
+            if not verdict.no_data:
+                self._record_bad(verdict, losses, indices)
+            self.whole.acquire()
         self.ending = self.ending or verdict.ending > 0
         state.bad.count(not verdict.good and not verdict.no_data)
         state.done += not verdict.no_data
-        self.consistent = True
+        if self.updated is not None:
+            self.updated.record()
+        self.whole.release()
 
     def _accumulate(self) -> tuple[Tensor, Tensor]:
         """Forward and backward of the micro-batches; their parts of the loss ``[K]`` and their images ``[K, B]``."""
-        plan, losses, indices = self.plan, [], []
+        plan, losses, indices, step = self.plan, [], [], f"of step {self.state.done + 1}"
         for number in range(plan.accumulate):
+            self.group.at(f"data {step}")
             batch = self.fabric.to_device(self._micro_batch(number))
+            self.group.at(f"forward {step}")
             seed_all(self.run.seed, STEP, self.state.done, plan.micro_batch_number(number, self.fabric.global_rank))
             with self.fabric.no_backward_sync(self.wrapped, enabled=number < plan.accumulate - 1):
                 loss = self.task.loss(self.wrapped, batch) / plan.accumulate
+                self.group.at(f"backward {step}")
                 self.fabric.backward(loss)
             losses.append(loss.detach())
             indices.append(batch["index"])
@@ -250,10 +264,10 @@ class _Loop:
         if self.stop_reason is None:
             try:
                 self.batch = self.feed.micro_batch(self.state.done, number)
-            except ValueError as error:
-                if self.batch is None:
+            except Exception as error:
+                if self.batch is None or (self.group.world == 1 and not isinstance(error, ValueError)):
                     raise
-                self.stop_reason = str(error)
+                self.stop_reason = str(error) if isinstance(error, ValueError) else last_line(error)
         return self.batch
 
     def _loader_at(self, step: int) -> Iterator[Any]:
@@ -302,25 +316,29 @@ class _Loop:
         metric = self.task.best_by if due else None
         if metric is not None:
             self._evaluate()
-        if done % trainer.log_every_steps == 0 or last:
+        logged = done % trainer.log_every_steps == 0 or last
+        if logged:
+            self.group.at(f"log of step {done}")
             self.unreadable.synchronize()
-            loss = {"loss": fmean(state.losses)} if state.losses else {}
-            lr = learning_rate(self.optim, (done - 1) / self.plan.steps_per_epoch, self.epochs)
-            bad = {"bad_steps": state.bad.total} if state.bad.total else {}
-            rate = progress.images_per_second(done)
-            self.run.log.write("metrics.jsonl", {**where, **loss, "lr": lr, "images_per_second": rate, **bad})
+            self.group.agree(state.identity)
         at = f"epoch {min(epoch + 1, math.ceil(self.epochs))}/{self.epochs:g}"
         progress.advance(done, f"{at}, " + (f"loss {fmean(state.losses):.4f}" if state.losses else "no good step"))
-        if done % trainer.log_every_steps == 0 or last:
-            state.losses.clear()
-        if state.topology is not None and (within == 0 or done == self.total):
-            moved = state.topology.update()
-            self.run.log.write("topology.jsonl", {**where, **asdict(moved)})
-        best = False
-        if metric is not None:
-            self.run.log.write("metrics.jsonl", {**where, **self.metrics})
-            best = state.masks.reached and state.is_best(self.metrics[metric], self.task.higher_is_better)
-        state.logged_through = done
+        with self.whole:
+            if logged:
+                loss = {"loss": fmean(state.losses)} if state.losses else {}
+                lr = learning_rate(self.optim, (done - 1) / self.plan.steps_per_epoch, self.epochs)
+                bad = {"bad_steps": state.bad.total} if state.bad.total else {}
+                rate = progress.images_per_second(done)
+                self.run.log.write("metrics.jsonl", {**where, **loss, "lr": lr, "images_per_second": rate, **bad})
+                state.losses.clear()
+            if state.topology is not None and (within == 0 or done == self.total):
+                moved = state.topology.update()
+                self.run.log.write("topology.jsonl", {**where, **asdict(moved)})
+            best = False
+            if metric is not None:
+                self.run.log.write("metrics.jsonl", {**where, **self.metrics})
+                best = state.masks.reached and state.is_best(self.metrics[metric], self.task.higher_is_better)
+            state.logged_through = done
         minutes, longest = (time.monotonic() - self.saved_at) / 60, trainer.save_every_minutes
         if last or best or (longest is not None and minutes >= longest) or done % trainer.save_every_steps == 0:
             self._save()
@@ -337,27 +355,50 @@ class _Loop:
     def _metrics_of(self, model: nn.Module) -> dict[str, float]:
         training = model.training
         model.eval()
+        self.group.at(f"evaluation at step {self.state.done}")
+        hook = model.register_forward_pre_hook(lambda *_: self.group.at())
         with hold_masks(model), torch.no_grad():
             metrics = self.task.evaluate(self.fabric, model)
+        hook.remove()
         model.train(training)
         return metrics
 
     def _save(self) -> None:
         """Begin to write a checkpoint; only the first process does."""
+        self.group.at(f"saving of step {self.state.done}")
         self.saved_at = time.monotonic()
         if self.fabric.is_global_zero and not self.run.log.lost():
-            best = self.state.best
-            self.saver.save(
-                self.state.done, *self.state.to_save(self.subject.card), best=int(best["step"]) if best else None
-            )
+            self._write()
 
-    def _emergency_save(self) -> None:
-        """Before an error ends the run: a lost process, a failed evaluation, no memory. Its own errors do not count."""
+    def _write(self) -> None:
+        best = self.state.best
+        self.saver.save(
+            self.state.done, *self.state.to_save(self.subject.card), best=int(best["step"]) if best else None
+        )
+
+    def _rescue(self, saves: bool) -> str:
+        """Save the last whole step, in whatever process and thread is left to do it; says which checkpoint is the last.
+
+        Its own errors do not count.
+        """
+        if self.run.log.lost() or not self.run.checkpoints.is_dir():
+            return ""
         with suppress(Exception):
-            self.saver.wait()
-            if self.consistent and self.state.done > self.saver.step:
-                self._save()
+            patience = 0 if threading.current_thread() is threading.main_thread() else 5.0  # who holds it is no other
+            if saves and self.whole.acquire(timeout=patience):
                 self.saver.wait()
+                kept = checkpoint.list_checkpoints(self.run.checkpoints)
+                stream = None
+                if self.updated is not None:  # the usual one may be waiting for a collective
+                    stream = torch.cuda.Stream(self.fabric.device)  # type: ignore[no-untyped-call]
+                    stream.wait_event(self.updated)
+                if self.state.done > (checkpoint.step_of(kept[-1]) if kept else 0):
+                    with torch.cuda.stream(stream):
+                        self._write()
+                    self.saver.wait()
+        with suppress(OSError):
+            return f"; {checkpoint.last(self.run.checkpoints)}"
+        return ""
 
     def _end(self) -> NoReturn:
         """Save and leave, all processes together; the first one says why, and gives the status."""
@@ -372,25 +413,10 @@ class _Loop:
         for rank in range(self.fabric.world_size):
             theirs = self.fabric.broadcast((reason, signal), src=rank)
             reason, signal = reason or theirs[0], signal or theirs[1]
+        if signal is None or unsaved or self.run.log.lost() or self.saver.failed:
+            self.group.fail(ValueError(f"{reason or signal}{unsaved}"))
         if not self.fabric.is_global_zero:
             raise SystemExit(0)  # another status has launchers kill the first process
-        lost = self.run.log.lost()
-        last = "" if lost else f"{unsaved}; {self._last_checkpoint()}"
-        if signal is None or unsaved or lost or self.saver.failed:
-            raise ValueError(f"{reason or signal}{last}")
-        self.run.log.info(f"ended by {signal} at step {self.state.done}{last}; the same command goes on")
+        last = checkpoint.last(self.run.checkpoints)
+        self.run.log.info(f"ended by {signal} at step {self.state.done}; {last}; the same command goes on")
         raise SystemExit(signals.STOPPED_STATUS)
-
-    def _last_checkpoint(self) -> str:
-        kept = checkpoint.list_checkpoints(self.run.checkpoints)
-        return f"the last checkpoint is {kept[-1] if kept else 'none'}"
-
-    def _memory_advice(self) -> str:
-        batch, images = self.plan.micro_batch, self.plan.micro_batch * self.plan.accumulate
-        smaller = [size for size in range(1, batch // 2 + 1) if images % size == 0]
-        advice = (
-            f"--trainer.device_batch {smaller[-1]} takes about half of the activations' memory at the same global "
-            f"batch of {self.plan.global_batch}, by accumulation (with --trainer.resume anyway in a run that has begun)"
-            if smaller else "wanted a smaller model, more processes, or a larger device"
-        )  # fmt: skip
-        return f"out of memory on {self.fabric.device} with {batch} images per forward: {advice}"

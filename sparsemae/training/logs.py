@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, islice
@@ -20,7 +20,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sparsemae.files import write_atomic
+from sparsemae.terminal import printable
+from sparsemae.training.mirrors import Mirror, mirrored, open_mirrors
 
+METRICS = "metrics.jsonl"
 PLAIN_LINE_SECONDS = 10.0
 _PACKAGES = ("sparsemae", "torch", "torchvision", "timm", "lightning-fabric", "torchmetrics", "numpy", "pillow")
 
@@ -35,14 +38,16 @@ class RunLog:
 
     def __init__(self, folder: Path | None, active: bool = True) -> None:
         self.folder, self.active = folder if active else None, active
-        self.console = Console(stderr=True, quiet=not active, highlight=False, soft_wrap=True)
+        self.console = Console(stderr=True, quiet=not active, highlight=False, emoji=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._unwritten: dict[str, str] = {}
+        self._mirrors: list[Mirror] = []
         self.lost: Callable[[], str] = str
         """Says what became of the folder, if it is gone: nothing is written then."""
 
-    def info(self, text: str) -> None:
-        """Print one message, above the progress bar where there is one."""
+    def info(self, *lines: str) -> None:
+        """Print lines, above the progress bar where there is one."""
+        text = "\n".join(map(printable, lines))
         (self._bar.console if self._bar else self.console).print(text, markup=False)
 
     def write(self, file: str, record: Mapping[str, Any]) -> None:
@@ -60,12 +65,33 @@ class RunLog:
                 os.truncate(path, size)  # what was written of it
             self._unwritten[file] = lines
             self.info(f"warning: {path}: could not be written: {error.strerror}; the line is kept")
+        for mirror in list(self._mirrors) if file == METRICS else ():
+            try:
+                mirrored(mirror, record)
+                mirror.save()
+            except OSError as error:
+                self._mirrors.remove(mirror)
+                self.info(f"warning: --log: {error}: nothing more is written to {type(mirror).__name__}")
+
+    def mirror(self, names: Sequence[str], config: Mapping[str, Any]) -> None:
+        """Write the metrics to others, too, those of before included. Raises ValueError as `open_mirrors`."""
+        if self.folder is not None and names:
+            file = self.folder / METRICS
+            before = file.read_text().splitlines() if file.is_file() else []
+            self._mirrors = open_mirrors(names, self.folder, config, list(map(json.loads, before)))
+
+    def close(self, kind: type[BaseException] | None, *error: object) -> None:
+        """The run has ended, by an error of that kind or well."""
+        for mirror in self._mirrors:
+            with suppress(OSError):
+                mirror.finalize("failed" if kind else "success")
+        self._mirrors = []
 
     def truncate_after(self, step: int) -> None:
         """Drop the lines of steps beyond the checkpoint that a run continues from, so that no step is listed twice."""
         if self.folder is None:
             return
-        for name in ("metrics.jsonl", "topology.jsonl", "bad-batches.jsonl"):
+        for name in (METRICS, "topology.jsonl", "bad-batches.jsonl"):
             file = self.folder / name
             if file.is_file():
                 lines = file.read_text().splitlines()

@@ -4,6 +4,8 @@ import atexit
 import gc
 import json
 import logging
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -21,9 +23,11 @@ from sparsemae.files import retried, write_atomic
 from sparsemae.limits import marked, with_values
 from sparsemae.models.weights import card_of, read_metadata
 from sparsemae.options import TrainerConfig, TrainingConfig
+from sparsemae.plain_yaml import read_yaml
 from sparsemae.renamed import OPTIONS, renamed
-from sparsemae.training import checkpoint, lock, logs
+from sparsemae.training import checkpoint, lock, logs, mirrors
 from sparsemae.training.config import PRECISIONS, differences, flatten_config, resolved_precision
+from sparsemae.training.group import Group
 
 C = TypeVar("C", bound=TrainingConfig)
 PIXELS_OF_BEFORE = DefaultRules(exif=False, background=None, bits=None)
@@ -34,6 +38,7 @@ class Run:
     """The devices, and the folder that holds what comes out."""
 
     fabric: Fabric
+    group: Group
     log: logs.RunLog
     folder: Path
     trainer: TrainerConfig
@@ -64,6 +69,7 @@ class Run:
                     self._check_folder()
                     self.checkpoints.mkdir(parents=True, exist_ok=True)
                     self.log.lost = held.enter_context(lock.run_lock(self.folder, self.log.info))
+                    held.push(self.log.close)
                     checkpoint.remove_leftovers(self.checkpoints)
                     # first: it is what tells a run's folder from somebody's
                     write_atomic(self.folder / "environment.json", json.dumps(logs.environment(), indent=1))
@@ -112,12 +118,13 @@ class Run:
             raise ValueError(f"--out: {folder}: wanted a new folder or that of a run, got one with other files")
 
 
-def start(config: TrainingConfig) -> Run:
-    """Launch the devices. Nothing is written before `Run.open`.
+def start(config: TrainingConfig, group: Group) -> Run:
+    """Launch the devices, one for each process of the group. Nothing is written before `Run.open`.
 
     Raises ValueError on settings that cannot work.
     """
     trainer = config.trainer
+    mirrors.require_packages(config.loggers)
     precision = resolved_precision(trainer)
     if precision not in PRECISIONS:
         raise ValueError(
@@ -129,12 +136,13 @@ def start(config: TrainingConfig) -> Run:
     try:
         fabric = Fabric(
             accelerator=trainer.accelerator, devices=trainer.devices, num_nodes=trainer.num_nodes,
-            precision=PRECISIONS[precision],
+            precision=PRECISIONS[precision], plugins=group.environment,
         )  # fmt: skip
     except RuntimeError as error:
         raise ValueError(f"trainer.accelerator: {trainer.accelerator} cannot be had here: {error}") from error
+    group.launch(fabric.device)
     fabric.launch()
-    atexit.register(_leave_process_group)  # gloo's threads, left alive, can abort a process that ends (pytorch #190489)
+    atexit.register(_leave_process_group, group)
     folder = Path(config.out)
     log = logs.RunLog(folder, fabric.is_global_zero)
     before = _kept_config(folder, log.info)
@@ -143,7 +151,7 @@ def start(config: TrainingConfig) -> Run:
     if before and before["trainer"].get("precision", "auto") == "auto":  # written before it was resolved
         before["trainer"]["precision"] = precision
     changed = differences(before, now, asdict(type(config)()), dict(marked(config, "may_change"))) if before else []
-    return Run(fabric, log, folder, trainer, config.seed, precision, now, changed)
+    return Run(fabric, group, log, folder, trainer, config.seed, precision, now, changed)
 
 
 def with_rules_of_before(config: C) -> C:
@@ -167,8 +175,12 @@ def with_rules_of_before(config: C) -> C:
     return with_values(replace(config, data=data, from_data=again), settled)
 
 
-def _leave_process_group() -> None:
+def _leave_process_group(group: Group) -> None:
+    """gloo's threads, left alive, can abort a process that ends (pytorch #190489); NCCL may wait for lost ones."""
     if dist.is_initialized():
+        if dist.get_backend() == "nccl" and not group.succeeded:
+            sys.stdout.flush()
+            os._exit(2)
         dist.destroy_process_group()
         gc.collect()  # cycles with DDP's modules in them hold the group, and so its threads
 
@@ -185,12 +197,12 @@ def _kept_config(folder: Path, info: Callable[[str], None]) -> dict[str, Any]:
         counters = retried(partial(read_metadata, kept[-1] / f"{checkpoint.TRAINING}.safetensors"), info)
     counters = checkpoint.migrated(counters, kept[-1])
     try:
-        before = renamed(counters.get("config") or yaml.safe_load((folder / "config.yaml").read_text()), OPTIONS)
+        before = renamed(counters.get("config") or read_yaml(folder / "config.yaml"), OPTIONS)
         before["data"] = asdict(PIXELS_OF_BEFORE) | {"val_rule": "permutation"} | before["data"]
         trainer = before["trainer"]
         if trainer["device_batch"] is None:  # written before it was resolved
             trainer["device_batch"] = trainer["global_batch"] // (trainer["devices"] * trainer["num_nodes"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"{folder}/config.yaml: wanted the configuration of the run to continue: {error}") from error
     return before
 

@@ -59,7 +59,7 @@ class Saver:
             name: {key: self._copy(name, key, t) for key, t in tensors.items()} for name, tensors in files.items()
         }
         if any(tensor.is_cuda for tensors in files.values() for tensor in tensors.values()):
-            torch.cuda.synchronize()
+            torch.cuda.current_stream().synchronize()  # others may be stuck in a collective
         self.step = step
         self._thread = threading.Thread(target=self._write, args=(step, copies, metadata, best), daemon=True)
         self._thread.start()
@@ -67,7 +67,9 @@ class Saver:
     def _copy(self, file: str, key: str, tensor: Tensor) -> Tensor:
         """The tensor's values in a buffer of ours: fresh memory would cost the loop more time than the copy."""
         if (file, key) not in self._buffers:
-            self._buffers[file, key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            # elsewhere than in the main thread that one is stuck, and to pin memory waits for the whole device
+            pinned = tensor.is_cuda and threading.current_thread() is threading.main_thread()
+            self._buffers[file, key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
         return self._buffers[file, key].copy_(tensor, non_blocking=True)
 
     def _write(

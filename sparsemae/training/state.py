@@ -1,5 +1,6 @@
 """All that a run must remember to go on as if nothing had happened. The rest follows from the seed and the step."""
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from sparsemae.card import ModelCard
+from sparsemae.limits import flatten
 from sparsemae.models.weights import load_weights, public_state
 from sparsemae.sparsity import MaskSchedule, Topology, iter_sparse
 from sparsemae.sparsity.pattern import check_finite
@@ -19,10 +21,10 @@ from sparsemae.training.checkpoint import (
     VERSION,
     WEIGHTS,
     Tensors,
-    flatten,
     load_checkpoint,
     unflatten,
 )
+from sparsemae.training.config import flatten_config
 
 
 @dataclass
@@ -70,6 +72,19 @@ class TrainingState:
         self.best = {"step": self.done, "value": value}
         return True
 
+    def identity(self) -> dict[str, Any]:
+        """What all processes have alike: step, class names, settings, and of each weight the sum of its bits.
+
+        Buffers are each process's own, and the images may lie elsewhere on another machine.
+        """
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+        weights = {f"the checksum of {name}": weight.detach() for name, weight in self.model.named_parameters()}
+        sums = [weight.view(bits[weight.element_size()]).sum(dtype=torch.int64) for weight in weights.values()]
+        same = dict(zip(weights, torch.stack(sums).tolist(), strict=True))
+        settings = {name: value for name, value in flatten_config(self.origin["config"]).items() if name != "data.root"}
+        names = hashlib.sha256(repr((self.origin["images"] or {}).get("class_names")).encode()).hexdigest()
+        return {"the step": self.done, "the digest of the class names": names[:16], **settings, **same}
+
     def to_save(self, card: ModelCard) -> tuple[dict[str, Tensors], dict[str, dict[str, Any]]]:
         """Tensors (not copied) and metadata by file, as `save_checkpoint` takes them.
 
@@ -82,7 +97,7 @@ class TrainingState:
             "optimizer": optimizer, "topology": self.topology.state_dict() if self.topology else {},
             "masks": self.masks.state_dict(),
         }  # fmt: skip
-        files = {WEIGHTS: public_state(self.model), TRAINING: flatten(training)}
+        files = {WEIGHTS: public_state(self.model), TRAINING: flatten(training, "/")}
         card = replace(card, step=self.done)
         metadata = {WEIGHTS: replace(card, ema_decay=None).to_dict(), TRAINING: self._counters()}
         if self.average is not None:

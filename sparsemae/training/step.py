@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
+from sparsemae.data.sampling import BatchPlan
 from sparsemae.options import OptimConfig, SparseConfig
 from sparsemae.sparsity import add_srste_gradient, shrink_pruned
 
@@ -45,3 +46,15 @@ def optimizer_step(
                 shrink_pruned(optimizer, model, sparse.strength)
     optimizer.zero_grad()
     return accepted
+
+
+def memory_advice(plan: BatchPlan, device: torch.device) -> str:
+    """What to say when a step does not fit in the device's memory."""
+    batch, images = plan.micro_batch, plan.micro_batch * plan.accumulate
+    smaller = [size for size in range(1, batch // 2 + 1) if images % size == 0]
+    advice = (
+        f"--trainer.device_batch {smaller[-1]} takes about half of the activations' memory at the same global "
+        f"batch of {plan.global_batch}, by accumulation (with --trainer.resume anyway in a run that has begun)"
+        if smaller else "wanted a smaller model, more processes, or a larger device"
+    )  # fmt: skip
+    return f"out of memory on {device} with {batch} images per forward: {advice}"

@@ -109,7 +109,7 @@ def test_a_segmenter_on_photographs(scene_run: SceneRun, tmp_path: Path, capsys:
 
 def test_a_dataset_of_other_classes_is_refused(scene_run: SceneRun, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["evaluate", str(scene_run.folder)])
+        main(["evaluate", str(scene_run.folder), "--data.source", "embedded"])
     printed = capsys.readouterr().err
     assert "embedded: wanted the 150 classes" in printed
     assert "(--data.source and --data.root name others)" in printed

@@ -73,6 +73,7 @@ def test_a_start_of_another_architecture_is_refused_with_its_share(
 
 
 @pytest.mark.parametrize("mask", ["dynamic", "fixed"])
+@pytest.mark.slow
 def test_a_fixed_mask_stays_and_a_dynamic_one_moves(runs: Path, tmp_path: Path, mask: str) -> None:
     main(tiny("finetune", tmp_path / "run", "--init", str(runs / "pretrain"), "--sparse.mask", mask))
     sad = json.loads((tmp_path / "run" / "topology.jsonl").read_text().splitlines()[-1])["total"]["sad"]

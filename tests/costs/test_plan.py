@@ -75,6 +75,7 @@ def test_steps_hours_and_what_is_printed(tmp_path: Path, capsys: pytest.CaptureF
     assert f"hours            {511_180_800 / 5000 / 3600:.1f} at 5,000 images/s" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_loop_takes_the_steps_and_writes_the_checkpoint_that_were_planned(tmp_path: Path) -> None:
     main(tiny("pretrain", tmp_path / "run"))
     found = plan(PlanConfig(str(tmp_path / "run" / "config.yaml"), images=10_000))
@@ -168,6 +169,7 @@ def test_mistakes(tmp_path: Path, options: dict[str, Any], message: str) -> None
 
 
 @pytest.mark.parametrize(("recipe", "images"), [("demo_finetune", 1000), ("demo_pretrain", 10_000)])
+@pytest.mark.slow
 def test_a_demos_recipe_is_counted_on_the_embedded_images(recipe: str, images: int) -> None:
     assert plan(PlanConfig(recipe)).batches.images == images
 

@@ -38,6 +38,7 @@ def memory(precision: str, accumulate: int = 1, world: int = 1) -> StepMemory:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.slow
 def test_a_fake_step_takes_what_a_real_one_does(precision: str) -> None:
     model = autoencoder().train()
     with _Live(model) as live:

@@ -139,13 +139,26 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
     return result
 
 
+def living(groups: list[int]) -> list[str]:
+    """Processes of these process groups, loader processes included."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, group = entry.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        if int(group) in groups and state != "Z":
+            found.append(f"{entry.parent.name} {state}")
+    return found
+
+
 @contextmanager
 def small_disk(folder: Path, megabytes: float) -> Iterator[Path]:
     """A file system of that size, mounted on a new folder."""
     folder.mkdir()
     options = ["-t", "tmpfs", "-o", f"size={round(megabytes * 1024)}k", "tmpfs", str(folder)]
     if subprocess.run(["mount", *options], check=False, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a small tmpfs (root)")
+        pytest.skip("needs root: mounts a small file system")
     try:
         yield folder
     finally:

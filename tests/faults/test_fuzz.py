@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fuzz import SMALLEST, fuzz, make_originals
+from fuzz_checkpoints import Checkpoints, make_originals
+from watched import SMALLEST, watched
 
 FILES = int(os.environ.get("SPARSEMAE_TEST_FUZZ", "500"))
 """`make fuzz` takes more."""
@@ -16,7 +17,7 @@ FILES = int(os.environ.get("SPARSEMAE_TEST_FUZZ", "500"))
 @pytest.mark.holds("survive.3")
 def test_mutated_checkpoints_are_refused_or_what_they_say(tmp_path: Path, came_out: Any) -> None:
     make_originals(tmp_path)
-    outcomes = list(fuzz(tmp_path, tmp_path / "mutated", FILES))
+    outcomes = list(watched(Checkpoints, tmp_path, tmp_path / "mutated", FILES))
     wrong = [outcome for outcome in outcomes if outcome.wrong]
     assert not wrong, "\n".join(map(str, wrong[:20]))
     assert len(outcomes) == FILES

@@ -12,6 +12,7 @@ from sparsemae.tasks import pretraining
 from sparsemae.training.checkpoint import list_checkpoints, load_checkpoint
 
 
+@pytest.mark.slow
 def test_out_of_memory_names_the_setting_that_halves_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], came_out: Any
 ) -> None:

@@ -31,6 +31,7 @@ def flip_a_bit(file: Path) -> None:
         ("sha256.json", Path.unlink, "torn checkpoint: [Errno 2] No such file or directory"),
     ],
 )
+@pytest.mark.slow
 def test_the_checkpoint_before_is_used(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], file: str, damage: Callable[[Path], None], said: str,
     came_out: Any,

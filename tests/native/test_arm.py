@@ -13,8 +13,8 @@ from blob import blob
 ROOT = Path(__file__).parents[2]
 COMPILER = "aarch64-linux-gnu-g++"
 SOURCES = (
-    "bounds", "c_api", "codes", "dispatch", "kernels_neon", "kernels_portable", "processor", "thread_pool", "vit",
-    "vit_build",
+    "bounds", "c_api", "codes", "dispatch", "kernels_neon", "kernels_portable", "processor", "team",
+    "thread_pool", "vit", "vit_build",
 )  # fmt: skip
 FLAGS = ["-std=c++20", "-O3", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno", "-fno-schedule-insns"]
 KINDS = {

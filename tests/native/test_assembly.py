@@ -41,6 +41,7 @@ def loops(assembly: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize("file", FLAGS)
+@pytest.mark.slow
 def test_sums_stay_in_registers(compiler: str, file: str, tmp_path: Path) -> None:
     command = [
         compiler,

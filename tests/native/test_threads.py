@@ -1,6 +1,7 @@
-"""Threads that a fork leaves behind, and threads that cannot start."""
+"""Threads that a fork leaves behind, that are held up, and that cannot start."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,9 @@ import reference
 
 from sparsemae.packing.format import write
 from sparsemae.runtime import load, model
+from sparsemae.runtime._native import usable_isas
 
+ROOT = Path(__file__).parents[2]
 CHILDREN = 40
 SECONDS = 60
 
@@ -60,6 +63,46 @@ def wait(child: int) -> int:
         time.sleep(0.1)
     os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_a_step_goes_on_without_a_thread_that_is_held_up(tmp_path: Path) -> None:
+    """Threads sleep for 4 ms amid a piece; under the thread sanitizer, because they still write when they wake."""
+    sources = [ROOT / "tests/native/crew.cpp", ROOT / "native/team.cpp", ROOT / "native/thread_pool.cpp"]
+    command: list[str | Path] = [
+        "g++",
+        "-std=c++20",
+        "-O1",
+        "-g",
+        "-fsanitize=thread",
+        "-pthread",
+        f"-I{ROOT / 'native'}",
+        *sources,
+    ]
+    subprocess.run([*command, "-o", tmp_path / "crew"], check=True)
+    for threads in (2, 8):
+        done = subprocess.run([tmp_path / "crew", str(threads), "40"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+        assert int(done.stdout.split()[0]) > 2
+
+
+@pytest.mark.parametrize("isa", usable_isas())
+@pytest.mark.slow
+def test_more_threads_than_processors_give_the_same_bits(
+    isa: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of them is always held up."""
+    monkeypatch.setenv("SPARSEMAE_ISA", isa)
+    shape = reference.vit_shape(image_height=48, image_width=48)
+    write(tmp_path / "m", reference.random_model(shape, dtype="int8"))
+    images = np.random.default_rng(0).standard_normal((7, 3, 48, 48), np.float32)
+    wanted = load(tmp_path / "m", threads=1)(images)
+    crowd = load(tmp_path / "m", threads=8)
+    assert crowd.threads == 8
+    for _ in range(5):
+        assert (crowd(images) == wanted).all()
+    assert (crowd.features(images) == load(tmp_path / "m", threads=1).features(images)).all()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")

@@ -28,6 +28,8 @@ def test_wheel_in_an_empty_environment(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert any(re.fullmatch(r"sparsemae/runtime/_native.*\.(so|pyd)", name) for name in names)
     assert not any(name.endswith((".cpp", ".h")) for name in names)
+    (notice,) = (name for name in names if name.endswith("licenses/NOTICE"))
+    assert all(name in zipfile.ZipFile(wheel).read(notice).decode() for name in ("nanobind", "robin-map", "ADE20k"))
 
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"

@@ -172,6 +172,7 @@ def test_mutated_files_are_refused_or_harmless(packed: Path) -> None:
 
 
 @pytest.mark.holds("packed.8")
+@pytest.mark.slow
 def test_documents_with_anything_in_them_are_refused_or_harmless(packed: Path) -> None:
     """1,000 files whose metadata has a leaf or branch replaced, removed or added."""
     rng = np.random.default_rng(1)

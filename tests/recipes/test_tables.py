@@ -30,6 +30,7 @@ def recipe(name: str) -> Any:
 
 
 @pytest.mark.parametrize(("size", "pattern", "warmup"), [("t", "2:32", 5), ("s", "4:32", 15)])
+@pytest.mark.slow
 def test_table_1(size: str, pattern: str, warmup: int) -> None:
     config = recipe(f"pretrain_{size}")
     encoder = timm.create_model(config.model.name, num_classes=0, **config.model.args)
@@ -85,6 +86,7 @@ def test_table_2(size: str, pattern: str) -> None:
 
 @pytest.mark.holds("imagenet.1")
 @pytest.mark.parametrize(("size", "kept"), [("t", 5_308_416), ("s", 10_616_832)])
+@pytest.mark.slow
 def test_the_papers_arithmetic(size: str, kept: int, figure: Figure) -> None:
     pretrain, finetune = recipe(f"pretrain_{size}"), recipe(f"finetune_{size}")
     models = []

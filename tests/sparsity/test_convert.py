@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import timm
@@ -11,6 +12,7 @@ from torch import nn
 from sparsemae.sparsity import (
     NMLinear,
     NMPattern,
+    densify,
     freeze,
     iter_sparse,
     nm_mask,
@@ -144,7 +146,7 @@ def test_nothing_matched():
 def test_a_glob_that_matches_nothing(where):
     model = Net()
     with pytest.raises(ValueError, match=r"^sparsify: no module matches '\*\.fc3'; names look like blocks, "):
-        sparsify(model, "2:8", **{where: ["*.fc1", "*.fc3"]})
+        sparsify(model, "2:8", **{where: ["*.fc1", "*.fc3"]})  # type: ignore[arg-type]
     assert_untouched(model)
 
 
@@ -254,3 +256,18 @@ def test_meta_models_can_be_sparsified():
         model = Net()
     assert len(sparsify(model, "2:8")) == 4
     assert model.blocks[0].fc1.weight.is_meta
+
+
+def test_a_criterion_goes_with_the_layer_through_copies_and_leaves_with_its_mask():
+    model = torch.nn.Sequential(torch.nn.Linear(16, 4))
+    wanted = nm_mask(model[0].weight, NMPattern(2, 8), criterion=torch.neg)
+    with pytest.raises(ValueError, match=r"^0: criterion: wanted finite scores"):
+        sparsify(model, "2:8", include=["0"], criterion=torch.sqrt)
+    assert type(model[0]) is torch.nn.Linear
+    sparsify(model, "2:8", include=["0"], criterion=torch.neg)
+    for layer in (model[0], copy.deepcopy(model)[0], pickle.loads(pickle.dumps(model))[0]):
+        assert torch.equal(layer.current_mask(), wanted)
+    freeze(model)
+    assert torch.equal(model[0].weight_mask, wanted)
+    assert densify(model) == ["0"]
+    assert not hasattr(model[0], "criterion")

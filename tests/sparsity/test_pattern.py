@@ -130,6 +130,32 @@ def test_the_weight_is_left_alone_and_needs_no_gradient():
     assert weight._version == version
 
 
+@pytest.mark.parametrize("text", ["1:4", "2:4", "16:32"])
+def test_a_criterion_decides_and_may_return_the_weight_itself(text):
+    pattern = NMPattern.parse(text)
+    weight = make_weight("normal", (5, 2 * pattern.m), torch.float32)
+    before = weight.clone()
+    mask = nm_mask(weight, pattern, criterion=lambda own: own)  # signed: the most negative of all loses
+    assert torch.equal(weight, before)
+    groups, kept = weight.reshape(-1, pattern.m), mask.reshape(-1, pattern.m)
+    lowest_kept = groups.masked_fill(~kept, torch.inf).min(dim=1).values
+    assert (lowest_kept >= groups.masked_fill(kept, -torch.inf).max(dim=1).values).all()
+    assert not torch.equal(mask, nm_mask(weight, pattern))
+
+
+@pytest.mark.parametrize(
+    ("criterion", "wanted"),
+    [
+        (lambda weight: weight.abs()[:1], r"fc1: criterion: wanted floating-point scores \[2, 4\], got .*\[1, 4\]"),
+        (lambda weight: weight > 0, r"fc1: criterion: wanted floating-point scores \[2, 4\], got torch.bool"),
+        (lambda weight: weight / 0, "fc1: criterion: wanted finite scores"),
+    ],
+)
+def test_scores_that_are_none_are_refused(criterion, wanted):
+    with pytest.raises(ValueError, match=wanted):
+        nm_mask(torch.ones(2, 4), NMPattern(2, 4), "fc1", criterion)
+
+
 def test_groups_run_along_the_inputs():
     weight = torch.tensor([[9.0, 8.0, 1.0, 2.0], [1.0, 1.0, 7.0, 1.0]])
     assert nm_mask(weight, NMPattern(1, 2)).tolist() == [[True, False, False, True], [True, False, True, False]]

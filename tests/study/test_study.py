@@ -69,6 +69,7 @@ def test_encoders_are_shared_between_arms_and_settings() -> None:
     assert len(tried & set(names)) == 2 * 4 * 2 + 4, "what was tried at the chosen rate is not trained again"
 
 
+@pytest.mark.slow
 def test_every_stage_is_a_command_that_parses(capsys: pytest.CaptureFixture[str]) -> None:
     main(["study", "--config", "study_quick", "--print_commands", "shell"])
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
@@ -99,6 +100,7 @@ def test_the_test_images_choose_nothing() -> None:
     assert set(choose(replace(STUDY, learning_rates=[3e-3]), []).values()) == {3e-3}
 
 
+@pytest.mark.slow
 def test_small_networks_are_matched_within_a_hundredth() -> None:
     study = read_config(StudyConfig, ["--config", "study_quick"])
     chosen = dict.fromkeys(((setting, arm) for setting in study.settings for arm in study.arms), 1e-3)

@@ -3,12 +3,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparsemae.limits import flatten
 from sparsemae.training.checkpoint import (
     AVERAGE,
     TRAINING,
     WEIGHTS,
     checkpoint_path,
-    flatten,
     list_checkpoints,
     load_checkpoint,
     point_to_best,
@@ -54,7 +54,7 @@ def test_a_moving_average_is_one_more_file(tmp_path: Path) -> None:
 
 def test_nested_state_becomes_flat_and_back() -> None:
     tree = {"optimizer": {"0": {"step": torch.tensor(3.0)}}, "masks": {"blocks.0.fc": torch.ones(2)}, "none": {}}
-    leaves = flatten(tree)
+    leaves = flatten(tree, "/")
     assert list(leaves) == ["optimizer/0/step", "masks/blocks.0.fc"]
     assert unflatten(leaves) == {name: tree[name] for name in ("optimizer", "masks")}
 

@@ -148,6 +148,7 @@ def test_a_changed_configuration_is_refused_with_the_difference(
         ["--dense_loss_weight", "0.5"],
     ],
 )
+@pytest.mark.slow
 def test_the_methods_open_points_change_the_run_and_resume_exactly(tmp_path: Path, options: list[str]) -> None:
     main(tiny("pretrain", tmp_path / "base"))
     main(tiny("pretrain", tmp_path / "whole", *options))
@@ -170,8 +171,8 @@ def test_the_linear_rule_scales_both_rates(tmp_path: Path) -> None:
 def test_the_runs_folder(tmp_path: Path) -> None:
     main(tiny("pretrain", tmp_path / "run"))
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        ".lock", "checkpoints", "config.yaml", "environment.json", "metrics.jsonl", "model.safetensors",
-        "topology.jsonl",
+        ".lock", "checkpoints", "config.yaml", "environment.json", "layers.txt", "metrics.jsonl", "model.safetensors",
+        "report.html", "report.json", "result.json", "topology.jsonl",
     ]  # fmt: skip
     rows = metrics(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]

@@ -1,34 +1,24 @@
-"""Mutated checkpoints, loaded in a process that is watched: what they do to it, and what it says of them.
-
-Each file is a function of its number. The process has little memory to give, reports after each file, and is started
-again after the one that ended it. The memory that a load takes is the system's own high-water mark of it.
-"""
+"""Mutated checkpoints, and weights to start from, of both formats of torch and of our own."""
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import hashlib
 import json
 import os
 import pickle
-import resource
 import shutil
 import struct
-import time
-import warnings
 import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mutations
 import numpy as np
 import torch
-from harness import SERVER
 from mutations import edit, scramble, tensors_of
+from watched import SMALLEST, Outcome, attempt
 
 from sparsemae.card import InputSpec, ModelCard
 from sparsemae.data.sampling import INIT, seed_all
@@ -50,33 +40,6 @@ CARD = ModelCard(
     "classify", "vit_base_patch16_224", {"patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3},
     InputSpec.of(ImageDataConfig(img_size=SIDE)), tuple(f"class {i}" for i in range(10)),
 )  # fmt: skip
-ALLOWED_BYTES = 3 * 2**30
-"""Address space beyond what the process has at its start."""
-LONGEST_SECONDS = 60.0
-TRIES = 3
-SMALLEST = 2**20
-"""Files are taken to be this large at least: below, Python's own objects would be measured."""
-
-
-@dataclass
-class Outcome:
-    """What became of one file."""
-
-    number: int
-    way: str
-    """How it was loaded."""
-    kind: str
-    """How it was made."""
-    error: str = ""
-    """Type of what was raised; empty: it was accepted."""
-    message: str = ""
-    size: int = 0
-    """Bytes of the file, or of the checkpoint that it is part of."""
-    grown: int = 0
-    """Bytes that the process grew by at the peak."""
-    seconds: float = 0.0
-    wrong: str = ""
-    """What should not have come out."""
 
 
 def plain_model(seed: int) -> Any:
@@ -127,7 +90,7 @@ class Trap:
         return self._call
 
 
-class Fuzzer:
+class Checkpoints:
     """Mutates the originals, and loads what comes out."""
 
     def __init__(self, originals: Path, folder: Path, seed: int) -> None:
@@ -144,6 +107,11 @@ class Fuzzer:
             "model": (self._safetensors, self._model),
         }
 
+    def warm_up(self) -> None:
+        for way, (_, load) in self.ways.items():
+            name = {"checkpoint": "step-00000012", "--init": "zip.pth"}.get(way.split(",")[0], "model.safetensors")
+            load(self._originals / name)
+
     def try_one(self, number: int) -> Outcome:
         """Make the file of a number, load it, and look at what came of it."""
         rng = np.random.default_rng([self._seed, number])
@@ -156,21 +124,7 @@ class Fuzzer:
         outcome = Outcome(number, way, make(rng, path))
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         outcome.size = sum(file.stat().st_size for file in files)
-        for _ in range(TRIES):  # the system may drop a process's pages, which come back later, but not each time
-            before, begin = memory_now(), time.monotonic()
-            try:
-                load(path)
-            except Exception as error:
-                outcome.error, outcome.message = type(error).__name__, str(error)
-                if not isinstance(error, ValueError):
-                    outcome.wrong = f"raised {error!r}"
-                elif str(path) not in str(error) or "\n" in str(error):
-                    outcome.wrong = f"is not named in one line: {error}"
-            outcome.grown, outcome.seconds = memory_peak() - before, time.monotonic() - begin
-            if outcome.grown <= 4 * max(outcome.size, SMALLEST):
-                break
-        else:
-            outcome.wrong += f" took {outcome.grown:,} bytes"
+        attempt(outcome, path, load, 4 * max(outcome.size, SMALLEST))
         if self.trace.exists():
             outcome.wrong += " was executed"
         if not outcome.error and not self._is_what_it_says(path):
@@ -217,7 +171,7 @@ class Fuzzer:
         shutil.copytree(self._originals / path.name, path)
         file = sorted(path.iterdir())[rng.integers(3)]
         if file.suffix == ".json" and rng.random() < 0.5:
-            file.write_text(json.dumps(mutations._graft(rng, json.loads(file.read_text()))))
+            file.write_text(json.dumps(mutations.graft(rng, json.loads(file.read_text()))))
             return "json"
         return self._change(rng, file, file)
 
@@ -350,62 +304,3 @@ def write_zip(path: Path, entries: dict[str, bytes], compression: int = zipfile.
     with zipfile.ZipFile(path, "w", compression, compresslevel=1) as archive:
         for name, data in entries.items():
             archive.writestr(name, data)
-
-
-def memory_now() -> int:
-    """Bytes resident, after all that is free has been given back; the high-water mark starts from here."""
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def memory_peak() -> int:
-    """The high-water mark, bytes."""
-    return _status("VmHWM")
-
-
-def _status(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
-    return int(line.split()[1]) * 1024
-
-
-def _work(originals: Path, folder: Path, seed: int, numbers: range, to: Connection) -> None:
-    warnings.simplefilter("ignore")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    limit = _status("VmSize") + ALLOWED_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    torch.set_num_threads(1)
-    fuzzer = Fuzzer(originals, folder, seed)
-    for way, (_, load) in fuzzer.ways.items():  # whatever is imported or cached at the first time
-        name = {"checkpoint": "step-00000012", "--init": "zip.pth"}.get(way.split(",")[0], "model.safetensors")
-        load(originals / name)
-    gc.freeze()
-    for number in numbers:
-        to.send(fuzzer.try_one(number))
-
-
-def fuzz(originals: Path, folder: Path, count: int, seed: int = 0) -> Iterator[Outcome]:
-    """Outcomes of the files from 0 to ``count``, in order."""
-    number = 0
-    while number < count:
-        here, there = SERVER.Pipe(duplex=False)
-        process = SERVER.Process(target=_work, args=(originals, folder, seed, range(number, count), there))
-        process.start()
-        there.close()
-        try:
-            while number < count:
-                if not here.poll(LONGEST_SECONDS):
-                    yield Outcome(number, "?", "?", wrong=f"hangs for {LONGEST_SECONDS} s")
-                    break
-                yield here.recv()
-                number += 1
-        except EOFError:
-            process.join()
-            yield Outcome(number, "?", "?", wrong=f"ended the process: {process.exitcode}")
-        finally:
-            process.kill()
-            process.join()
-            here.close()
-        number += number < count

@@ -1,0 +1,29 @@
+"""What reaches a terminal: text of names, files and foreign messages is shown, and never acts on it."""
+
+import sys
+import unicodedata
+import warnings
+from io import TextIOWrapper
+from typing import Any
+
+
+def printable(text: object) -> str:
+    """One line that may be shown: line breaks, control and direction characters, and lone surrogates are escaped."""
+    return "".join(
+        char.encode("unicode_escape").decode() if unicodedata.category(char) in _ACTING else char for char in str(text)
+    )
+
+
+_ACTING = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+
+
+def make_safe() -> None:
+    """Escape what an output's encoding lacks, where Python would stop, and give warnings one line each."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    warnings.formatwarning = _one_line
+
+
+def _one_line(message: Warning | str, *_: Any, **__: Any) -> str:
+    return f"warning: {printable(' '.join(str(message).split()))}\n"

@@ -1,0 +1,137 @@
+"""Wrong arguments and files that change: one line, and never a signal."""
+
+import importlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import torch
+from harness import SERVER
+from safetensors.torch import save_file
+
+import sparsemae
+from sparsemae.models.weights import read_weights
+from sparsemae.packing.format import read, write
+from sparsemae.runtime import _native, load
+from sparsemae.runtime.model import IMAGES_PER_THREAD, Model
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("packed") / "m.safetensors"
+    write(path, reference.random_model(reference.TINY))
+    return path
+
+
+@pytest.mark.holds("held.1")
+def test_7_every_wrong_argument_is_a_value_error_of_one_line(packed: Path, tmp_path: Path, came_out: Any) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    model, zeros = load(packed, np.int64(1)), np.zeros((1, 3, 16, 16), np.float32)  # type: ignore[arg-type]
+    threads = -1, 0, 1.5, 10**30, "2", True, [1], float("nan"), 1025
+    images = [[1.0], [2.0, 3.0]], zeros.tolist(), None, 3, "x", zeros[0], zeros.astype(">f4"), zeros.astype(object)
+    paths = 3, None, b"x", tmp_path / "pipe", "/dev/zero", "/dev/null"
+    wrong: list[tuple[str, Callable[[], Any]]] = [
+        *(("threads: wanted", lambda x=x: load(packed, x)) for x in threads),
+        *(("images: wanted", lambda x=x: model(x)) for x in images),
+        *(("images: wanted", lambda x=x: model.features(x)) for x in images),
+        *(("wanted a", lambda x=x, f=f: f(x)) for x in paths for f in (load, read, sparsemae.load, read_weights)),
+    ]
+    for message, call in wrong:
+        with pytest.raises(ValueError, match=message) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    came_out(
+        "wrong arguments of the runtime", "threads, arrays, lists, pipes and devices", "ValueError", times=len(wrong)
+    )
+
+
+def test_7_misaligned_and_odd_arrays_give_the_same(packed: Path) -> None:
+    model = load(packed, 1)
+    plain = np.random.default_rng(0).standard_normal((2, 3, 16, 16)).astype(np.float32)
+    shifted = np.empty(plain.nbytes + 1, np.uint8)[1:].view(np.float32).reshape(plain.shape)
+    shifted[:] = plain
+    assert not shifted.flags.aligned
+    frozen = plain.copy()
+    frozen.flags.writeable = False
+    for images in (shifted, frozen, np.ma.masked_array(plain), np.asfortranarray(plain)):
+        np.testing.assert_array_equal(model(images), model(plain))
+
+
+@pytest.mark.holds("held.1")
+def test_7_ctrl_c_is_heard_between_images(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(packed, 2)
+    images = np.random.default_rng(0).standard_normal((35, 3, 16, 16)).astype(np.float32)
+    whole, seen = model(images), list[int]()
+
+    class Interrupted:
+        threads = 2
+
+        def __call__(self, part: Any, features: bool) -> Any:
+            seen.append(len(part))
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+            return model._native(part, features)
+
+    with pytest.raises(KeyboardInterrupt):
+        Model.__call__(_with_native(model, Interrupted()), images)
+    assert seen == [2 * IMAGES_PER_THREAD] * 3
+    np.testing.assert_array_equal(whole, np.concatenate([model(image[None]) for image in images]))
+    assert model(images[:0]).shape == (0, 10)
+
+
+def _with_native(model: Model, native: Any) -> Model:
+    other = object.__new__(Model)
+    other.__dict__.update(model.__dict__ | {"_native": native})
+    return other
+
+
+def _cut_after(module_name: str, name: str, path: Path, load: Callable[[Path], Any], refused: bool) -> None:
+    """Load a file that is cut off once a function of the loader's has looked at it."""
+    module = importlib.import_module(module_name)
+    look = getattr(module, name)
+
+    def cut(*arguments: Any, **options: Any) -> Any:
+        found = look(*arguments, **options)
+        os.truncate(path, path.stat().st_size // 4)
+        return found
+
+    setattr(module, name, cut)
+    if refused:
+        with pytest.raises(ValueError, match=path.name) as caught:
+            load(path)
+        assert "\n" not in str(caught.value)
+    else:
+        for tensor in load(path)[0].values():
+            assert tensor.sum() == tensor.numel()
+
+
+@pytest.mark.slow
+@pytest.mark.holds("held.1")
+@pytest.mark.parametrize("kind", ["packed", "safetensors", "pth"])
+def test_7_a_file_that_is_cut_off_while_it_is_read(tmp_path: Path, kind: str, came_out: Any) -> None:
+    path = tmp_path / f"m.{kind}"
+    tensors = {f"blocks.{i}.norm1.weight": torch.ones(50_000) for i in range(20)}
+    if kind == "pth":
+        torch.save(tensors, path)
+        arguments: Any = "sparsemae.models.torch_file", "_names", path, read_weights, False
+    elif kind == "safetensors":
+        save_file(tensors, path)
+        arguments = "sparsemae.models.weights", "safe_open", path, read_weights, True
+    else:
+        write(path, reference.random_model(reference.vit_shape(embed_dim=192, mlp_hidden=768, depth=4)))
+        arguments = "sparsemae.packing.format", "safe_open", path, read, True
+    process = SERVER.Process(target=_cut_after, args=arguments)
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    came_out(f"file cut off while it is read: .{kind}", "to a quarter, once it was opened", 0)
+
+
+def test_7_nothing_is_mapped(packed: Path) -> None:
+    model = load(packed, 1)
+    assert isinstance(model._native, _native.Vit)
+    assert str(packed) not in Path("/proc/self/maps").read_text()
