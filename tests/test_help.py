@@ -44,8 +44,7 @@ def test_the_examples_are_understood(job: str) -> None:
         program, name, *words = shlex.split(example)
         assert (program, name) == ("sparsemae", job)
         if words[:1] == ["finetune"]:  # of a plan
-            job, name = words.pop(0), "finetune"
-            words = words[: words.index("--measure")]
+            name, words = words[0], words[1 : words.index("--measure")]
         config: Any = read_config(resolve(JOBS[name].options), words if job != "study" else [])
         assert "--out" not in words or config.out == words[words.index("--out") + 1]
 
