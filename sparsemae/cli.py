@@ -5,6 +5,7 @@ job's own module is loaded, which may load torch.
 """
 
 import difflib
+import json
 import os
 import select
 import sys
@@ -12,8 +13,8 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from sparsemae import __version__
-from sparsemae.config import check_paths, help_page, read_config, recipe_names
-from sparsemae.jobs import JOBS, resolve
+from sparsemae.config import check_paths, help_page, read_config, recipe_names, split_words
+from sparsemae.jobs import JOBS, resolve, training_jobs
 from sparsemae.terminal import make_safe, printable
 
 
@@ -35,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     program, job = f"sparsemae {name}", JOBS[name]
     if {"-h", "--help"} & set(words):
         return print(help_page(job.options, program, job.examples, job.common))
+    if name == "plan" and words and words[0] in training_jobs():
+        own, others = split_words(job.options, words[1:])
+        words = [words[0], *own, f"--words={json.dumps(others)}"]
     try:
         config: Any = read_config(job.options, words, program, job.recipe)
         check_paths(config)

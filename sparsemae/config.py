@@ -120,7 +120,7 @@ def help_page(kind: type[Any], program: str, examples: Sequence[str], common: Se
 
 def check_paths(config: Any) -> None:
     """Raises ValueError, naming the option, if a file or folder, or the recipe, that a job is to read is not there."""
-    if hasattr(config, "recipe"):
+    if hasattr(config, "recipe") and config.words is None:
         _recipe(config.recipe)
     for option, value in marked(config, "must_exist"):
         for path in value if isinstance(value, list) else [value]:
@@ -157,6 +157,18 @@ def _resolved(kind: type[Any], argv: Sequence[str]) -> tuple[list[str], list[str
             short = _trains(kind) and not value.lstrip().startswith("{")
             result.append(f"--{SHORT.get(name, name) if short else name}={value}")
     return recipes, result
+
+
+def split_words(kind: type[Any], argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Words that set a field of the dataclass, and the others, each option with its value after ``=``."""
+    names = {member.name for member in fields(kind)} - {"recipe", "words"}
+    own, others, rest = list[str](), list[str](), iter(argv)
+    for word in rest:
+        name = word[2:].partition("=")[0].replace("-", "_")
+        if word.startswith("--") and "=" not in word and name not in _ALONE:
+            word += f"={next(rest, '')}"  # noqa: PLW2901
+        (own if word.startswith("--") and name in names else others).append(word)
+    return own, others
 
 
 def _trains(kind: type[Any]) -> bool:

@@ -72,8 +72,9 @@ JOBS = {
     ),
     "plan": Job(
         "sparsemae.costs.plan:plan", options.PlanConfig, "what a recipe costs, before it runs",
-        None, ("sparsemae plan finetune_t --devices 8 --images-per-second 2000",),
-        ("job", "devices", "device_batch", "images", "classes", "images_per_second"),
+        None, ("sparsemae plan finetune images/ --epochs 20 --measure true",
+               "sparsemae plan finetune_t --devices 8 --images-per-second 2000"),
+        ("job", "measure", "devices", "device_batch", "images", "classes", "images_per_second"),
     ),
     "predict": Job(
         "sparsemae.commands.predict:predict", options.PredictConfig, "classes of image files, or of their pixels",
@@ -96,8 +97,8 @@ JOBS = {
     ),
     "benchmark": Job(
         "sparsemae.benchmark.command:benchmark", options.BenchmarkConfig, "packed models or training, beside rivals",
-        None, ("sparsemae benchmark --section kernels --runs 1",),
-        ("section", "engines", "dense", "batches", "threads", "runs", "images", "json"),
+        None, ("sparsemae benchmark --quick true", "sparsemae benchmark --section kernels --runs 1"),
+        ("section", "quick", "engines", "dense", "batches", "threads", "runs", "images", "json"),
     ),
 }  # fmt: skip
 

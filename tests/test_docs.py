@@ -12,6 +12,7 @@ import pytest
 import timm
 from conftest import ROOT, scene_folder
 from documents import PAGES, blocks, commands, promised
+from photographs import class_folders
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -33,6 +34,8 @@ SMALL = {
                   "--inference.stride", "48"],
 }  # fmt: skip
 """By recipe."""
+OWN = 7
+"""Commands of docs/own-images.md that are run as they are."""
 
 
 def words_of(page: str) -> list[list[str]]:
@@ -84,7 +87,7 @@ def test_from_a_timm_vit_and_a_folder_to_predictions_in_four_commands(
     save_file(source.state_dict(), workplace / "deit.safetensors")
     shorter = ["--model.name", "deit_tiny_patch16_224", "--trainer.global_batch", "4", "--trainer.max_steps", "3",
                "--trainer.precision", "fp32", "--data.workers", "0"]  # fmt: skip
-    chain = words_of("docs/own-images.md")[:4]
+    chain = words_of("docs/own-images.md")[OWN:][:4]
     assert [words[1] for words in chain] == ["check", "finetune", "pack", "predict"]
     for _, *words in chain:
         here = ["deit.safetensors" if word.startswith("timm:") else word for word in words]
@@ -94,6 +97,28 @@ def test_from_a_timm_vit_and_a_folder_to_predictions_in_four_commands(
     assert len(predicted) == 6
     assert all({first, second} == {"cat", "dog"} for _, first, second in predicted)
     figure(f"{len(chain)} commands, {len(predicted)} predictions")
+
+
+@pytest.mark.holds("own.7")
+@pytest.mark.holds_only
+def test_a_folder_in_the_pages_own_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], figure: Any
+) -> None:
+    """As written, on 400 photographs."""
+    monkeypatch.chdir(tmp_path)
+    class_folders(tmp_path / "images", 400)
+    chain = words_of("docs/own-images.md")[:OWN]
+    assert [words[1] for words in chain] == [
+        "check", "finetune", "evaluate", "pack", "predict", "pretrain", "finetune",
+    ]  # fmt: skip
+    for _, *words in chain:
+        main(words)
+    shown = capsys.readouterr()
+    predicted = re.findall(r"^images/(\w+)/\d+\.jpg: (\w+) [\d.]+%", shown.out, re.MULTILINE)
+    assert len(predicted) == 400
+    right = sum(name == first for name, first in predicted)
+    figure(f"{right} of 400 images right, packed; {shown.err.split('k-NN vote', 1)[1].splitlines()[0]}")
+    assert right > 380
 
 
 @pytest.mark.slow
@@ -111,7 +136,7 @@ def test_images_with_masks_in_four_commands(workplace: Path, capsys: pytest.Capt
             pixels = generator.integers(0, 256, (60, 80, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(workplace / f"scenes/images/{split}/{i}.jpg")
             Image.fromarray(mask).save(workplace / f"scenes/masks/{split}/{i}.png")
-    chain = words_of("docs/own-images.md")[4:]
+    chain = words_of("docs/own-images.md")[OWN + 4 :]
     assert [words[1] for words in chain] == ["check", "segment", "evaluate", "predict"]
     for _, *words in chain:
         main(shortened(["vit.safetensors" if word.startswith("timm:") else word for word in words]))

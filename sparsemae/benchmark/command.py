@@ -10,12 +10,18 @@ from typing import Any
 from sparsemae.files import write_atomic
 from sparsemae.options import BenchmarkConfig
 
+QUICK = ("torch fp32", "torch bf16")
+"""Rivals that need no export and no compiler."""
+
 
 def benchmark(config: BenchmarkConfig) -> Sequence[Any]:
     """Run a section, print its table, and return its rows."""
-    threads, runs, artifacts = config.threads, config.runs, config.artifacts
+    threads, runs, artifacts = config.threads, 1 if config.quick else config.runs, config.artifacts
+    rivals, sizes, batches = config.engines, config.dense, config.batches
+    if config.quick:
+        rivals, sizes, batches = [name for name in rivals if name in QUICK], sizes[:1], batches[:2]
     arguments: dict[str, tuple[Any, ...]] = {
-        "packed": (config.files, config.engines, config.dense, config.batches, threads, runs, artifacts),
+        "packed": (config.files, rivals, sizes, batches, threads, runs, artifacts),
         "training": (config.images, config.step_batch, threads, runs),
         "saving": (config.step_batch, threads, runs, artifacts),
         "kernels": (runs,),

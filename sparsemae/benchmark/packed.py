@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -59,16 +59,19 @@ def measure(
         subjects = [("packed", file) for file in files or _random_files(folder)]
         subjects += [(engine, DENSE[size]) for size in dense for engine in engines]
         workers = [_Worker(stack, engine, model, folder, threads) for engine, model in subjects]
-        for batch in batches:
-            times = defaultdict[_Worker, list[float]](list)
-            for _, worker in product(range(runs), workers):
-                if not worker.row.error:
-                    times[worker] += worker.ask(f"{batch}\n")
-                    time.sleep(_PAUSE_SECONDS)
-            for worker, taken in times.items():
-                if not worker.row.error:
-                    worker.row.milliseconds[batch] = 1e3 * median(taken)
-        return [worker.row for worker in workers]
+        with suppress(KeyboardInterrupt):  # what there is until then is the result
+            for batch in batches:
+                times = defaultdict[_Worker, list[float]](list)
+                for run, worker in product(range(runs), workers):
+                    if not worker.row.error:
+                        times[worker] += worker.ask(f"{batch}\n")
+                        time.sleep(_PAUSE_SECONDS)
+                        said = f"batch {batch}, run {run + 1} of {runs}: {worker.row.engine}, {worker.row.model}"
+                        print(f"{said}: {1e3 * times[worker][-1]:.2f} ms" * bool(times[worker]), file=sys.stderr)
+                for worker, taken in times.items():
+                    if not worker.row.error:
+                        worker.row.milliseconds[batch] = 1e3 * median(taken)
+        return [worker.row for worker in workers if worker.row.error or worker.row.milliseconds]
 
 
 def table(measurements: list[Measurement]) -> str:

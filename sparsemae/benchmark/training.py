@@ -7,6 +7,7 @@ sparse training multiplies dense matrices (the mask moves), so a step costs what
 """
 
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -79,10 +80,18 @@ def measure(images: str | None, step_batch: int, threads: int, runs: int) -> lis
         if len(source) < LOADER_BATCH:
             raise ValueError(f"images: {images}: wanted {LOADER_BATCH} training images or more, got {len(source)}")
         with using(1, one_core=True):
-            rates += _pipelines(data, source, runs) + _stages(data, source, runs)
+            for part in (_pipelines, _stages):
+                rates += _told(part(data, source, runs))
     if step_batch:
         with using(threads):
-            rates += _steps(step_batch, runs)
+            rates += _told(_steps(step_batch, runs))
+    return rates
+
+
+def _told(rates: list[Rate]) -> list[Rate]:
+    """The same, each said as soon as it is known."""
+    for rate in rates:
+        print(f"{rate.part}: {rate.subject}: {rate.images_per_second:.1f} images/s", file=sys.stderr, flush=True)
     return rates
 
 

@@ -9,16 +9,18 @@ from pathlib import Path
 from lightning_fabric import Fabric
 from torch import nn
 
-from sparsemae.config import read_config
+from sparsemae.config import check_paths, read_config
 from sparsemae.costs.multiply_adds import Forward
+from sparsemae.costs.rate import measured_rate
 from sparsemae.costs.step_memory import StepMemory, step_memory
 from sparsemae.data.embedded import TRAIN_IMAGES
 from sparsemae.data.sampling import BatchPlan
-from sparsemae.jobs import training_jobs
+from sparsemae.jobs import JOBS, training_jobs
 from sparsemae.models import use_plain_attention
 from sparsemae.options import PlanConfig, TrainingConfig
 from sparsemae.sparsity import SparsitySummary, summarize
 from sparsemae.tasks import task_class
+from sparsemae.tasks.derived import settle
 from sparsemae.tasks.sparse import meta_model
 from sparsemae.tasks.task import encoder_of
 from sparsemae.training.config import resolved_precision
@@ -40,6 +42,8 @@ class Plan:
     memory_title: str
     checkpoint_bytes: int
     images_per_second: float | None
+    machine: str = ""
+    """Where that was measured, if it was."""
 
     @property
     def images(self) -> int:
@@ -78,20 +82,33 @@ class Plan:
             f"checkpoint       {_size(self.checkpoint_bytes).strip()}",
         ]
         if self.hours is None:
-            how = f"{self.images:,} images / (N images per second x 3600): give --images-per-second N"
+            how = (
+                f"{self.images:,} images / (N images per second x 3600): give --images-per-second N, or --measure true"
+            )
         else:
-            how = f"{self.hours:,.1f} at {self.images_per_second:,g} images/s on all devices, evaluations not counted"
+            hours, where = f"{self.hours:,.{1 if self.hours >= 1 else 3}f}", f"images/s{self.machine} on all devices"
+            how = f"{hours} at {self.images_per_second:,g} {where}, evaluations not counted"
         lines.append(f"hours            {how}")
         return "\n".join(lines)
 
 
 def plan(config: PlanConfig) -> Plan:
     """Print and return what a recipe costs. Raises ValueError if the recipe cannot run on that many devices."""
-    job, recipe = _read_recipe(config.recipe, config.job)
-    trainer, task = recipe.trainer, task_class(recipe.task)(recipe)
+    if config.words is None:
+        job, recipe = _read_recipe(config.recipe, config.job)
+    else:
+        job, recipe = config.recipe, _read_words(config.recipe, config.words)
+    task, notes = task_class(recipe.task)(recipe), list[str]()
     usual = (TRAIN_IMAGES, task.embedded_classes) if recipe.data.source == "embedded" else task.dataset_size
+    if recipe.data.root is not None and config.words is not None:
+        task.open_data()
+        recipe, notes = settle(recipe, task)
+        task.config = recipe
+        usual = len(task.sources["train"]), len(task.class_names)
+    trainer = recipe.trainer
     images, classes = (given or own for given, own in zip((config.images, config.classes), usual, strict=True))
-    task.class_names = [str(number) for number in range(classes)]
+    if len(task.class_names) != classes:
+        task.class_names = [str(number) for number in range(classes)]
     batches = BatchPlan.make(
         min(images, recipe.data.train_images or images),
         trainer.global_batch,
@@ -123,8 +140,17 @@ def plan(config: PlanConfig) -> Plan:
         checkpoint_bytes=memory.weights + memory.optimizer + 2 * encoder.sparse_total // 8,
         images_per_second=config.images_per_second,
     )  # fmt: skip
-    print(result)
+    if config.measure:
+        rate, machine = measured_rate(task, batches, precision)
+        result = replace(result, images_per_second=rate, machine=f" ({machine}, measured)")
+    print(*notes, result, sep="\n")
     return result
+
+
+def _read_words(job: str, words: list[str]) -> TrainingConfig:
+    recipe = read_config(JOBS[job].options, words, "sparsemae plan", JOBS[job].recipe)
+    check_paths(recipe)
+    return recipe  # type: ignore[no-any-return]
 
 
 def _read_recipe(recipe: str, job: str | None) -> tuple[str, TrainingConfig]:

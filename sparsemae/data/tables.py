@@ -35,8 +35,8 @@ class TableReader:
         files = {name: _file(table, name) for name in classes}
         if missing := [name for name, file in files.items() if file is None]:
             raise ValueError(
-                f"{table}: wanted an image file {missing[0]} beside it or in its folder {table.stem}, found none; so "
-                f"of {len(missing):,} of {len(files):,} names"
+                f"{table}: wanted an image file {missing[0]} beside it or in the folder {table.stem}, found none, of "
+                f"{len(missing):,} of {len(files):,} names"
             )
         self.class_names = natural_order(set(classes.values()))
         by_class = {f"{label}/{name.removeprefix(f'{label}/')}": name for name, label in classes.items()}

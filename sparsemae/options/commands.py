@@ -132,7 +132,8 @@ class PlanConfig(Options):
     """What a recipe of pretraining, finetuning or segmentation costs, before it runs."""
 
     recipe: str
-    """A recipe's name, a YAML file, or the config.yaml of a run."""
+    """A recipe's name, a YAML file, or the config.yaml of a run; or pretrain, finetune or segment, and after it the
+    words of such a training."""
     job: str | None = None
     """pretrain, finetune or segment; None: the one whose options the recipe has, or that its name says."""
     devices: int | None = option(None, AT_LEAST_1)
@@ -146,6 +147,10 @@ class PlanConfig(Options):
     """Classes of a finetuned model, which a recipe does not say; None: those of the same."""
     images_per_second: float | None = option(None, ABOVE_0)
     """Rate of training, over all devices together; without it no hours are given."""
+    measure: bool = False
+    """Take the rate on this machine, in about 20 seconds, of training steps with their images."""
+    words: list[str] | None = None
+    """The words of a training, in place of a recipe; filled in from what follows its name."""
 
 
 @dataclass
@@ -167,6 +172,8 @@ class BenchmarkConfig:
     of the input pipeline and of optimizer steps, beside timm's loader and its dense ViT-B; saving: what a checkpoint of
     ViT-B with AdamW's state costs the loop, beside a save that blocks it; kernels: every instruction set's linear
     layers, attention and norm, one by one, on one thread."""
+    quick: bool = False
+    """Packed models against torch alone at ViT-B's size, the first two batches, one run each: under two minutes."""
     files: list[str] = field(default_factory=list, metadata=READ)
     """Packed files; none: SparseMAE-T and -S at ViT-B/16 size with random weights, bf16 and int8."""
     engines: list[str] = field(

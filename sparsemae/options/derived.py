@@ -37,7 +37,7 @@ class Rule(NamedTuple):
 
 RULES = {
     "pretrain": Rule(2e-3, 1e-3, 64, 24_000, 20),
-    "classify": Rule(1e-3, 1e-3, 64, 16_000, 10),
+    "classify": Rule(1e-3, 1e-3, 64, 12_000, 10),
     "segment": Rule(1e-3, 5e-4, 16, 4_000, 10),
 }
 MOST_EPOCHS = 100

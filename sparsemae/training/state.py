@@ -70,9 +70,9 @@ class TrainingState:
     ``images`` that it is trained on."""
 
     def is_best(self, value: float, higher_is_better: bool) -> bool:
-        """Note the metric of now if it is better than all before."""
+        """Note the metric of now if it is as good as any before: of equals the later has the lower learning rate."""
         sign = 1 if higher_is_better else -1
-        if self.best is not None and sign * value <= sign * self.best["value"]:
+        if self.best is not None and sign * value < sign * self.best["value"]:
             return False
         self.best = {"step": self.done, "value": value}
         return True

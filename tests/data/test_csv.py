@@ -84,7 +84,7 @@ def test_columns_and_delimiters(photos: Path, tmp_path: Path) -> None:
     [
         ([("00000", "")], "line 2: wanted a file and a class, got '00000', ''"),
         ([("00000", "cat"), ("00000", "dog")], "line 3: wanted one class of 00000, got cat and dog"),
-        ([("00000", "cat"), ("nowhere", "dog")], "wanted an image file nowhere beside it or in its folder train"),
+        ([("00000", "cat"), ("nowhere", "dog")], "wanted an image file nowhere beside it or in the folder train"),
         ([], "wanted a header and rows of a file and its class"),
     ],
 )
