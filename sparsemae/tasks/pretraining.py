@@ -167,13 +167,13 @@ def reconstruct(
     Masked patches are shown as predicted, with the target's own mean and standard deviation given back when the model
     predicts normalized patches; kept patches are shown as they are.
     """
-    spec, ratio, device = card.input, card.settings["mask_ratio"], next(model.parameters()).device
+    spec, ratio, weight = card.input, card.settings["mask_ratio"], next(model.parameters())
     transform = evaluation_transform(spec)
     indices = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int).tolist()
-    pixels = torch.stack([transform(*source.read(index, rules=spec))[0] for index in indices]).to(device)
-    x = normalize(pixels, spec.mean, spec.std)
+    pixels = torch.stack([transform(*source.read(index, rules=spec))[0] for index in indices]).to(weight.device)
+    x = normalize(pixels, spec.mean, spec.std).to(weight.dtype)
     shape = len(x), model.encoder.patch_embed.num_patches
-    noise = torch.from_numpy(sampling.stream(seed, sampling.PICTURE).random(shape, np.float32)).to(device)
+    noise = torch.from_numpy(sampling.stream(seed, sampling.PICTURE).random(shape, np.float32)).to(weight.device)
     with torch.inference_mode():
         sparse = model(x, ratio, noise)
         with dense_weights(model):

@@ -129,6 +129,8 @@ OWN_WAY = {
     "sparsemae/files.py",
     "sparsemae/data/embedded.py",  # makes the file that ships
     "sparsemae/data/tars.py",  # a cache
+    "sparsemae/commands/export.py",  # a folder, which is renamed
+    "sparsemae/commands/predict.py",  # lines, into what `replacing` gives
     "sparsemae/study/stages.py",  # a log, which grows
     "sparsemae/study/command.py",  # images, whose folder is renamed
     "sparsemae/study/results.py",  # the null device
