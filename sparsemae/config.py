@@ -72,7 +72,7 @@ def read_config(
         print(f"{program}: no data and no --config given, using the recipe {recipe} (embedded Fashion-MNIST)",
               file=sys.stderr)  # fmt: skip
         recipes = [_recipe(recipe)]
-    parser = _parser(kind, program)
+    parser = _parser(kind, program)  # type: ignore[arg-type]
     # recipes before what is named, which they must not override; what they name themselves counts more than auto
     first = ["--data.source=auto"] * ("data.root" in named) + [w for path in recipes for w in ("--config", path)]
     parsed: Any = parser.instantiate(parser.parse_args(first + ["--help" if w == "--help_all" else w for w in words]))
@@ -104,7 +104,7 @@ def _positional(kind: type[Any]) -> list[str]:
 
 def help_page(kind: type[Any], program: str, examples: Sequence[str], common: Sequence[str]) -> str:
     """A page for people: what the command is for, examples, and the common options by their dotted names."""
-    parser = _parser(kind, program)
+    parser = _parser(kind, program)  # type: ignore[arg-type]
     actions = {name: action for action in parser._actions for name in (*action.option_strings, action.dest)}
     root = ["[DATA]"] * _takes_root(kind)
     lines = [f"usage: {' '.join([program, *(name.upper() for name in _positional(kind)), *root])} [options]", ""]
