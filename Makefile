@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test check lint types fast holds bench gpu kernels fuzz reliability soak sanitize format results segment wasm
+.PHONY: demo test check lint types fast holds bench gpu kernels fuzz lock reliability soak sanitize sbom format results segment wasm
 
 demo: $(STAMP)
 	$(BIN)/sparsemae demo
@@ -18,7 +18,7 @@ check: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(wildcard native/*.cpp native/*.h tests/native/*.cpp)
+	$(BIN)/clang-format --dry-run -Werror $(wildcard native/*.cpp native/*.h include/*.h tests/native/*.cpp tests/native/*.c)
 	$(BIN)/ruff check .
 
 types: $(STAMP)
@@ -60,10 +60,10 @@ ONLY ?=
 gpu:
 	$(PYTHON) tools/gpu.py --device $(DEVICE) --out $(OUT) $(if $(ONLY),--only $(ONLY))
 
-# the packed forward as WebAssembly, into build/wasm/
+# the packed forward as WebAssembly, for `sparsemae web`
 wasm: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt ziglang
-	native/build_wasm.sh $(CURDIR)/$(BIN)/python $(CURDIR)/build/wasm
+	native/build_wasm.sh $(CURDIR)/$(BIN)/python $(CURDIR)/sparsemae/web
 
 # every instruction set's kernels, into the table of native/README.md; best on an idle machine
 kernels: $(STAMP)
@@ -72,7 +72,8 @@ kernels: $(STAMP)
 # every fault and every kind of resume, what came out into docs/reliability.md
 reliability: $(STAMP)
 	mkdir -p runs
-	SPARSEMAE_TEST_FUZZ=10000 $(TESTS) -m "" --rows runs/reliability.json tests/faults
+	SPARSEMAE_TEST_FUZZ=10000 SPARSEMAE_TEST_FUZZ_SHARE=1 $(TESTS) -m "" --rows runs/reliability.json tests/faults \
+	  tests/test_terminal.py tests/test_plain_yaml.py
 	$(BIN)/python docs/update.py
 
 # half an hour of a server's load, and 3,000 training steps: what stays flat, into docs/reliability.md
@@ -81,9 +82,18 @@ soak: $(STAMP)
 	SPARSEMAE_TEST_SOAK_SECONDS=1800 SPARSEMAE_TEST_SOAK_STEPS=3000 $(TESTS) -m "" --rows runs/soak.json tests/faults/test_soak.py
 	$(BIN)/python docs/update.py
 
-# 10,000 mutated checkpoint files; the tests take 500 of them
+# 20,000 mutated packed files, 10,000 checkpoints, 5,000 images, 2,000 tars, 500 run folders; of each a part is in the tests
 fuzz: $(STAMP)
-	SPARSEMAE_TEST_FUZZ=10000 $(TESTS) --holds survive tests/faults/test_fuzz.py
+	SPARSEMAE_TEST_FUZZ=10000 SPARSEMAE_TEST_FUZZ_SHARE=1 $(TESTS) -m "" tests/faults/test_fuzz.py tests/faults/test_fuzz_files.py
+
+# the lock with hashes (some gigabytes are downloaded), and a CycloneDX bill of materials from it
+lock: $(STAMP)
+	$(BIN)/python tools/lock.py > requirements.lock.new
+	mv requirements.lock.new requirements.lock
+
+sbom: $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt cyclonedx-bom
+	$(BIN)/python tools/sbom.py build/sbom.json
 
 # the native tests again, under the address and undefined-behavior sanitizers
 sanitize: $(STAMP)
@@ -92,7 +102,7 @@ sanitize: $(STAMP)
 
 format: $(STAMP)
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard native/*.cpp native/*.h tests/native/*.cpp)
+	$(BIN)/clang-format -i $(wildcard native/*.cpp native/*.h include/*.h tests/native/*.cpp tests/native/*.c)
 	$(BIN)/ruff check --fix .
 
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)

@@ -74,7 +74,7 @@ struct HeadScratch {
   size_t bytes;
 };
 
-HeadScratch layout_head_scratch(const Geometry& g, void* base) {
+inline HeadScratch layout_head_scratch(const Geometry& g, void* base) {
   size_t offset = 0;
   const auto take = [&](size_t bytes) {
     char* here = base ? static_cast<char*>(base) + offset : nullptr;
@@ -183,8 +183,8 @@ inline void attend(const Geometry& g, const HeadScratch& s, const Write& write) 
   }
 }
 
-void norm_residual(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps,
-                   float* out, size_t first, size_t last) {
+inline void norm_residual(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps,
+                          float* out, size_t first, size_t last) {
   for (; first < last; first += 16)
     normalize<Floats, 1>(residual + residual_at(g, first, 0), 16, g.width, weight, bias, eps,
                          [&](size_t d, size_t, Floats y) { Floats::store(out + residual_at(g, first, d), y); });

@@ -3,11 +3,26 @@
 # module where WebAssembly.validate accepts it (its multiply-adds round once, as far as the processor has them).
 set -e
 cd "$(dirname "$0")"
-mkdir -p "$2"
-build() {
-  "$python" -m ziglang c++ -target wasm32-wasi -mexec-model=reactor -std=c++20 -O3 -fno-math-errno -ffp-contract=off -s \
-    c_api.cpp bounds.cpp codes.cpp dispatch.cpp kernels_portable.cpp processor.cpp vit.cpp vit_build.cpp "$@"
-}
 python=$1
-build -msimd128 -o "$2/sparsemae.wasm"
-build -msimd128 -mrelaxed-simd -o "$2/sparsemae-relaxed.wasm"
+folder=$2
+mkdir -p "$folder"
+objects=$(mktemp -d)
+trap 'rm -r "$objects"' EXIT
+
+zig() {
+  "$python" -m ziglang c++ -target wasm32-wasi -mexec-model=reactor -std=c++20 -fno-math-errno -ffp-contract=off \
+    -I ../include "$@"
+}
+
+# What computes for speed, what reads files for size.
+build() {
+  module=$1
+  shift
+  for file in kernels_portable vit; do zig -O3 "$@" -c $file.cpp -o "$objects/$file.o"; done
+  for file in bounds c_api codes dispatch json packed_file preprocess processor vit_build; do
+    zig -Oz "$@" -c $file.cpp -o "$objects/$file.o"
+  done
+  zig -O3 "$@" -s "$objects"/*.o -o "$folder/$module"
+}
+build sparsemae.wasm -msimd128
+build sparsemae-relaxed.wasm -msimd128 -mrelaxed-simd

@@ -1,18 +1,23 @@
-#include "c_api.h"
-
+// include/sparsemae.h over the forward, for C and whatever calls it, and for WebAssembly pages.
+#include <algorithm>
 #include <cstring>
 #include <exception>
-#include <map>
-#include <stdexcept>
+#include <memory>
 #include <string>
 #include <vector>
 
+#include "packed_file.h"
+#include "processor.h"
+#include "sparsemae.h"
 #include "vit.h"
 
 #if defined(__wasm__)
 #include <cstdlib>
 #define EXPORT(name) __attribute__((export_name(#name)))
 #else
+#include <cerrno>
+#include <cstdio>
+#include <thread>
 #define EXPORT(name)
 #endif
 
@@ -22,96 +27,136 @@ namespace {
 
 thread_local char last_error[256];
 
-void remember(const std::exception& error) { std::strncpy(last_error, error.what(), sizeof last_error - 1); }
+void remember(const char* what) { std::strncpy(last_error, what, sizeof last_error - 1); }
+
+// What `call` gives; what it throws is remembered, and `failed` given.
+template <class Result, class Call>
+Result guarded(Result failed, const Call& call) {
+#if defined(__wasm__)
+  return call();  // its C++ library has no exceptions
+#else
+  try {
+    return call();
+  } catch (const std::bad_alloc&) {
+    remember("out of memory");
+  } catch (const std::exception& error) {
+    remember(error.what());
+  } catch (...) {
+    remember("unknown error");
+  }
+  return failed;
+#endif
+}
+
+std::size_t default_threads(const VitConfig& c) {
+#if defined(__wasm__)
+  return 1;
+#else
+  const std::size_t tokens = (c.image_height / c.patch_size) * (c.image_width / c.patch_size) + c.reg_tokens + 1;
+  return std::clamp<std::size_t>((tokens + 15) / 16, 1, std::max(1u, std::thread::hardware_concurrency()));
+#endif
+}
 
 }  // namespace
 
-struct sparsemae_builder {
-  VitConfig config{};
-  std::map<std::string, Weights> weights;
-  std::map<std::string, std::vector<float>> vectors;
-};
-
 struct sparsemae_model {
+  sparsemae_model(PackedFile&& file, std::size_t threads, const char* isa)
+      : vit(file.vit, file.weights, file.vectors, threads ? threads : default_threads(file.vit), isa ? isa : ""),
+        preprocess(std::move(file.preprocess)),
+        class_names(std::move(file.class_names)),
+        config(std::move(file.config)) {
+    const VitConfig& c = vit.config();
+    for (const std::string& name : class_names) names.push_back(name.c_str());
+    const std::size_t outputs = c.all_tokens ? vit.tokens() * c.embed_dim : vit.outputs();
+    description = {static_cast<std::uint32_t>(c.in_chans),
+                   static_cast<std::uint32_t>(c.image_height),
+                   static_cast<std::uint32_t>(c.image_width),
+                   static_cast<std::uint32_t>(c.num_classes),
+                   static_cast<std::uint32_t>(outputs),
+                   static_cast<std::uint32_t>(vit.threads()),
+                   vit.kernels().name,
+                   names.empty() ? nullptr : names.data(),
+                   config.c_str()};
+  }
+
   Vit vit;
+  Preprocess preprocess;
+  std::vector<std::string> class_names;
+  std::string config;
+  std::vector<const char*> names;
+  sparsemae_description description;
 };
 
 extern "C" {
 
-EXPORT(sparsemae_begin) sparsemae_builder* sparsemae_begin(const sparsemae_shape* s) {
-  auto* b = new sparsemae_builder;
-  b->config = {
-      .embed_dim = s->embed_dim,
-      .depth = s->depth,
-      .num_heads = s->num_heads,
-      .mlp_hidden = s->mlp_hidden,
-      .patch_size = s->patch_size,
-      .image_height = s->image_height,
-      .image_width = s->image_width,
-      .in_chans = s->in_chans,
-      .num_classes = s->num_classes,
-      .reg_tokens = s->reg_tokens,
-      .class_token = s->class_token != 0,
-      .no_embed_class = s->no_embed_class != 0,
-      .pre_norm = s->pre_norm != 0,
-      .final_norm = s->final_norm != 0,
-      .fc_norm = s->fc_norm != 0,
-      .patch_bias = s->patch_bias != 0,
-      .pool_include_prefix = s->pool_include_prefix != 0,
-      .average_pool = s->average_pool != 0,
-      .all_tokens = s->all_tokens != 0,
-      .norm_eps = s->norm_eps,
-  };
-  return b;
-}
-
-EXPORT(sparsemae_vector)
-void sparsemae_vector(sparsemae_builder* b, const char* name, const float* values, size_t count) {
-  b->vectors[name].assign(values, values + count);
-}
-
-EXPORT(sparsemae_dense)
-void sparsemae_dense(sparsemae_builder* b, const char* name, const float* values, size_t rows, size_t columns) {
-  Weights& w = b->weights[name];
-  w.rows = rows, w.columns = columns, w.fp32 = values;
-}
-
-EXPORT(sparsemae_sparse)
-void sparsemae_sparse(sparsemae_builder* b, const char* name, size_t rows, size_t columns, unsigned n, unsigned m,
-                      const uint8_t* codes, size_t code_bytes, sparsemae_type type, const void* values,
-                      const float* scale, int quantize) {
-  Weights& w = b->weights[name];
-  w.rows = rows, w.columns = columns, w.n = n, w.m = m;
-  w.codes = codes, w.code_bytes = code_bytes;
-  if (type == SPARSEMAE_FP32) w.fp32 = static_cast<const float*>(values);
-  if (type == SPARSEMAE_BF16) w.bf16 = static_cast<const std::uint16_t*>(values);
-  if (type == SPARSEMAE_INT8) {
-    w.int8 = static_cast<const std::int8_t*>(values);
-    w.row_scale = scale;
-    w.quantize = quantize != 0;
-  }
-}
-
-EXPORT(sparsemae_build) sparsemae_model* sparsemae_build(sparsemae_builder* b, size_t threads, const char* isa) {
-  const std::unique_ptr<sparsemae_builder> owner(b);
-  try {
-    return new sparsemae_model{{b->config, b->weights, b->vectors, threads, isa}};
-  } catch (const std::exception& error) {
-    remember(error);
+EXPORT(sparsemae_open_memory)
+sparsemae_model* sparsemae_open_memory(const void* bytes, size_t size, uint32_t threads, const char* isa) {
+  return guarded<sparsemae_model*>(nullptr, [&]() -> sparsemae_model* {
+    const auto* at = static_cast<const std::uint8_t*>(bytes);
+    std::vector<std::uint64_t> copy;
+    if (reinterpret_cast<std::uintptr_t>(bytes) % 8) {
+      copy.resize((size + 7) / 8);
+      std::memcpy(copy.data(), bytes, size);
+      at = reinterpret_cast<const std::uint8_t*>(copy.data());
+    }
+    PackedFile file;
+    const std::string wrong = read_packed(at, size, file);
+    if (wrong.empty() && threads <= 1024) return new sparsemae_model(std::move(file), threads, isa);
+    remember((wrong.empty() ? "threads: wanted at most 1024"
+                            : "wanted a packed model, got one that cannot be used: " + wrong)
+                 .c_str());
     return nullptr;
-  }
+  });
 }
 
-EXPORT(sparsemae_error) const char* sparsemae_error(void) { return last_error; }
-EXPORT(sparsemae_isa) const char* sparsemae_isa(const sparsemae_model* m) { return m->vit.kernels().name; }
-EXPORT(sparsemae_outputs) size_t sparsemae_outputs(const sparsemae_model* m) { return m->vit.outputs(); }
+#if !defined(__wasm__)
+sparsemae_model* sparsemae_open(const char* path, uint32_t threads, const char* isa) {
+  return guarded<sparsemae_model*>(nullptr, [&]() -> sparsemae_model* {
+    const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path, "rb"), std::fclose);
+    std::vector<std::uint64_t> bytes;  // aligned
+    std::size_t size = 0;
+    while (file && !std::ferror(file.get())) {
+      bytes.resize(std::max<std::size_t>(1 << 16, bytes.size() * 2));
+      const std::size_t room = bytes.size() * 8 - size;
+      const std::size_t got = std::fread(reinterpret_cast<char*>(bytes.data()) + size, 1, room, file.get());
+      size += got;
+      if (got < room) break;
+    }
+    if (file && !std::ferror(file.get())) return sparsemae_open_memory(bytes.data(), size, threads, isa);
+    remember(std::strerror(errno));
+    return nullptr;
+  });
+}
+#endif
+
+EXPORT(sparsemae_describe) const sparsemae_description* sparsemae_describe(const sparsemae_model* m) {
+  return &m->description;
+}
+
+EXPORT(sparsemae_prepare)
+int sparsemae_prepare(const sparsemae_model* m, const uint8_t* pixels, uint32_t width, uint32_t height,
+                      uint32_t channels, float* out) {
+  return guarded(1, [&] {
+    if (!width || !height || (channels != 1 && channels != 3 && channels != 4)) {
+      remember("wanted an image of at least one pixel and 1, 3 or 4 channels");
+      return 1;
+    }
+    const VitConfig& c = m->vit.config();
+    prepare(m->preprocess, pixels, width, height, channels, c.image_width, c.image_height, out);
+    return 0;
+  });
+}
 
 EXPORT(sparsemae_forward)
-void sparsemae_forward(sparsemae_model* m, const float* images, size_t batch, float* out) {
-  m->vit.forward(images, batch, out, false);
+int sparsemae_forward(sparsemae_model* m, const float* images, size_t batch, float* out) {
+  return guarded(1, [&] {
+    m->vit.forward(images, batch, out, m->vit.config().all_tokens);
+    return 0;
+  });
 }
 
-EXPORT(sparsemae_end) void sparsemae_end(sparsemae_model* m) { delete m; }
+EXPORT(sparsemae_close) void sparsemae_close(sparsemae_model* m) { delete m; }
+EXPORT(sparsemae_error) const char* sparsemae_error(void) { return last_error; }
 
 #if defined(__wasm__)
 EXPORT(sparsemae_alloc) void* sparsemae_alloc(size_t bytes) { return std::malloc(bytes); }
@@ -121,7 +166,7 @@ EXPORT(sparsemae_free) void sparsemae_free(void* memory) { std::free(memory); }
 void* __cxa_allocate_exception(size_t bytes) { return std::malloc(bytes); }
 void __cxa_free_exception(void*) {}
 [[noreturn]] void __cxa_throw(void* error, void*, void (*)(void*)) {
-  remember(*static_cast<std::exception*>(error));
+  remember(static_cast<std::exception*>(error)->what());
   __builtin_trap();
 }
 #endif

@@ -41,9 +41,13 @@ void unrank(const Binomials& binomials, std::uint64_t rank, unsigned n, unsigned
   }
 }
 
+std::string out_of_range(std::size_t group, unsigned n, unsigned m) {
+  return "code of group " + std::to_string(group) + " is out of range for " + std::to_string(n) + ":" +
+         std::to_string(m);
+}
+
 [[noreturn]] void throw_out_of_range(std::size_t group, unsigned n, unsigned m) {
-  throw std::invalid_argument("code of group " + std::to_string(group) + " is out of range for " + std::to_string(n) +
-                              ":" + std::to_string(m));
+  throw std::invalid_argument(out_of_range(group, n, m));
 }
 
 // `bits` <= 64 bits from bit `at` on; reads no byte beyond those that hold them.
@@ -73,19 +77,45 @@ void decode_bitmaps(const std::uint8_t* codes, std::size_t groups, unsigned n, u
   }
 }
 
+const char* wrong_length(const std::uint8_t* codes, std::size_t bytes, std::size_t groups, unsigned bits, unsigned n,
+                         unsigned m) {
+  if (groups > std::numeric_limits<std::size_t>::max() / (m + n) || bytes != (groups * bits + 7) / 8)
+    return "codes have the wrong number of bytes";
+  if (const unsigned spare = groups * bits % 8; spare && codes[bytes - 1] >> spare)
+    return "codes end in padding bits that are not zero";
+  return nullptr;
+}
+
+// Of a code that is no bitmap, whose count is not saturated.
+unsigned rank_bits(std::uint64_t count) { return static_cast<unsigned>(std::bit_width(count - 1)); }
+
+constexpr const char* kWrongPattern = "pattern must have 1 <= n <= m <= 256";
+
 }  // namespace
+
+std::string wrong_codes(const std::uint8_t* codes, std::size_t bytes, std::size_t groups, unsigned n, unsigned m) {
+  if (n < 1 || n > m || m > kMaxGroup) return kWrongPattern;
+  const std::uint64_t count = Binomials(n, m).at(m, n);
+  const bool bitmap = count == kSaturated;
+  const unsigned bits = bitmap ? m : rank_bits(count);
+  if (const char* wrong = wrong_length(codes, bytes, groups, bits, n, m)) return wrong;
+  for (std::size_t group = 0; group < groups; ++group) {
+    unsigned kept = bitmap ? 0 : n;
+    for (unsigned j = 0; bitmap && j < m; ++j) kept += static_cast<unsigned>(read_bits(codes, group * m + j, 1));
+    if (kept != n || (!bitmap && bits && read_bits(codes, group * bits, bits) >= count))
+      return out_of_range(group, n, m);
+  }
+  return "";
+}
 
 std::vector<std::uint8_t> decode_positions(const std::uint8_t* codes, std::size_t bytes, std::size_t groups, unsigned n,
                                            unsigned m) {
-  if (n < 1 || n > m || m > kMaxGroup) throw std::invalid_argument("pattern must have 1 <= n <= m <= 256");
+  if (n < 1 || n > m || m > kMaxGroup) throw std::invalid_argument(kWrongPattern);
   const Binomials binomials(n, m);
   const std::uint64_t count = binomials.at(m, n);
   const bool bitmap = count == kSaturated;
-  const unsigned bits = bitmap ? m : static_cast<unsigned>(std::bit_width(count - 1));
-  if (groups > std::numeric_limits<std::size_t>::max() / (m + n) || bytes != (groups * bits + 7) / 8)
-    throw std::invalid_argument("codes have the wrong number of bytes");
-  if (const unsigned spare = groups * bits % 8; spare && codes[bytes - 1] >> spare)
-    throw std::invalid_argument("codes end in padding bits that are not zero");
+  const unsigned bits = bitmap ? m : rank_bits(count);
+  if (const char* wrong = wrong_length(codes, bytes, groups, bits, n, m)) throw std::invalid_argument(wrong);
   std::vector<std::uint8_t> positions(groups * n);
   if (bitmap) {
     decode_bitmaps(codes, groups, n, m, positions.data());

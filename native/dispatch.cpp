@@ -10,6 +10,7 @@ std::vector<const Kernels*> usable_kernels() {
 #if defined(SPARSEMAE_X86)
   const Processor& processor = this_processor();
   if (processor.avx512fp16) tables.push_back(avx512fp16_kernels());
+  if (processor.amx && processor.avx512vnni && processor.avx512vbmi) tables.push_back(amxvnni_kernels());
   if (processor.amx) tables.push_back(amx_kernels());
   if (processor.avx512bf16 && processor.avx512vnni && processor.avx512vbmi) tables.push_back(avx512vnni_kernels());
   if (processor.avx512bf16) tables.push_back(avx512bf16_kernels());
@@ -30,7 +31,8 @@ static bool can_run(const Kernels& table, const Needs& needs) {
 
 // Whether one further down is not faster for such a model.
 static bool is_best(const Kernels& table, const Needs& needs) {
-  return needs.density <= table.max_density && !(needs.quantize && table.embedding && table.embedding()->quantize);
+  return needs.density <= table.max_density && (needs.quantize || !table.best_for_int8) &&
+         !(needs.quantize && table.embedding && table.embedding()->quantize);
 }
 
 const Kernels* choose_kernels(const std::string& isa, const Needs& needs) {

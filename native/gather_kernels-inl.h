@@ -100,21 +100,23 @@ inline size_t pack_any_block(const RowSource& source, const Linear& l, size_t bl
   return pack_block<Bf16>(source, l, block, out);
 }
 
+inline auto add_to_residual(const Linear& l, const float* residual, float* output) {
+  return [&l, residual, output](size_t token, size_t row, size_t slab, __m512 y) {
+    float* to = output + token * l.used + row;
+    const float* from = slab ? to : residual + token * l.used + row;
+    if (row + kHalf <= l.used) return _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(from), y));
+    if (row >= l.used) return;
+    const __mmask16 mask = first_lanes(l.used - row);
+    _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, from), y));
+  };
+}
+
 inline void linear(const Geometry& g, const Linear& l, const void* input, Output kind, const float* residual,
                    void* output, size_t first_part, size_t last_part, size_t first, size_t last, void*) {
   const size_t first_token = part_begin(g, first_part), last_token = part_begin(g, last_part);
   if (kind == Output::residual) {
-    auto* sums = static_cast<float*>(output);
     return multiply_layer(g, l, input, first_token, last_token, first, last, true,
-                          [&](size_t token, size_t row, size_t slab, __m512 y) {
-                            float* to = sums + token * l.used + row;
-                            const float* from = slab ? to : residual + token * l.used + row;
-                            if (row + kHalf <= l.used)
-                              return _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(from), y));
-                            if (row >= l.used) return;
-                            const __mmask16 mask = first_lanes(l.used - row);
-                            _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, from), y));
-                          });
+                          add_to_residual(l, residual, static_cast<float*>(output)));
   }
   auto* activation = static_cast<uint16_t*>(output);
   const size_t stride = stride_of(l.used);
@@ -127,9 +129,18 @@ inline void linear(const Geometry& g, const Linear& l, const void* input, Output
 struct Scratch {
   uint16_t *q, *k_rows, *v_rows, *k, *v,
       *p;         // [tokens][head], then keys as [pairs of d][tokens][2], values as [pairs of tokens][head][2]
-  float* scores;  // [4][padded keys]
+  float* scores;  // [kQueries][padded keys]
   size_t bytes;
 };
+
+#if defined(__AMX_TILE__)
+constexpr size_t kQueries = 16;  // taken at a time
+#else
+constexpr size_t kQueries = 4;
+#endif
+
+// Keys of a row of probabilities: whole registers. Values have as many, zeros at the end.
+inline size_t paired_keys(const Geometry& g) { return round_up(g.padded_tokens, 32); }
 
 inline Scratch layout_scratch(const Geometry& g, void* base) {
   size_t offset = 0;
@@ -140,9 +151,10 @@ inline Scratch layout_scratch(const Geometry& g, void* base) {
   };
   const size_t keys = g.padded_tokens, plane = keys * g.padded_head_dim * 2;
   Scratch s;
-  s.q = take(plane), s.k_rows = take(plane), s.v_rows = take(plane), s.k = take(plane), s.v = take(plane);
-  s.p = take(4 * keys * 2);
-  s.scores = reinterpret_cast<float*>(take(4 * keys * sizeof(float)));
+  s.q = take(plane), s.k_rows = take(plane), s.v_rows = take(plane), s.k = take(plane);
+  s.v = take(paired_keys(g) * g.padded_head_dim * 2);
+  s.p = take(kQueries * paired_keys(g) * 2);
+  s.scores = reinterpret_cast<float*>(take(kQueries * keys * sizeof(float)));
   s.bytes = offset;
   return s;
 }
@@ -204,6 +216,16 @@ inline void project_head(const Geometry& g, const Linear& qkv, const void* input
     }
 }
 
+// 32 features of a head, from `d` on, for one token.
+inline void store_attended(const Geometry& g, void* output, size_t stride, size_t token, size_t head, size_t d,
+                           const float* sums, float inverse) {
+  for (size_t half = 0; half < 32 && d + half < g.head_dim; half += 16) {
+    auto* to = static_cast<uint16_t*>(output) + token * stride + head * g.head_dim + d + half;
+    const __m256i y = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_load_ps(sums + half), _mm512_set1_ps(inverse)));
+    _mm256_mask_storeu_epi16(to, first_lanes(g.head_dim - d - half), y);
+  }
+}
+
 inline void attend_head(const Geometry& g, void* output, size_t head, void* scratch) {
   const Scratch s = layout_scratch(g, scratch);
   const size_t hd = g.padded_head_dim, keys = g.padded_tokens, stride = stride_of(g.width);
@@ -223,13 +245,7 @@ inline void attend_head(const Geometry& g, void* output, size_t head, void* scra
       alignas(64) float sums[4][32];
       product<4, 2>(reinterpret_cast<const std::uint32_t*>(s.p), keys / 2,
                     reinterpret_cast<const std::uint32_t*>(s.v) + d, hd, g.padded_tokens / 2, sums[0], 32);
-      for (size_t r = 0; r < 4; ++r)
-        for (size_t half = 0; half < 32 && d + half < g.head_dim; half += 16) {
-          auto* to = static_cast<uint16_t*>(output) + (i + r) * stride + head * g.head_dim + d + half;
-          const __m256i y =
-              (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_load_ps(sums[r] + half), _mm512_set1_ps(inverse[r])));
-          _mm256_mask_storeu_epi16(to, first_lanes(g.head_dim - d - half), y);
-        }
+      for (size_t r = 0; r < 4; ++r) store_attended(g, output, stride, i + r, head, d, sums[r], inverse[r]);
     }
   }
 }

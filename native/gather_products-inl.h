@@ -123,7 +123,7 @@ size_t pack_block(const RowSource& source, const Linear& l, size_t block, void* 
 }
 
 inline size_t pack_dense_block(const RowSource& source, const Linear& l, size_t block, void* out) {
-  const size_t pairs = (l.columns + 1) / 2;
+  const size_t pairs = tiles_of<Bf16>(l.columns) * 16;
   auto* record = static_cast<std::uint16_t*>(out);
   for (size_t r = 0; record && r < kRowBlock; ++r) {
     const Row row = source.row(source.context, block * kRowBlock + r);

@@ -82,6 +82,7 @@ struct Kernels {
   bool even_heads = false;        // needs an even head_dim
   std::size_t head_step;          // head_dim is padded to a multiple of it
   float max_density = 1.0f;       // it is the best where no sparse layer keeps more than this fraction of its weights
+  bool best_for_int8 = false;     // and of these, where layers are int8
   float max_magnitude = 0.0f;     // sums and activations must stay below (0: no bound); vit_build.cpp sees to it
   // Whose patches and linear make the embedding; its residual has the same layout. Null: its own.
   const Kernels* (*embedding)() = nullptr;
@@ -131,6 +132,7 @@ const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx512bf16_kernels();
 const Kernels* avx512vnni_kernels();
+const Kernels* amxvnni_kernels();
 const Kernels* amx_kernels();
 const Kernels* avx512fp16_kernels();
 

@@ -17,6 +17,7 @@ _HOMES = {
         "Criterion", "NMLinear", "NMPattern", "Topology", "add_srste_gradient", "dense_weights", "densify", "freeze",
         "hold_masks", "iter_sparse", "magnitude", "nm_mask", "sparsify", "summarize",
     ),
+    "sparsemae.tasks.loading": ("load_model",),
     "sparsemae.models": ("Loaded", "MAEOutput", "MaskedAutoencoder", "load_weights"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

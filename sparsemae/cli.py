@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = words.pop(0)
     if name not in JOBS:
         meant = difflib.get_close_matches(name, JOBS, 1)
-        hint = f" (did you mean {meant[0]}?)" * bool(meant)
+        hint = f" (did you mean {meant[0]}?)" if meant else ""
         fail("sparsemae", f"wanted a command ({', '.join(JOBS)}), got {name!r}{hint}")
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]

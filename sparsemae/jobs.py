@@ -59,6 +59,12 @@ JOBS = {
         "sparsemae.commands.pack:pack", options.PackConfig, "a finetuned model to one small file for any CPU",
         None, ("sparsemae pack runs/mine small.safetensors",), ("dtype", "license"),
     ),
+    "export": Job(
+        "sparsemae.commands.export:export", options.ExportConfig,
+        "a trained model for timm, transformers or ONNX Runtime", None,
+        ("sparsemae export runs/mine for-timm", "sparsemae export runs/mine onnx --to onnx"),
+        ("to", "masked", "license", "push"),
+    ),
     "check": Job(
         "sparsemae.commands.check:check", options.CheckConfig, "what in a data set would break or spoil a run",
         None, ("sparsemae check images/", "sparsemae check images/ --write-exclude exclude.txt"),
@@ -72,7 +78,9 @@ JOBS = {
     ),
     "predict": Job(
         "sparsemae.commands.predict:predict", options.PredictConfig, "classes of image files, or of their pixels",
-        None, ("sparsemae predict small.safetensors images/",), ("top_k", "out"),
+        None, ("sparsemae predict small.safetensors images/",
+               "sparsemae predict small.safetensors images/ --format csv --out classes.csv"),
+        ("top_k", "format", "out", "pictures", "null"),
     ),
     "report": Job(
         "sparsemae.report.page:report", options.ReportConfig, "one page of curves and masks of runs",
@@ -82,6 +90,10 @@ JOBS = {
         "sparsemae.study.command:study", options.StudyConfig, "arms at several seeds, compared in pairs", None,
         ("sparsemae study --config study.yaml --plan true",),
         ("config", "out", "root", "seeds", "plan", "print_commands", "report"),
+    ),
+    "web": Job(
+        "sparsemae.commands.web:web", options.WebConfig, "a page that classifies in the visitor's browser", None,
+        ("sparsemae web small.safetensors site/",), (),
     ),
     "benchmark": Job(
         "sparsemae.benchmark.command:benchmark", options.BenchmarkConfig, "packed models or training, beside rivals",

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import timm
 from conftest import ROOT, scene_folder
-from documents import PAGES, blocks, commands
+from documents import PAGES, blocks, commands, promised
 from photographs import class_folders
 from PIL import Image
 from safetensors.torch import save_file
@@ -67,7 +67,7 @@ def workplace(tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatc
 def test_the_readmes_commands_run(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scene_folder(workplace / "ADEChallengeData2016", 8, 2, longest=120)
     chain = [words for program, *words in words_of("README.md") if program == "sparsemae"]
-    assert {words[0] for words in chain} == JOBS.keys() - {"demo", "benchmark"}
+    assert {words[0] for words in chain} == JOBS.keys() - {"demo", "benchmark", "web"}
     for words in chain:
         main(shortened(words))
     shown = capsys.readouterr().out
@@ -173,7 +173,15 @@ def test_shell_is_shell_and_make_has_its_targets(page: Path) -> None:
     named = [words[1] for words in commands(page) if words[0] == "make"]
     named += re.findall(r"`make ([\w-]+)[^`]*`", page.read_text())
     assert set(named) <= targets
-    others = {words[0] for words in commands(page)} - {"make", "sparsemae", "torchrun", "srun", "["}
+    others = {words[0] for words in commands(page)} - {
+        "make",
+        "sparsemae",
+        "torchrun",
+        "srun",
+        "[",
+        "cmake",
+        "build/c/sparsemae-run",
+    }
     assert not others, "a test runs these?"
 
 
@@ -250,3 +258,29 @@ def test_the_results_in_the_readme_are_those_of_the_page() -> None:
     assert len(found) == 2
     assert "SparseMAE" in found[0]
     assert found[0] == found[1]
+
+
+@pytest.mark.slow
+@pytest.mark.holds("house.7")
+def test_a_model_goes_elsewhere_as_the_page_says(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The C program of the page is run by tests/native/test_c.py."""
+    pytest.importorskip("onnxscript")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/mine").symlink_to(runs / "finetune")
+    (tmp_path / "photos").mkdir()
+    for i in range(3):
+        Image.new("RGB", (80, 60), (80 * i, 0, 0)).save(tmp_path / f"photos/{i}.jpg")
+    main(["pack", "runs/mine", "small.safetensors"])
+    chain = [words for program, *words in words_of("docs/deploy.md") if program == "sparsemae"]
+    assert [words[0] for words in chain] == ["predict", "export", "export", "web"]
+    for words in chain[:-1]:  # the page wants `make wasm`: tests/commands/test_web.py
+        main(words)
+    assert (tmp_path / "classes.csv").read_text().count("\n") == 1 + 3 * 3
+    names: dict[str, Any] = {}
+    for block in blocks(ROOT / "docs/deploy.md", "python"):
+        capsys.readouterr()
+        exec(compile(block, "docs/deploy.md", "exec"), names)
+        assert capsys.readouterr().out.splitlines() == promised(block)

@@ -21,8 +21,10 @@ PATHS = {
     **{job: ["--data.source=folder", "--data.root=nowhere"] for job in TRAINING},
     "evaluate": ["nowhere"],
     "pack": ["nowhere", "packed.safetensors"],
+    "export": ["nowhere", "folder"],
     "check": ["--data.root=nowhere"],
     "predict": [str(ROOT / "README.md"), "nowhere"],
+    "web": ["nowhere", "site"],
     "report": ["nowhere"],
     "benchmark": ["nowhere"],
 }

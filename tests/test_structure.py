@@ -20,8 +20,8 @@ from sparsemae.options import StudyConfig
 
 PACKAGE = ROOT / "sparsemae"
 FILES = sorted(PACKAGE.rglob("*.py"))
-STATEMENTS = {"the commit before the house was rebuilt (f31ab9b)": 6952, "right": 1150, "held": 771, "fast": 14,
-              "own": 1546, "better": 383}  # fmt: skip
+STATEMENTS = {"the commit before the house was rebuilt (f31ab9b)": 6952, "right": 1150, "held": 828, "fast": 14,
+              "own": 1546, "better": 611}  # fmt: skip
 """The house has no more than were there before; then what each later issue added, counted when it landed."""
 # Who may import whom, by first name below the package. What everybody may import imports nothing but itself.
 LEAVES = {"limits", "renamed", "card", "files", "plain_yaml", "predictor", "terminal"}
@@ -34,7 +34,7 @@ ALLOWED = {
     "packing": set(),
     "runtime": {"packing", "data"},
     "costs": {"sparsity", "data", "models", "training", "tasks", "options", "config", "jobs"},
-    "tasks": {"sparsity", "data", "models", "training", "costs", "options", "jobs"},
+    "tasks": {"sparsity", "data", "models", "training", "costs", "options", "jobs", "packing"},
     "loading": {"packing", "runtime", "tasks"},
     "report": {"sparsity", "data", "models", "training", "tasks", "options"},
     "commands": {
@@ -60,7 +60,7 @@ ALLOWED = {
 } | {leaf: set() for leaf in LEAVES}
 WITHOUT_TORCH = ("options/", "limits.py", "renamed.py", "card.py", "files.py", "plain_yaml.py", "predictor.py",
                  "terminal.py", "config.py", "jobs.py", "cli.py", "tasks/__init__.py", "runtime/", "data/images.py",
-                 "commands/predict.py")  # fmt: skip
+                 "data/inputs.py", "commands/predict.py", "commands/web.py")  # fmt: skip
 
 
 def imported(file: Path) -> set[str]:

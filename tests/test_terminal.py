@@ -85,6 +85,7 @@ def test_11_every_command_on_hostile_names(tmp_path: Path, capfd: pytest.Capture
         ["evaluate", str(out / "absent"), *data],
         ["check", *data],
         ["check", *data, "--task", HOSTILE],
+        ["report", str(out)],
         ["report", str(root)],
         ["plan", HOSTILE],
         ["pack", str(out), str(tmp_path / f"packed{HOSTILE}")],

@@ -35,7 +35,7 @@ def with_contents(document: dict) -> dict:
 def main() -> None:
     """Write the bill to the file named."""
     target = Path(sys.argv[1])
-    command = [Path(sys.executable).with_name("cyclonedx-py"), "requirements", str(ROOT / "requirements.lock"),
+    command = [str(Path(sys.executable).with_name("cyclonedx-py")), "requirements", str(ROOT / "requirements.lock"),
                "--pyproject", str(ROOT / "pyproject.toml"), "--output-format", "JSON", "--validate"]  # fmt: skip
     document = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
     target.parent.mkdir(parents=True, exist_ok=True)

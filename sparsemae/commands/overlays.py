@@ -37,7 +37,9 @@ class Pictures:
             for picture in pictures:
                 other = written.setdefault(picture, file)
                 if other != file or picture.resolve() in {given.resolve() for given in files}:
-                    raise ValueError(f"out: {picture}: wanted a new name for the mask of {file}, got that of {other}")
+                    raise ValueError(
+                        f"pictures: {picture}: wanted a new name for the mask of {file}, got that of {other}"
+                    )
         self.names, self.palette = card.class_names, [tuple(color) for color in card.settings["palette"]]
         self.legend = Legend(list(card.class_names), card.settings["reduce_zero_label"])
         out.mkdir(parents=True, exist_ok=True)

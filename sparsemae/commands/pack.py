@@ -35,7 +35,7 @@ def pack(config: PackConfig) -> PackReport:
         card = replace(card, frozen=True)
     if said := warning(card.metrics):
         print(said, file=sys.stderr)
-    card = replace(card, source=str(config.checkpoint), license=config.license)
+    card = replace(card, source=str(config.checkpoint), license=config.license or card.license)
     report = pack_model(model, config.out, card, config.dtype)
     print(report)
     agreement = compare(model, load(config.out), checked_images(config.data, card))

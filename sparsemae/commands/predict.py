@@ -1,69 +1,116 @@
 """Predictions for image files, by a packed file (without torch) or by a run's model, a segmenter's as pictures."""
 
+import csv
+import io
+import json
+import os
 import sys
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
-from PIL import Image
 
 import sparsemae
 from sparsemae.commands.overlays import Pictures
-from sparsemae.data.images import PixelRules, as_rgb
+from sparsemae.data.images import as_rgb
 from sparsemae.data.tree import image_files
+from sparsemae.files import replacing
 from sparsemae.options import PredictConfig
 from sparsemae.predictor import Prediction
 from sparsemae.terminal import printable
 
-BATCH = 8
+COLUMNS = ("file", "rank", "label", "index", "probability")
+"""Of CSV: a row for each class of an image, the best has rank 1."""
 
 
 def predict(config: PredictConfig) -> dict[str, Any]:
-    """Print and return, per file, the ``top_k`` classes with their probabilities, or a segmenter's with their areas.
+    """Write and return, per file, the ``top_k`` classes with their probabilities, or a segmenter's with their areas.
 
-    Each is printed as soon as it is known. Images that cannot be read are named on stderr and left out; in the end a
+    Each is written as soon as it is known. Images that cannot be read are named on stderr and left out; in the end a
     ValueError counts them.
     """
-    files = [file for path in config.images for file in image_files(Path(path))]
+    files = list(_files(config))
     predictor = sparsemae.load(config.model)
-    pictures = Pictures(predictor.card, files, Path(config.out)) if "palette" in predictor.card.settings else None
-    images = _Images(files, predictor.card.input, config.max_pixels)
-    results: dict[str, Any] = {}
-    rest = iter(images)
-    while batch := list(islice(rest, 1 if pictures else BATCH)):
-        found = predictor.predict([image for _, image in batch], config.top_k)
-        for (file, image), result in zip(batch, found, strict=True):
-            best = pictures.write(file, image, result)[: config.top_k] if pictures else result
-            results[str(file)] = best
-            print(printable(f"{file}: {_shown(best)}"), flush=True)
-    if images.unreadable:
-        raise ValueError(f"{images.unreadable} of {len(files)} images could not be read; the others are done")
+    card, results, unreadable = predictor.card, dict[str, Any](), 0
+    pictures = Pictures(card, files, Path(config.pictures)) if "palette" in card.settings else None
+    with _output(config) as write:
+        for file, result in zip(files, predictor.stream(files, config.top_k, config.max_pixels), strict=True):
+            if isinstance(result, ValueError):
+                if len(files) == 1:
+                    raise result
+                unreadable += 1
+                print(f"sparsemae predict: {printable(' '.join(str(result).split()))}", file=sys.stderr)
+                continue
+            if pictures is not None:
+                image = as_rgb(file, card.input, config.max_pixels)
+                result = pictures.write(file, image, result)[: config.top_k]  # noqa: PLW2901
+            results[str(file)] = result
+            write(str(file), result)
+    if config.out is not None:
+        print(f"{printable(config.out)}: predictions of {len(files) - unreadable:,} images")
+    if unreadable:
+        raise ValueError(f"{unreadable} of {len(files)} images could not be read; the others are done")
     return results
 
 
-class _Images:
-    """Image files, of which some may not be readable. One alone must be."""
+def _files(config: PredictConfig) -> Iterator[Path]:
+    for path in config.images:
+        if path == "-":
+            names = sys.stdin.buffer.read().split(b"\0" if config.null else b"\n")
+            yield from (Path(os.fsdecode(name)) for name in names if name)
+        else:
+            yield from image_files(Path(path))
 
-    def __init__(self, files: Sequence[Path], rules: PixelRules, max_pixels: int) -> None:
-        self.files, self.rules, self.max_pixels, self.unreadable = files, rules, max_pixels, 0
 
-    def __iter__(self) -> Iterator[tuple[Path, Image.Image]]:
-        """Files with their RGB image, or their names on stderr."""
-        for file in self.files:
-            try:
-                image = as_rgb(file, self.rules, self.max_pixels)
-            except (ValueError, OSError) as error:
-                if len(self.files) == 1:
-                    raise
-                self.unreadable += 1
-                print(f"sparsemae predict: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+@contextmanager
+def _output(config: PredictConfig) -> Iterator[Callable[[str, Any], None]]:
+    """What writes the result of a file, to ``--out``, which appears in the end, or to stdout."""
+    if config.out is not None:
+        with (
+            replacing(config.out) as temporary,
+            temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+        ):
+            yield _writer(config.format, file, _exact)
+    else:
+        if config.format == "csv" and isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape", newline="")
+        yield _writer(config.format, sys.stdout, printable if sys.stdout.isatty() else _exact)
+
+
+def _writer(style: str, file: TextIO, text: Callable[[str], str]) -> Callable[[str, Any], None]:
+    """What writes a result in one of the formats; names in CSV and JSON are passed through ``text``."""
+    table = csv.writer(file, lineterminator="\n")
+    if style == "csv":
+        table.writerow(COLUMNS)
+
+    def write(name: str, result: Any) -> None:
+        if style == "text":
+            file.write(printable(f"{name}: {_shown(result)}") + "\n")
+        elif not _are_predictions(result):
+            raise ValueError(f"format: wanted text, as the model gives no classes, got {style}")
+        else:
+            classes = [replace(best, label=text(best.label)) for best in result]
+            if style == "csv":
+                table.writerows([text(name), rank, *astuple(best)] for rank, best in enumerate(classes, 1))
             else:
-                yield file, image
+                file.write(json.dumps({"file": text(name), "predictions": [asdict(best) for best in classes]}) + "\n")
+        file.flush()
+
+    return write
+
+
+def _exact(text: str) -> str:
+    return text
+
+
+def _are_predictions(result: Any) -> bool:
+    return isinstance(result, list) and all(isinstance(best, Prediction) for best in result)
 
 
 def _shown(result: Any) -> str:
-    if isinstance(result, list) and all(isinstance(best, Prediction) for best in result):
+    if _are_predictions(result):
         return ", ".join(f"{best.label} {best.probability:.1%}" for best in result)
     return f"{result:.4g}" if isinstance(result, float | np.floating) else str(result)

@@ -14,8 +14,8 @@ from sparsemae.files import write_atomic
 from sparsemae.tasks.guessing import warning
 from sparsemae.tasks.sparse import make_sparse
 from sparsemae.tasks.task import Task, smallest_side
-from sparsemae.training.fit import Fitted
 from sparsemae.training.run import Run
+from sparsemae.training.subject import Fitted
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from sparsemae.models.weights import save_model
 from sparsemae.options import TrainingConfig
 from sparsemae.packing.pack import check_blocks
 from sparsemae.report.collect import collect
-from sparsemae.sparsity import freeze, iter_sparse, summarize
+from sparsemae.sparsity import freeze, summarize
 from sparsemae.tasks import task_class
 from sparsemae.tasks.derived import settle
 from sparsemae.tasks.sparse import make_sparse, mask_schedule
@@ -46,8 +46,11 @@ def _train(config: TrainingConfig, group: Group) -> Path:
     trainer = run.trainer  # device_batch resolved
     plan = BatchPlan.make(len(dataset), trainer.global_batch, trainer.device_batch, run.fabric.world_size)
     if config.init is not None:
-        run.log.info(f"{config.init}: {start_from(model, config.init)}")
+        started = start_from(model, config.init)
+        card = replace(card, license=started.license)
+        run.log.info(f"{config.init}: {started}")
     make_sparse(model, sparse)
+    masks = mask_schedule(model, sparse, trainer, plan)
     try:
         check_blocks(encoder_of(model))
     except ValueError as error:
@@ -55,16 +58,17 @@ def _train(config: TrainingConfig, group: Group) -> Path:
     summary = summarize(encoder_of(model))
     run.log.info(summary.line(), *notes, *task.notes(model))
     task.prepare(model, run.fabric, plan)
-    card = replace(card, patterns={name: str(layer.pattern) for name, layer in iter_sparse(model)})
 
-    masks = mask_schedule(model, sparse, trainer, plan)
     subject = Subject(task, model, task.wrapped(model), dataset, card, masks, plan, images)
     fitted = fit(run, subject)
     frozen = task.freezes and sparse.pattern != "dense"
     if frozen:
         freeze(model)
     result = measured(run, task, model, fitted)
-    card, path = replace(card, frozen=frozen, metrics=result.metrics), run.folder / "model.safetensors"
+    card, path = (
+        replace(card, patterns=masks.patterns, frozen=frozen, metrics=result.metrics),
+        run.folder / "model.safetensors",
+    )
     if run.fabric.is_global_zero:
         save_model(path, model, card)
         write_atomic(run.folder / "layers.txt", f"{summary}\n")

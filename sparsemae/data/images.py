@@ -6,6 +6,7 @@ image of too many pixels is refused by its header, and whatever a decoder raises
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -78,7 +79,7 @@ def decode_rgb(
     unreadable, too small or too large, or of 32 bits.
     """
     try:
-        with file if isinstance(file, Image.Image) else open_image(file, max_pixels) as opened:
+        with nullcontext(file) if isinstance(file, Image.Image) else open_image(file, max_pixels) as opened:
             wide = is_16_bit(opened)
             image = _to_rgb(ImageOps.exif_transpose(opened) if rules.exif else opened, wide, rules)
     except Exception as error:

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from sparsemae.data.images import open_image, reason
 from sparsemae.limits import MAX_PIXELS
@@ -186,3 +186,10 @@ def distinct_colors(count: int) -> list[tuple[int, int, int]]:
         rgb = colorsys.hsv_to_rgb(i * 0.618034 % 1, (0.85, 0.55, 0.75)[i % 3], (0.95, 0.9, 0.6)[i // 3 % 3])
         colors.append((round(255 * rgb[0]), round(255 * rgb[1]), round(255 * rgb[2])))
     return colors
+
+
+def turned_mask(mask: np.ndarray, orientation: int) -> np.ndarray:
+    """Classes uint8 ``[H, W]`` turned as EXIF's orientation turns their image."""
+    image = Image.fromarray(mask)
+    image.getexif()[0x0112] = orientation
+    return np.asarray(ImageOps.exif_transpose(image))

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from sparsemae.data.exclude import read_exclude
 from sparsemae.data.folders import Openers
 from sparsemae.data.images import DEFAULT_RULES, PixelRules, decode_rgb, open_image, orientation, reason
-from sparsemae.data.masks import Legend, read_mask
-from sparsemae.data.sampling import HOLDOUT, stream
+from sparsemae.data.masks import Legend, read_mask, turned_mask
+from sparsemae.data.sampling import HOLDOUT, held_out, stream
 from sparsemae.data.tree import Split
 from sparsemae.limits import MAX_PIXELS
 from sparsemae.options import SourceConfig
@@ -98,7 +98,7 @@ class Source:
         if self.legend is None:
             return image, target
         if rules.exif and turned != 1 and (turned < 5 or image.size != target.shape[::-1]):
-            target = _turned(target, turned)  # unless it was drawn on the turned image, as its size tells
+            target = turned_mask(target, turned)  # unless it was drawn on the turned image, as its size tells
         if image.size == target.shape[::-1]:
             return image, target
         (height, width), other = target.shape, image.size == target.shape
@@ -128,12 +128,6 @@ def _orientation(file: Any, max_pixels: int) -> int:
         return 1  # `decode_rgb` says why
     finally:
         file.seek(0)
-
-
-def _turned(target: np.ndarray, way: int) -> np.ndarray:
-    image = Image.fromarray(target)
-    image.getexif()[0x0112] = way
-    return np.asarray(ImageOps.exif_transpose(image))
 
 
 # A broken link, or a file that is not ours to read; other errors are of the file system.
@@ -350,28 +344,12 @@ class _Joined:
 
 
 def _held_out(source: Source, split: Part, rule: Mapping[str, Any]) -> Source:
-    """A part of the only split, the same every time; or the rest.
-
-    Stratified, it has of each class of two images or more that share, one at least; a single image stays in training.
-    """
-    if rule["rule"] not in ("permutation", "stratified"):
-        raise ValueError(
-            f"held-out part: wanted the rule permutation or stratified, got {rule['rule']}: update sparsemae"
-        )
-    share, order = float(rule["share"]), stream(rule["seed"], HOLDOUT).permutation(len(source))
-    counts = source.class_counts() if rule["rule"] == "stratified" else None
-    if counts is None:
-        held = order[: max(1, int(round(len(source) * share, 6)))]
-    else:
-        labels = np.asarray(source.reader.labels, np.int64)[source.indices]
-        wanted = np.where(counts > 1, np.maximum(1, np.minimum(np.rint(counts * share), counts - 1)), 0)
-        by_class = order[np.argsort(labels[order], kind="stable")]
-        rank = np.arange(len(source)) - np.repeat(np.cumsum(counts) - counts, counts)
-        held = by_class[rank < np.repeat(wanted, counts)]
-    if not len(held):
-        raise ValueError("wanted a class of two images or more, one of them for validation, got none")
+    """A part of the only split, the same every time; or the rest."""
+    stratified = rule["rule"] == "stratified" and source.class_counts() is not None
+    labels = np.asarray(source.reader.labels, np.int64)[source.indices] if stratified else None
+    held = held_out(len(source), rule, labels)
     rest = np.setdiff1d(np.arange(len(source)), held)
-    return replace(source, indices=source.indices[np.sort(held) if split == "val" else rest])
+    return replace(source, indices=source.indices[held if split == "val" else rest])
 
 
 def composed(name: str) -> str:

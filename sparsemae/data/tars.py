@@ -223,7 +223,8 @@ class _Scan:
         with tarfile.open(fileobj=headers, mode="r:") as archive:  # type: ignore[call-overload]
             while (member := archive.next()) is not None:
                 archive.members.clear()  # they would stay in memory, a kilobyte each
-                if not 0 <= member.size <= size or archive.offset <= end or "\0" in member.name:
+                whole = 0 <= member.size <= size or member.issparse()  # whose size is that of its holes too
+                if not whole or archive.offset <= end or "\0" in member.name:
                     raise tarfile.ReadError(f"damaged header of {member.name:.200}, of {member.size:,} bytes")
                 end = archive.offset
                 self._note(stream, member, folder, base, depth)

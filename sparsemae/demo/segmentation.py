@@ -62,7 +62,7 @@ def finish(arms: Arms, out: Path, images: Path, seed: int, console: Console) -> 
     """Print the paired comparison, draw what SparseMAE makes of ``images``; returns what results.md says besides."""
     study = paired(arms)
     print(f"{study}\n\nMasks and overlays of test images, in {out}/predictions:")
-    predict(PredictConfig(f"{out}/segment-sparse-0", [str(images)], 2, f"{out}/predictions"))
+    predict(PredictConfig(f"{out}/segment-sparse-0", [str(images)], top_k=2, pictures=f"{out}/predictions"))
     return f"\n{study}\n"
 
 

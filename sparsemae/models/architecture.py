@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import timm
-from timm.models import is_model_in_modules
 from torch import Tensor
 
+from sparsemae.models.hub import fetched, timm_name
 from sparsemae.models.names import public_names
 from sparsemae.models.weights import card_of, read_weights
 
@@ -26,8 +25,6 @@ SIZES = {
     1280: ("vit_huge_patch14_224", 32, 14, 16),
 }
 """Embedding dimension -> timm's name, depth, patch side and heads."""
-MODULES = ("vision_transformer", "deit")
-"""Files of timm whose models are VisionTransformers."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ def architecture_of(source: str, given: Mapping[str, Any] | None = None) -> Arch
     if source.startswith("timm:"):
         found = Architecture(timm_name(source).replace("_distilled", ""))  # a stage replaces its second head and token
     else:
-        state, metadata = read_weights(source)
+        state, metadata = read_weights(fetched(source))
         if metadata:
             card = card_of(metadata, Path(source))
             found = Architecture(card.architecture, card.model_args)
@@ -67,19 +64,6 @@ def architecture_of(source: str, given: Mapping[str, Any] | None = None) -> Arch
             except ValueError as error:
                 raise ValueError(f"{source}: {error}") from error
     return Architecture(found.name, {**found.args, **given}, found.note)
-
-
-def timm_name(source: str) -> str:
-    """The name behind ``timm:``. Raises ValueError unless timm has weights of a VisionTransformer under it."""
-    name = source.removeprefix("timm:")
-    if not timm.is_model(name):
-        raise ValueError(f"{source}: wanted a timm model after timm:, got {name!r}")
-    if not is_model_in_modules(name, MODULES):
-        raise ValueError(
-            f"{source}: wanted a timm VisionTransformer, got another network: its forward has what a VisionTransformer "
-            "lacks (rotary or relative position embeddings in EVA, BEiT and DINOv3)"
-        )
-    return name
 
 
 def described(state: Mapping[str, Tensor], num_heads: int | None = None) -> Architecture:

@@ -23,6 +23,8 @@ class MAEOutput(NamedTuple):
     """``[B, L]``: 1 = masked, 0 = kept."""
     ids_restore: Tensor
     """``[B, L]``: position of each patch in the shuffled order."""
+    latent: Tensor
+    """``[B, 1 + kept, D]``: class token and kept patches after the encoder."""
 
 
 class MaskedAutoencoder(nn.Module):
@@ -94,7 +96,7 @@ class MaskedAutoencoder(nn.Module):
         """
         latent, mask, ids_restore = self.forward_encoder(images, mask_ratio, noise)
         pred = self.forward_decoder(latent, ids_restore)
-        return MAEOutput(self.forward_loss(images, pred, mask), pred, mask, ids_restore)
+        return MAEOutput(self.forward_loss(images, pred, mask), pred, mask, ids_restore, latent)
 
     def forward_encoder(
         self, images: Tensor, mask_ratio: float, noise: Tensor | None = None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparsemae.card import ModelCard
 from sparsemae.models.architecture import Architecture, described
-from sparsemae.models.hub import pretrained
+from sparsemae.models.hub import fetched, pretrained
 from sparsemae.models.mae import sincos_pos_embed
 from sparsemae.models.names import public_names
 from sparsemae.models.vit import build_vit
@@ -33,7 +33,8 @@ KNOWN = re.compile(
 )
 """What some VisionTransformer of timm has."""
 WANTED_FRACTION = 0.9
-MAE_LICENSE = "weights published by MAE's authors are under CC BY-NC 4.0: not for commercial use"
+MAE_LICENSE = "cc-by-nc-4.0"
+"""Of the weights that MAE's authors have published."""
 
 
 @dataclass
@@ -46,6 +47,10 @@ class Start:
     resized: list[str] = field(default_factory=list)
     """Position embeddings that were resampled to another grid."""
     notes: list[str] = field(default_factory=list)
+    license: str = ""
+    """Of the source, where it is known, as the hub names it."""
+    card: ModelCard | None = None
+    """The source's, if it is of ours."""
 
     def __str__(self) -> str:
         resized = f"; resampled: {', '.join(self.resized)}" if self.resized else ""
@@ -96,8 +101,12 @@ def start_from(model: nn.Module, source: str) -> Start:
         raise ValueError(f"{wrong}wanted position embeddings, got none (rotary or relative ones cannot be taken over)")
     _check_forward(origin, encoder)
     beside = f"beside it and left out: {len(origin.beside)} tensors ({', '.join(origin.beside[:3])})"
-    notes = [origin.license] * bool(origin.license) + [beside] * bool(origin.beside)
-    return Start(load_weights(model, state, ignore=[*NEW, *unfit], name=source), fraction, resized, notes)
+    said = f"license of {source}, as far as is known: {origin.license}" + ", not for commercial use" * (
+        "-nc-" in origin.license
+    )
+    notes = [said] * bool(origin.license) + [beside] * bool(origin.beside)
+    loaded = load_weights(model, state, ignore=[*NEW, *unfit], name=source)
+    return Start(loaded, fraction, resized, notes, origin.license, origin.card)
 
 
 @dataclass(frozen=True)
@@ -107,7 +116,7 @@ class _Origin:
     source: str
     state: dict[str, Tensor]
     license: str = ""
-    """What to say of it."""
+    """As the hub names it."""
     beside: list[str] = field(default_factory=list)
     """Tensors of the file that are no part of the network."""
     card: ModelCard | None = None
@@ -118,16 +127,16 @@ class _Origin:
 def _open(source: str) -> _Origin:
     if source.startswith("timm:"):
         network = pretrained(source)
-        license = getattr(network, "pretrained_cfg", {}).get("license")
-        said = f"license of {source}, as timm names it: {license}" if license else ""
-        return _Origin(source, dict(network.state_dict()), said, network=network)
-    tensors, metadata = read_weights(source)
+        license = getattr(network, "pretrained_cfg", {}).get("license") or ""
+        return _Origin(source, dict(network.state_dict()), license, network=network)
+    tensors, metadata = read_weights(fetched(source))
     card = card_of(metadata, Path(source)) if metadata else None
     try:
         state, beside = public_names(tensors)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
-    return _Origin(source, state, MAE_LICENSE if card is None and _is_of_mae(state) else "", beside, card)
+    license = card.license if card is not None else MAE_LICENSE if _is_of_mae(state) else ""
+    return _Origin(source, state, license, beside, card)
 
 
 def _check_forward(origin: _Origin, encoder: VisionTransformer) -> None:

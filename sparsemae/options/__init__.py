@@ -9,10 +9,12 @@ from sparsemae.options.commands import (
     CheckConfig,
     DemoConfig,
     EvaluateConfig,
+    ExportConfig,
     PackConfig,
     PlanConfig,
     PredictConfig,
     ReportConfig,
+    WebConfig,
 )
 from sparsemae.options.data import DataConfig, ImageDataConfig, MaskDataConfig, SourceConfig
 from sparsemae.options.model import (
@@ -30,8 +32,8 @@ from sparsemae.options.training import OptimConfig, TrainerConfig
 
 __all__ = [
     "DEFAULT_MODEL", "ArmConfig", "BenchmarkConfig", "CheckConfig", "DataConfig", "DecoderConfig", "DemoConfig",
-    "EvaluateConfig", "FinetuneConfig", "HeadConfig", "ImageDataConfig", "InferenceChange", "InferenceConfig",
-    "MaskDataConfig",
-    "ModelConfig", "OptimConfig", "PackConfig", "PlanConfig", "PredictConfig", "PretrainConfig", "ReportConfig",
-    "SegmentConfig", "SourceConfig", "SparseConfig", "StudyConfig", "TrainerConfig", "TrainingConfig",
+    "EvaluateConfig", "ExportConfig", "FinetuneConfig", "HeadConfig", "ImageDataConfig", "InferenceChange",
+    "InferenceConfig", "MaskDataConfig", "ModelConfig", "OptimConfig", "PackConfig", "PlanConfig", "PredictConfig",
+    "PretrainConfig", "ReportConfig", "SegmentConfig", "SourceConfig", "SparseConfig", "StudyConfig", "TrainerConfig",
+    "TrainingConfig", "WebConfig",
 ]  # fmt: skip

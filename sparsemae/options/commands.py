@@ -54,9 +54,38 @@ class PackConfig:
     dtype: Literal["bf16", "fp32", "int8"] = "bf16"
     """Type of the kept weights; int8 has one scale per output row."""
     license: str = ""
-    """License of the weights, recorded in the file."""
+    """License of the weights, recorded in the file; none: that of the weights the training started from."""
     data: SourceConfig | None = None
     """Images to check the file on, all of its validation part; None: eight random ones."""
+
+
+@dataclass
+class ExportConfig:
+    """Write a trained model as timm, transformers or ONNX Runtime open it."""
+
+    model: str = field(metadata=READ)
+    """The model: a run folder, its model.safetensors, or a packed file."""
+    folder: str
+    """New folder to write."""
+    to: Literal["timm", "hf", "onnx"] = "timm"
+    """timm, hf: one folder of a classifier that timm's and transformers' Auto classes open; hf of a pretrained run: a
+    ViTMAEForPreTraining; onnx: the forward of a classifier or a segmenter, with its preprocessing in the metadata."""
+    masked: bool = False
+    """Of a pretrained run: the kept weights alone, the others 0, in place of all latent ones."""
+    license: str = ""
+    """License of the weights, as the hub names it; none: that of the weights the training started from."""
+    push: str | None = None
+    """OWNER/NAME on the hub (huggingface.co, or HF_ENDPOINT) to upload the folder to."""
+
+
+@dataclass
+class WebConfig:
+    """Write a static page that classifies photographs in the visitor's browser."""
+
+    model: str = field(metadata=READ)
+    """The model: a packed file."""
+    site: str
+    """Folder of the page's files, which are replaced."""
 
 
 @dataclass
@@ -65,11 +94,18 @@ class PredictConfig(Options):
 
     model: str = field(metadata=READ)
     """The model: a packed file, a run folder, or its model.safetensors."""
-    images: list[str] = field(metadata=READ)
-    """Image files, or folders of them."""
+    images: list[str] = field(metadata={"must_exist": lambda config: "-" not in config.images})
+    """Image files, or folders of them; -: a file's path a line, from standard input."""
+    null: bool = False
+    """Paths from standard input end with NUL, as `find -print0` writes them."""
     top_k: int = option(3, AT_LEAST_1)
     """Classes to name for each image."""
-    out: str = "predictions"
+    format: Literal["text", "csv", "jsonl"] = "text"
+    """text: a line an image, for people; csv: a row a class, with file, rank, label, index and probability; jsonl: a
+    JSON object an image."""
+    out: str | None = None
+    """File to write to, which appears when all is done; None: standard output."""
+    pictures: str = "predictions"
     """Of a segmenter: folder for NAME.png, the mask as a palette PNG, and NAME-overlay.png with its legend."""
     max_pixels: int = option(MAX_PIXELS, AT_LEAST_1)
     """Of an image; a larger one is not read. Decoding takes up to 16 bytes for each."""

@@ -105,6 +105,14 @@ class SparseConfig(Options):
     """Epochs until a gradual schedule reaches the pattern; None: half of the training."""
     dense_epochs: float = option(0.0, AT_LEAST_0)
     """Epochs of dense warm-up before sparsity starts."""
+    decay_epochs: float = option(0.0, AT_LEAST_0)
+    """Epochs, after the dense ones, in which the pruned weights fade from the forward, linearly from 1 to 0 times their
+    value (mask decay, arXiv 2402.04744); 0: at once."""
+    allocation: Literal["uniform", "magnitude"] = "uniform"
+    """uniform: every layer has the pattern; magnitude: each has n/2, n, 2n or 4n of m, those of one total that keep the
+    largest sum of squared weights (after DominoSearch, NeurIPS 2021)."""
+    allocation_epoch: float = option(0.0, AT_LEAST_0)
+    """Epoch at which the weights are looked at for that; 0: those the training starts from."""
     freeze_epoch: float | None = option(None, AT_LEAST_0)
     """Epoch from which the mask stays as it is; None: it moves to the end."""
     mask: Literal["dynamic", "fixed"] = "dynamic"
@@ -116,7 +124,16 @@ class SparseConfig(Options):
         super().__post_init__()
         if self.gradual_epochs is not None and self.schedule != "gradual":
             raise ValueError("sparse.gradual_epochs: wanted sparse.schedule=gradual with it, got constant")
-        if self.mask == "fixed" and (self.schedule == "gradual" or self.dense_epochs or self.freeze_epoch is not None):
+        moves = self.schedule == "gradual" or self.dense_epochs or self.decay_epochs or self.freeze_epoch is not None
+        allocated = self.allocation != "uniform"
+        if self.mask == "fixed" and (moves or allocated):
             raise ValueError(
-                "sparse.mask: wanted dynamic with sparse.schedule=gradual, dense_epochs or freeze_epoch, got fixed"
+                "sparse.mask: wanted dynamic with sparse.schedule=gradual, dense_epochs, decay_epochs, freeze_epoch or "
+                "allocation, got fixed"
+            )
+        if self.allocation_epoch and not allocated:
+            raise ValueError("sparse.allocation_epoch: wanted sparse.allocation=magnitude with it, got uniform")
+        if allocated and (self.pattern == "dense" or self.init_weights == "sparse"):
+            raise ValueError(
+                "sparse.allocation: wanted uniform with sparse.pattern=dense or init_weights=sparse, got magnitude"
             )

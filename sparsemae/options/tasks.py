@@ -3,12 +3,14 @@
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from sparsemae.limits import AT_LEAST_0, BELOW_1, UNIT_INTERVAL, Options, option
+from sparsemae.limits import ABOVE_0, AT_LEAST_0, BELOW_1, UNIT_INTERVAL, UP_TO_1, Options, option
 from sparsemae.options.data import DataConfig, ImageDataConfig, MaskDataConfig
 from sparsemae.options.model import DEFAULT_MODEL, DecoderConfig, HeadConfig, InferenceConfig, ModelConfig, SparseConfig
 from sparsemae.options.training import LOGGERS, OptimConfig, TrainerConfig
 
-FETCHED = ("timm:", "hf-hub:", "auto")
+
+def _is_online(source: str | None) -> bool:
+    return (source or "").startswith(("timm:", "hf-hub:", "auto"))
 
 
 @dataclass
@@ -24,9 +26,9 @@ class TrainingConfig(Options):
     """Seed of everything random."""
     log: str | None = option(None, may_change=True)
     """Where the lines of metrics.jsonl go besides, comma-separated: tensorboard, csv, wandb."""
-    init: str | None = option(None, must_exist=lambda config: not (config.init or "").startswith(FETCHED))
-    """Weights to start from: a run folder, a file (MAE, timm, HF ViTMAE, our own), timm:NAME, or auto: timm's for the
-    chosen model; None: from scratch."""
+    init: str | None = option(None, must_exist=lambda config: not _is_online(config.init))
+    """Weights to start from: a run folder, a file (MAE, timm, HF ViTMAE, our own), timm:NAME, hf-hub:OWNER/NAME, or
+    auto: timm's for the chosen model; None: from scratch."""
     model: ModelConfig = field(default_factory=ModelConfig)
     sparse: SparseConfig = field(default_factory=SparseConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -41,6 +43,10 @@ class TrainingConfig(Options):
             raise ValueError(f"log: wanted some of {', '.join(LOGGERS)}, got {', '.join(sorted(unknown))}")
         if self.init is None and self.model.name is None:
             self.model.name = DEFAULT_MODEL
+        if self.init is None and self.sparse.allocation != "uniform" and not self.sparse.allocation_epoch:
+            raise ValueError(
+                "sparse.allocation_epoch: wanted more than 0 without weights to start from (--init), got 0"
+            )
 
     @property
     def loggers(self) -> list[str]:
@@ -63,6 +69,11 @@ class PretrainConfig(TrainingConfig):
     dense_loss_weight: float = option(0.0, AT_LEAST_0)
     """Weight w of the full transformer's own loss, trained concurrently: loss(sparse) + w * loss(full), twice the cost;
     0: the sparse network alone."""
+    teacher: str | None = option(None, must_exist=lambda config: not _is_online(config.teacher))
+    """A dense MAE of the same network, as init takes it: the encoder learns its features of the visible patches too,
+    without a projector (G2SD's loss, arXiv 2302.14771); None: pixels alone. A plan does not count it."""
+    teacher_weight: float = option(1.0, ABOVE_0)
+    """Weight of the features' loss; that of the pixels' is 1."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
 
@@ -90,6 +101,13 @@ class FinetuneConfig(TrainingConfig):
     """Probability of erasing a random rectangle of an image with noise."""
     class_weights: Literal["none", "balanced"] = "none"
     """Weight of each image in the loss; balanced: inverse to its class's images, 1 in the mean over them."""
+    teacher: str | None = option(None, must_exist=lambda config: not _is_online(config.teacher))
+    """A trained classifier to learn from: a run folder of the same classes, or timm:NAME of as many. It sees the mixed
+    images (DeiT, G2SD; arXiv 2012.12877, 2302.14771); None: labels alone. A plan does not count it."""
+    teacher_weight: float = option(0.5, UP_TO_1)
+    """Share of the teacher in the loss; the labels have the rest."""
+    teacher_temperature: float = option(1.0, ABOVE_0)
+    """What both logits are divided by before they are compared; DeiT's is 3."""
     data: ImageDataConfig = field(
         default_factory=lambda: ImageDataConfig(crop_scale=(0.08, 1.0), auto_augment="rand-m9-mstd0.5-inc1")
     )

@@ -37,6 +37,9 @@ class OptimConfig(Options):
     """Adam's beta."""
     eps: float = option(1e-8, ABOVE_0)
     """Adam's epsilon."""
+    freeze_variance_epoch: float | None = option(None, ABOVE_0)
+    """Epoch from which AdamW's second moment stays as it is (STEP, arXiv 2302.01172: where sparse.dense_epochs end);
+    None: it never does."""
     clip_grad: float | None = option(None, ABOVE_0)
     """Largest norm of the gradient; None: no clipping."""
 
@@ -97,6 +100,8 @@ class TrainerConfig(Options):
     had the whole pattern."""
     evaluate_every_epochs: int = option(1, AT_LEAST_1, may_change=True)
     """Epochs between evaluations, where the task has one; the end is always evaluated."""
+    patience: int | None = option(None, AT_LEAST_1, may_change=True)
+    """End the run after so many evaluations without one better than the best; None: go on to the schedule's end."""
     resume: Literal["auto", "never", "anyway"] = option("auto", may_change=True)
     """auto: a run folder that holds a checkpoint continues from the last one; anyway: even where settings differ;
     never: refuse such a folder."""

@@ -160,13 +160,16 @@ def is_packed(path: str | Path) -> bool:
         return False
 
 
-def unpack(model: PackedModel) -> dict[str, NDArray[np.float32]]:
+def unpack(model: PackedModel, masks: bool = False) -> dict[str, Array]:
     """The dense masked weights, float32, by timm's names. Exact for fp32, and for bf16 of weights that were bf16.
+
+    Args:
+        masks: also `LAYER.weight_mask` of the sparse layers, bool: True = kept.
 
     Raises:
         ValueError: a code is out of range.
     """
-    weights = {}
+    weights: dict[str, Array] = {}
     for name, shape in dense_shapes(model.config.vit).items():
         pattern = model.config.card.patterns.get(name.removesuffix(".weight"))
         stored = model.tensors[name if pattern is None else f"{name}.values"]
@@ -181,6 +184,8 @@ def unpack(model: PackedModel) -> dict[str, NDArray[np.float32]]:
         weights[name] = np.zeros(shape, np.float32)
         scale = model.tensors.get(f"{name}.scale")
         weights[name][mask] = (values if scale is None else values * scale[:, None]).ravel()
+        if masks:
+            weights[f"{name}_mask"] = mask
     return weights
 
 

@@ -6,6 +6,7 @@ name, so that the runtime never computes something else than the model that was 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from timm.data import resolve_model_data_config
-from timm.layers import Mlp, PatchEmbed
+from timm.layers import LayerNorm, Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention, Block, LayerScale, VisionTransformer
 from torch import nn
 
@@ -128,6 +129,22 @@ def vit_shape(model: nn.Module) -> VitShape:
         global_pool=vit.global_pool,
         norm_eps=float(block.norm1.eps),
     )
+
+
+def build_vit(vit: VitShape) -> VisionTransformer:
+    """A timm ViT of a shape, its weights at random. Raises ValueError if timm has none that is so."""
+    model = VisionTransformer(
+        img_size=(vit.image_height, vit.image_width), patch_size=vit.patch_size, in_chans=vit.in_chans,
+        num_classes=vit.num_classes, global_pool=vit.global_pool, embed_dim=vit.embed_dim, depth=vit.depth,
+        num_heads=vit.num_heads, mlp_ratio=vit.mlp_hidden / vit.embed_dim, qkv_bias=vit.qkv_bias,
+        proj_bias=vit.proj_bias, init_values=1.0 if vit.layer_scale else None, class_token=vit.class_token,
+        no_embed_class=vit.no_embed_class, reg_tokens=vit.reg_tokens, pre_norm=vit.pre_norm,
+        final_norm=vit.final_norm or vit.fc_norm, fc_norm=vit.fc_norm, pool_include_prefix=vit.pool_include_prefix,
+        norm_layer=partial(LayerNorm, eps=vit.norm_eps),
+    )  # fmt: skip
+    if (built := vit_shape(model)) != vit:
+        raise ValueError(f"wanted a ViT that timm can build, got {vit} (timm's: {built})")
+    return model
 
 
 def _input_spec(model: nn.Module, vit: VitShape) -> InputSpec:

@@ -52,7 +52,7 @@ def confusion_table(confusion: NDArray[np.int64], names: Sequence[str], unit: st
         return table(("labeled", "predicted", unit, "of the label's"), rows, 2)
     written = len(names) <= NUMBERED_CLASSES
     head = "".join(f"<th><span>{escaped(name)}</span></th>" for name in names)
-    lines = [f"<tr><th class=corner>labeled&nbsp;↓ predicted&nbsp;→</th>{head}</tr>"]
+    lines = [f"<tr><th class=corner>labeled&nbsp;↓<br>predicted&nbsp;→</th>{head}</tr>"]
     for i, name in enumerate(names):
         cells = []
         for j, count in enumerate(confusion[i].tolist()):
@@ -60,8 +60,8 @@ def confusion_table(confusion: NDArray[np.int64], names: Sequence[str], unit: st
             kind = ("hit" if i == j else "miss") + " full" * bool(share > 0.55)
             said = f"{escaped(name)} → {escaped(names[j])}: {count:,} ({share:.0%})"
             cell = f"{share:.1%}" if unit == "pixels" else f"{count:,}"
-            shown = cell if written and count else ""
-            cells.append(f'<td class="{kind}" style="--a:{share:.3f}" title="{said}">{shown}</td>' if count else "<td>")
+            shown, style = cell if written and count else "", f'class="{kind}" style="--a:{share:.3f}" title="{said}"'
+            cells.append(f"<td {style}>{shown}</td>" if count else "<td></td>")
         lines.append(f"<tr><th>{escaped(name)}</th>{''.join(cells)}</tr>")
     small = "" if written else " dense"
     return f'<div class=scroll><table class="matrix{small}">{"".join(lines)}</table></div>'
@@ -82,7 +82,7 @@ def class_table(
         *cells, final = ("–" if np.isnan(values[i]) else f"{values[i]:.1%}" for values in kinds.values())
         return [chip + escaped(names[i]), *cells, bar + final, f"{found.support[i]:,}"]
 
-    head = ("class", *kinds, f"support, {unit}")
+    head = ("class", *kinds, "support")
     if len(names) <= MATRIX_CLASSES:
         return table(head, map(row, range(len(names))))
     weakest = np.argsort(np.nan_to_num(last, nan=np.inf), kind="stable")[:ROWS]

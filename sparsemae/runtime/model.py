@@ -1,24 +1,25 @@
 """A packed model ready to run: reads the file, hands its tensors to the native library, and names what comes out.
 
 Which instruction set is used is chosen when a model is loaded: the fastest that the processor has, or the one that
-`SPARSEMAE_ISA` names (avx512fp16, amx, avx512vnni, avx512bf16, avx512, avx2, neon, portable). A file with fp32 weights
-is computed in fp32 everywhere; bf16 and int8 weights are multiplied as int8, fp16 or bf16 where the processor can, else
-as fp32.
+`SPARSEMAE_ISA` names (avx512fp16, amxvnni, amx, avx512vnni, avx512bf16, avx512, avx2, neon, portable). A file with fp32
+weights is computed in fp32 everywhere; bf16 and int8 weights are multiplied as int8, fp16 or bf16 where the processor
+can, else as fp32.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sparsemae.data.images import as_rgb
-from sparsemae.limits import whole_number
+from sparsemae.data.inputs import results_of
+from sparsemae.limits import MAX_PIXELS, whole_number
 from sparsemae.packing.format import PackedModel, dense_shapes, from_bf16, read
 from sparsemae.packing.metadata import PackedConfig, parse_pattern
-from sparsemae.predictor import Prediction, rank
+from sparsemae.predictor import Inputs, Prediction, checked, raised, rank
 from sparsemae.runtime._native import Builder, Vit
 from sparsemae.runtime.preprocess import transform
 
@@ -72,26 +73,33 @@ class Model:
         """The shorter side that an image needs, px."""
         return self.vit.patch_size
 
-    def prepare(self, image: str | Path | Image.Image) -> NDArray[np.float32]:
-        """An image as the model's input: float32 [3, H, W]. Raises ValueError if pillow cannot read it."""
-        spec = self.card.input
-        return transform(as_rgb(image, spec), spec, self.vit.image_height, self.vit.image_width)
+    def prepare(self, image: Image.Image) -> NDArray[np.float32]:
+        """An RGB image as the model's input: float32 [3, H, W]."""
+        return transform(image, self.card.input, self.vit.image_height, self.vit.image_width)
 
-    def predict(
-        self, images: Sequence[str | Path | Image.Image], top_k: int = 5, batch_size: int = 8
-    ) -> list[list[Prediction]]:
+    def predict(self, images: Inputs, top_k: int = 5, batch_size: int | None = None) -> list[list[Prediction]]:
         """The `top_k` most probable classes of each image, best first.
 
+        Args:
+            batch_size: images in a call of the forward; None: as many as keep all threads busy.
+
         Raises:
-            ValueError: the model is no classifier, or pillow cannot read a file.
-            OSError: a file cannot be opened.
+            ValueError: the model is no classifier, an image cannot be read, or its logits are not finite (its file or
+                index).
         """
+        return raised(self.stream(images, top_k, batch_size=batch_size))
+
+    def stream(
+        self, images: Inputs, top_k: int = 5, max_pixels: int = MAX_PIXELS, batch_size: int | None = None
+    ) -> Iterator[Any]:
+        """As `predict`, each as soon as it is known; of an image that cannot be read, its ValueError."""
         self._require_classes()
-        results = []
-        for start in range(0, len(images), batch_size):
-            batch = np.stack([self.prepare(image) for image in images[start : start + batch_size]])
-            results += [self.rank(logits, top_k) for logits in self(batch)]
-        return results
+
+        def run(prepared: list[NDArray[np.float32]]) -> list[list[Prediction]]:
+            return [self.rank(logits, top_k) for logits in self(np.stack(prepared))]
+
+        batch_size = batch_size or -(-8 // self.threads) * self.threads
+        return results_of(images, self.card.input, self.prepare, run, batch_size, processors(), max_pixels)
 
     def rank(self, logits: NDArray[np.float32], top_k: int = 5) -> list[Prediction]:
         """The `top_k` most probable classes by one image's logits [C], best first.
@@ -113,12 +121,7 @@ class Model:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _checked(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        wanted = (self.vit.in_chans, self.vit.image_height, self.vit.image_width)
-        if not isinstance(images, np.ndarray) or images.dtype != np.float32 or images.shape[1:] != wanted:
-            is_array = isinstance(images, np.ndarray)
-            got = f"{images.dtype} {list(images.shape)}" if is_array else f"a {type(images).__name__}"
-            raise ValueError(f"images: wanted float32 [B, {', '.join(map(str, wanted))}], got {got}")
-        return np.require(images, requirements=("C", "ALIGNED", "ENSUREARRAY"))
+        return checked(images, self.vit.in_chans, (self.vit.image_height, self.vit.image_width))
 
 
 def load(path: str | Path, threads: int | None = None, quantize: bool = True) -> Model:
@@ -127,9 +130,9 @@ def load(path: str | Path, threads: int | None = None, quantize: bool = True) ->
     Args:
         threads: how many to compute with, fewer where the system lets no more start; default: the processors this
             process may use, within its cgroup's quota, as far as the model has work for them.
-        quantize: of int8 files, on processors that multiply int8 (amx, avx512vnni): round the inputs of every sparse
-            layer to int8 with a scale per token, for about 1.5 times the speed; off, the int8 weights are multiplied as
-            bf16.
+        quantize: of int8 files, on processors that multiply int8 (amx, amxvnni, avx512vnni): round the inputs of every
+            sparse layer to int8 with a scale per token, for about 1.5 times the speed; off, the int8 weights are
+            multiplied as bf16.
 
     Raises:
         ValueError: it is no packed model that can be used (one line, naming it), `threads` is no number of threads, or

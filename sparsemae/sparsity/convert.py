@@ -166,7 +166,7 @@ def densify(model: nn.Module) -> list[str]:
     for _, layer in layers:
         layer.drop_mask()
         del layer.pattern
-        for name in ("held_mask", "use_dense", "criterion"):
+        for name in ("held_mask", "use_dense", "pruned_scale", "criterion"):
             layer.__dict__.pop(name, None)
         layer.__class__ = nn.Linear  # type: ignore[assignment]
     return [name for name, _ in layers]

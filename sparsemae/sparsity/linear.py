@@ -25,20 +25,23 @@ from sparsemae.sparsity.pattern import Criterion, NMPattern, check_finite, check
 
 
 class _StraightThrough(torch.autograd.Function):
-    """M * W forward, the gradient of W~ passed unchanged to *all* of W backward (SR-STE with strength 0)."""
+    """M * W forward, the gradient of W~ passed unchanged to *all* of W backward (SR-STE with strength 0).
+
+    With a scale, (M + scale * (1 - M)) * W forward.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(weight: Tensor, mask: Tensor) -> Tensor:
-        return torch.where(mask, weight, 0.0)
+    def forward(weight: Tensor, mask: Tensor, scale: Tensor | None) -> Tensor:
+        return torch.where(mask, weight, 0.0 if scale is None else weight * scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0], None, None
 
 
 class NMLinear(nn.Linear):
@@ -58,6 +61,8 @@ class NMLinear(nn.Linear):
     """Mask that stands in for the recomputed one inside `hold_masks`; never saved."""
     use_dense: bool = False
     """True inside `dense_weights`."""
+    pruned_scale: Tensor | None = None
+    """What the pruned weights are multiplied by while `MaskSchedule` lets them fade, 0-dim; None: 0."""
 
     @property
     def frozen(self) -> bool:
@@ -79,7 +84,7 @@ class NMLinear(nn.Linear):
         elif self.frozen:
             weight = torch.where(self.weight_mask, self.weight, 0.0)  # not straight-through: pruned gradients are 0
         else:
-            weight = _StraightThrough.apply(self.weight, self.current_mask())
+            weight = _StraightThrough.apply(self.weight, self.current_mask(), self.pruned_scale)
         return F.linear(input, weight, self.bias)
 
     def freeze(self, name: str = "layer") -> None:
@@ -107,7 +112,7 @@ class NMLinear(nn.Linear):
         return f"{super().extra_repr()}, pattern={self.pattern}{', frozen' if self.frozen else ''}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "held_mask": None, "use_dense": False}
+        return {**self.__dict__, "held_mask": None, "use_dense": False, "pruned_scale": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -21,9 +21,10 @@ from sparsemae.data.dataset import ImageDataset
 from sparsemae.data.splits import Part
 from sparsemae.models import build_vit, use_plain_attention
 from sparsemae.options import FinetuneConfig, SourceConfig
-from sparsemae.predictor import Prediction
+from sparsemae.predictor import rank
 from sparsemae.tasks.outcomes import ClassOutcomes, Shown
 from sparsemae.tasks.task import Network, Task, blank_images, encoder_of, picture, smallest_side
+from sparsemae.tasks.teacher import Teacher, distillation_loss, open_teacher
 from sparsemae.training.logs import with_progress
 
 EVALUATION_BATCH = 256
@@ -34,6 +35,8 @@ class Classification(Task[FinetuneConfig]):
 
     title: ClassVar[str] = "finetuning"
     best_by: ClassVar[str | None] = "top1"
+    teacher: Teacher | None = None
+    """Opened with the data: a plan or a benchmark has none."""
 
     def open_data(self) -> None:
         data = self.config.data
@@ -42,6 +45,8 @@ class Classification(Task[FinetuneConfig]):
         self.sources = {"train": self.train, "val": self.val}
         self.class_names = self.train.class_names
         sources.require_classes(self.train, str(data.root))
+        if self.config.teacher is not None:
+            self.teacher = open_teacher(self.config.teacher, self.class_names)
 
     def datasets(self, model: nn.Module) -> tuple[ImageDataset, ImageDataset]:
         data, smallest = self.config.data, smallest_side(model)
@@ -52,7 +57,11 @@ class Classification(Task[FinetuneConfig]):
         ), self.validation  # fmt: skip
 
     def prepare(self, model: nn.Module, fabric: Fabric, batches: sampling.BatchPlan) -> None:
-        config = self.config
+        config, self.autocast = self.config, fabric.autocast
+        if self.teacher is not None:
+            self.teacher.model.to(fabric.device)
+            if fabric.device.type == "cpu":
+                use_plain_attention(self.teacher.model)
         self.mix: Mixup | None = None
         if config.mixup or config.cutmix:  # timm's, on every batch; they make the targets soft and smooth them
             if batches.micro_batch % 2:
@@ -78,7 +87,14 @@ class Classification(Task[FinetuneConfig]):
 
     def loss(self, forward: nn.Module, batch: dict[str, Any]) -> Tensor:
         images, target = self._mixed(batch)
-        return self.criterion(forward(images).float(), target)
+        logits = forward(images).float()
+        loss = self.criterion(logits, target)
+        if self.teacher is None:
+            return loss
+        with self.autocast():
+            wanted = self.teacher.logits(images, self.config.data.mean, self.config.data.std).float()
+        weight = self.config.teacher_weight
+        return (1 - weight) * loss + weight * distillation_loss(logits, wanted, self.config.teacher_temperature)
 
     def _mixed(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         data = self.config.data
@@ -94,10 +110,11 @@ class Classification(Task[FinetuneConfig]):
             target = (target - smoothing / len(names)) / (1 - smoothing)
         pictures = map(picture, transforms.denormalize(images, data.mean, data.std))
         best = target.topk(2)  # mixed of two at most
-        return [
-            Shown(shown, "", " + ".join(f"{names[i]} {p:.0%}" for p, i in zip(*both, strict=True) if p > 0.005))
-            for shown, *both in zip(pictures, best.values.tolist(), best.indices.tolist(), strict=True)
-        ]
+        notes = (
+            f"{names[i]} {p:.0%} + {names[j]} {q:.0%}" if q > 0.005 else names[i]
+            for (p, q), (i, j) in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        )
+        return [Shown(shown, "", note) for shown, note in zip(pictures, notes, strict=True)]
 
     def example_batch(self, model: nn.Module, size: int) -> dict[str, Any]:
         return {"image": blank_images(size, self.config.data.img_size), "target": torch.zeros(size, dtype=torch.long)}
@@ -174,11 +191,7 @@ class Classification(Task[FinetuneConfig]):
         transform, spec = transforms.evaluation_transform(card.input), card.input
         pixels = torch.stack([transform(image, 0)[0] for image in images])
         logits = network(transforms.normalize(pixels, spec.mean, spec.std)).float()
-        best = logits.softmax(dim=-1).topk(min(top_k, len(card.class_names)))
-        return [
-            [Prediction(card.class_names[i], i, p) for p, i in zip(values, indices, strict=True)]
-            for values, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        ]
+        return [rank(one.numpy(), card.class_names, top_k) for one in logits.cpu()]
 
     @classmethod
     def summary(cls, metrics: dict[str, float]) -> str:

@@ -1,25 +1,26 @@
 """Models from their files: built as the card says, filled, and ready to be used."""
 
-from collections.abc import Sequence
-from itertools import islice
+import os
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 
 from sparsemae.card import ModelCard
-from sparsemae.data.images import as_rgb
+from sparsemae.data.inputs import results_of
+from sparsemae.limits import MAX_PIXELS
 from sparsemae.models.weights import card_of, find_weights, load_weights, read_weights
+from sparsemae.packing.format import is_packed, read, unpack
+from sparsemae.packing.pack import build_vit
+from sparsemae.predictor import Inputs, checked, raised
 from sparsemae.sparsity import densify, freeze, iter_sparse, sparsify
 from sparsemae.tasks import task_class
 from sparsemae.tasks.task import encoder_of, smallest_side
-
-BATCH = 8
-"""Images that a prediction looks at together."""
 
 
 class TorchPredictor:
@@ -41,45 +42,55 @@ class TorchPredictor:
         """Logits of normalized images ``[B, 3, H, W]``: ``[B, C]``, or ``[B, C, H, W]`` of a segmenter."""
         if self.card.task == "pretrain":
             raise ValueError("wanted a finetuned model, got a pretrained one, which has features but no logits")
-        output = self.model(torch.from_numpy(images))
+        output = self.model(self._input(images))
         logits: NDArray[np.float32] = getattr(output, "logits", output).float().numpy()
         return logits
 
     @torch.inference_mode()
     def features(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """All tokens of the ViT after its last block and norm, ``[B, L, D]``."""
-        tokens: NDArray[np.float32] = encoder_of(self.model).forward_features(torch.from_numpy(images)).float().numpy()
+        tokens: NDArray[np.float32] = encoder_of(self.model).forward_features(self._input(images)).float().numpy()
         return tokens
 
-    @torch.inference_mode()
-    def predict(self, images: Sequence[str | Path | Image.Image], top_k: int = 5) -> list[Any]:
+    def predict(self, images: Inputs, top_k: int = 5) -> list[Any]:
         """One result for each image, in order: the ``top_k`` `Prediction` s, best first, or a segmenter's class map."""
-        task, results, rest = task_class(self.card.task), list[Any](), iter(images)
-        while batch := [as_rgb(image, self.card.input) for image in islice(rest, BATCH)]:
-            results += task.predict(self.model, self.card, batch, top_k)
-        return results
+        return raised(self.stream(images, top_k))
+
+    def stream(self, images: Inputs, top_k: int = 5, max_pixels: int = MAX_PIXELS) -> Iterator[Any]:
+        """As `predict`, each as soon as it is known; of an image that cannot be read, its ValueError."""
+        task = task_class(self.card.task)
+
+        @torch.inference_mode()
+        def run(batch: list[Any]) -> list[Any]:
+            return task.predict(self.model, self.card, batch, top_k)
+
+        threads = os.cpu_count() or 1
+        return results_of(images, self.card.input, lambda image: image, run, task.at_once, threads, max_pixels)
+
+    def _input(self, images: NDArray[np.float32]) -> Tensor:
+        encoder = encoder_of(self.model)
+        size = None if encoder.dynamic_img_size else encoder.patch_embed.img_size
+        return torch.from_numpy(np.require(checked(images, encoder.in_chans, size), requirements="W"))
 
 
 def load_model(source: str | Path, task: str | None = None) -> tuple[Any, ModelCard]:
-    """A model from its file or run folder, in evaluation mode, with its card.
+    """A model in torch from its file (a packed one, too) or run folder, in evaluation mode, with its card.
 
     It is built only once it is known to be as large as what the file holds. Raises ValueError, naming the file, if it
     is foreign, of another ``task``, or does not fit its own card.
     """
     path = find_weights(source)
-    state, metadata = read_weights(path)
-    card = card_of(metadata, path)
+    packed = read(path) if is_packed(path) else None
+    state, metadata = ({}, {}) if packed is not None else read_weights(path)
+    card = card_of(metadata, path) if packed is None else replace(packed.config.card, frozen=True)
     if task is not None and card.task != task:
         raise ValueError(f"{path}: wanted a model for {task}, got one for {card.task}")
     try:
-        build = task_class(card.task).build
-        _check_depth(state, card.model_args, "blocks")
-        _check_depth(state, card.settings.get("decoder", {}), "decoder_blocks")
-        with torch.device("meta"):
-            described = sum(parameter.numel() for parameter in build(card).parameters())
-        if described > (held := sum(value.numel() for value in state.values())):
-            raise ValueError(f"wanted {described:,} parameters, as its card says, got {held:,}")
-        model = build(card)
+        if packed is not None:
+            state = {name: torch.from_numpy(value) for name, value in unpack(packed, masks=True).items()}
+            model = build_vit(packed.config.vit)
+        else:
+            model = _built(card, state)
         for pattern in sorted(set(card.patterns.values())):
             sparsify(model, pattern, include=[name for name, own in card.patterns.items() if own == pattern])
         load_weights(model, state, strict=True, name=path)
@@ -92,6 +103,17 @@ def load_model(source: str | Path, task: str | None = None) -> tuple[Any, ModelC
     if card.frozen and moving:
         raise ValueError(f"{path}: wanted a frozen model, as its card says, got no mask for {moving[0]}")
     return model.eval(), card
+
+
+def _built(card: ModelCard, state: dict[str, Tensor]) -> Any:
+    build = task_class(card.task).build
+    _check_depth(state, card.model_args, "blocks")
+    _check_depth(state, card.settings.get("decoder", {}), "decoder_blocks")
+    with torch.device("meta"):
+        described = sum(parameter.numel() for parameter in build(card).parameters())
+    if described > (held := sum(value.numel() for value in state.values())):
+        raise ValueError(f"wanted {described:,} parameters, as its card says, got {held:,}")
+    return build(card)
 
 
 def _check_depth(state: dict[str, Tensor], args: dict[str, Any], blocks: str) -> None:

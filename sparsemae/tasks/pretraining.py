@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from lightning_fabric import Fabric
 from PIL import Image
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ from sparsemae.data.sources import find_source
 from sparsemae.data.splits import Part, Source
 from sparsemae.data.transforms import denormalize, evaluation_transform, normalize, training_transform
 from sparsemae.models import MaskedAutoencoder, build_vit, use_plain_attention
-from sparsemae.models.mae import patches_kept
+from sparsemae.models.mae import MAEOutput, patches_kept
+from sparsemae.models.start import start_from
 from sparsemae.options import PretrainConfig, SourceConfig
 from sparsemae.sparsity import dense_weights
 from sparsemae.tasks.outcomes import Gallery, Shown, beside
@@ -32,11 +34,33 @@ class Pretraining(Task[PretrainConfig]):
     title: ClassVar[str] = "pretraining"
     around: ClassVar[str | None] = "decoder"
     freezes: ClassVar[bool] = False
+    teacher: MaskedAutoencoder | None = None
+    """Opened with the data: a plan or a benchmark has none."""
+    said: Sequence[str] = ()
+    """Of the teacher: what of it was taken, and its license."""
 
     def open_data(self) -> None:
         self.splits = find_source(self.config.data)
         self.source = self.splits.open("train", self.config.data.train_images)
         self.sources = {"train": self.source}
+        if self.config.teacher is not None:
+            self.teacher = self._open_teacher(self.config.teacher)
+
+    def _open_teacher(self, source: str) -> MaskedAutoencoder:
+        card, teacher = self.card(), self.build(self.card())
+        start = start_from(teacher, source)
+        theirs, self.said = start.card, [f"teacher {source}: {start}"]
+        if theirs is not None and theirs.patterns:
+            raise ValueError(f"--teacher {source}: wanted a dense network, got one with N:M sparse layers")
+        if theirs is not None and (theirs.input.mean, theirs.input.std) != (card.input.mean, card.input.std):
+            raise ValueError(
+                f"--teacher {source}: wanted images of mean {card.input.mean} and std {card.input.std}, "
+                f"got {theirs.input.mean} and {theirs.input.std}"
+            )
+        return teacher.eval().requires_grad_(False)
+
+    def notes(self, model: nn.Module) -> list[str]:
+        return [*self.said, *super().notes(model)]
 
     def settings(self) -> dict[str, Any]:
         config = self.config
@@ -54,7 +78,7 @@ class Pretraining(Task[PretrainConfig]):
 
     def wrapped(self, model: nn.Module) -> nn.Module:
         assert isinstance(model, MaskedAutoencoder)
-        return ConcurrentLoss(model, self.config.dense_loss_weight)
+        return ConcurrentLoss(model, self.config.dense_loss_weight, self.teacher, self.config.teacher_weight)
 
     def loss(self, forward: nn.Module, batch: dict[str, Any]) -> Tensor:
         data = self.config.data
@@ -169,16 +193,39 @@ class ConcurrentLoss(nn.Module):
     """The loss of the sparse network plus that of the full one, on the same images and the same masked patches.
 
     Both passes lie inside one forward, so that DDP sees one: ``loss(M * W) + weight * loss(W)``, the weights shared.
+    A teacher adds ``teacher_weight * feature_loss``.
     """
 
-    def __init__(self, model: MaskedAutoencoder, weight: float) -> None:
+    def __init__(
+        self,
+        model: MaskedAutoencoder,
+        weight: float,
+        teacher: MaskedAutoencoder | None = None,
+        teacher_weight: float = 1.0,
+    ) -> None:
         super().__init__()
-        self.model, self.weight = model, weight
+        self.model, self.weight, self.teacher, self.teacher_weight = model, weight, teacher, teacher_weight
 
     def forward(self, images: Tensor, mask_ratio: float, noise: Tensor) -> Tensor:
         """``images [B, 3, H, W]``, ``noise [B, L]`` to a scalar."""
-        loss: Tensor = self.model(images, mask_ratio, noise).loss
+        output: MAEOutput = self.model(images, mask_ratio, noise)
+        loss = output.loss
+        if self.teacher is not None:
+            with torch.no_grad():
+                wanted, _, _ = self.teacher.forward_encoder(images, mask_ratio, noise)
+            loss = loss + self.teacher_weight * feature_loss(output.latent, wanted)
         if self.weight:
             with dense_weights(self.model):
                 loss = loss + self.weight * self.model(images, mask_ratio, noise).loss
         return loss
+
+
+def feature_loss(latent: Tensor, wanted: Tensor) -> Tensor:
+    """Smooth L1, beta 2, to the teacher's tokens, each normalized (G2SD, arXiv 2302.14771), at least in fp32.
+
+    Args:
+        latent: the student's tokens, ``[B, 1 + kept, D]``.
+        wanted: the teacher's, of the same patches.
+    """
+    latent, wanted = (tokens.to(torch.promote_types(tokens.dtype, torch.float32)) for tokens in (latent, wanted))
+    return F.smooth_l1_loss(latent, F.layer_norm(wanted, wanted.shape[-1:], eps=1e-6), beta=2.0)

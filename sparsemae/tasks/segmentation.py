@@ -26,6 +26,7 @@ from sparsemae.data.transforms import normalize
 from sparsemae.models import build_vit, use_plain_attention
 from sparsemae.models.segmenter import Segmenter, segmentation_loss
 from sparsemae.options import HeadConfig, InferenceConfig, SegmentConfig, SourceConfig
+from sparsemae.predictor import require_finite
 from sparsemae.tasks.outcomes import PixelOutcomes, Shown
 from sparsemae.tasks.sliding_window import predict_scores
 from sparsemae.tasks.sparse import meta_model
@@ -46,6 +47,7 @@ class Segmentation(Task[SegmentConfig]):
     best_by: ClassVar[str | None] = "miou"
     dataset_size: ClassVar[tuple[int, int]] = (20_210, 150)
     embedded_classes: ClassVar[int] = 11
+    at_once: ClassVar[int] = 1
 
     def __init__(self, config: SegmentConfig) -> None:
         super().__init__(config)
@@ -210,7 +212,11 @@ class Segmentation(Task[SegmentConfig]):
             predict_scores(lambda x: network(x).logits, pixels[None], card.input, inference)
             for pixels in map(transforms.pil_to_tensor, images)
         )
-        return [one[0].argmax(dim=0).to("cpu", torch.uint8).numpy() for one in found]
+        classes = []
+        for scores_of_one in found:
+            require_finite(scores_of_one.isfinite().all())
+            classes.append(scores_of_one[0].argmax(dim=0).to("cpu", torch.uint8).numpy())
+        return classes
 
     @classmethod
     def summary(cls, metrics: dict[str, float]) -> str:

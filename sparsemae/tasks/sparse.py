@@ -40,11 +40,13 @@ def meta_model(task: Task[Any]) -> nn.Module:
 def mask_schedule(model: nn.Module, sparse: SparseConfig, trainer: TrainerConfig, plan: BatchPlan) -> MaskSchedule:
     """The schedule of the masks over a training, whose length may be given in optimizer steps."""
     epochs = trainer.schedule_steps(plan.steps_per_epoch) / plan.steps_per_epoch
-    for name in ("gradual_epochs", "dense_epochs", "freeze_epoch"):
+    for name in ("gradual_epochs", "dense_epochs", "decay_epochs", "allocation_epoch", "freeze_epoch"):
         value = getattr(sparse, name)
-        if value is not None and value > epochs:
-            raise ValueError(f"sparse.{name}: wanted at most the training's {epochs:g} epochs, got {value:g}")
+        if value is not None and value + (name == "decay_epochs") * sparse.dense_epochs > epochs:
+            after = f" after {sparse.dense_epochs:g} dense ones" if name == "decay_epochs" else ""
+            raise ValueError(f"sparse.{name}: wanted at most the training's {epochs:g} epochs, got {value:g}{after}")
     gradual = sparse.gradual_epochs if sparse.gradual_epochs is not None else epochs / 2
     return MaskSchedule(
-        model, sparse.dense_epochs, gradual if sparse.schedule == "gradual" else 0.0, sparse.freeze_epoch
-    )
+        model, sparse.dense_epochs, gradual if sparse.schedule == "gradual" else 0.0, sparse.freeze_epoch,
+        sparse.decay_epochs, None if sparse.allocation == "uniform" else sparse.allocation_epoch,
+    )  # fmt: skip

@@ -41,6 +41,8 @@ class Task(Trainable[Config]):
     """Images and classes that a plan assumes."""
     embedded_classes: ClassVar[int] = 10
     """Classes of the embedded images."""
+    at_once: ClassVar[int] = 8
+    """Images that a prediction looks at together."""
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -32,7 +32,7 @@ from sparsemae.training.optim import in_epochs, learning_rate, make_optimizer, s
 from sparsemae.training.run import Run
 from sparsemae.training.state import TrainingState, bad_record
 from sparsemae.training.step import memory_advice, optimizer_step
-from sparsemae.training.subject import Subject
+from sparsemae.training.subject import Fitted, Subject
 
 
 class _Verdict(NamedTuple):
@@ -51,19 +51,6 @@ class _Verdict(NamedTuple):
     def good(self) -> bool:
         """Whether the optimizer may see this gradient."""
         return not self.no_data and math.isfinite(self.loss) and math.isfinite(self.norm)
-
-
-class Fitted(NamedTuple):
-    """What came out of a training, beside the weights."""
-
-    metrics: dict[str, float]
-    """Of the last evaluation; empty if there is none."""
-    epochs: float
-    """Taken."""
-    kept: float
-    """The epoch whose weights the model has."""
-    best: float | None
-    """The epoch of the best evaluation with the whole pattern."""
 
 
 def fit(run: Run, subject: Subject) -> Fitted:
@@ -98,7 +85,7 @@ class _Loop:
         self.stop = self.total if trainer.max_steps is None else min(self.total, trainer.max_steps)
         self.model = model = subject.model
         if fabric.device.type == "cpu" and run.precision == "bf16":
-            use_plain_attention(model)
+            use_plain_attention(subject.forward)
         compiled = fabric.device.type == "cuda" if trainer.compile == "auto" else trainer.compile
         forward: Any = torch.compile(subject.forward) if compiled else subject.forward
         # set up before resuming: optimizer state follows its parameters' device. Fabric compiles again around DDP, so
@@ -138,20 +125,8 @@ class _Loop:
         Damaged ones that are newer are set aside, or they would outlive what is saved from here on. Raises ValueError,
         and leaves all as it is, if one cannot be read for another reason.
         """
-        run, state, damaged, counters = self.run, self.state, [], dict[str, Any]()
-        for path in reversed(checkpoint.list_checkpoints(run.checkpoints)):
-            try:
-                counters = retried(partial(state.restore, path), run.log.info)
-                break
-            except checkpoint.DamagedCheckpoint as error:
-                damaged.append(path)
-                run.log.info(str(error))
-            except (OSError, MemoryError) as error:
-                raise ValueError(
-                    f"{path}: {error or 'out of memory'}; nothing is lost, the same command goes on when it can be read"
-                ) from error
-        if damaged and not state.done:
-            raise ValueError(f"{run.checkpoints}: no intact checkpoint to continue from; choose another --out")
+        run, state = self.run, self.state
+        counters, damaged = state.restore_newest(run.checkpoints, run.log.info)
         self.group.agree(state.identity)
         if self.fabric.is_global_zero:
             for path in damaged:
@@ -181,6 +156,7 @@ class _Loop:
                 while True:
                     if state.logged_through < state.done:
                         self._after_step(progress)
+                    self._lose_patience()
                     if state.done >= self.stop or self.ending:
                         break
                     self._step()
@@ -213,7 +189,8 @@ class _Loop:
     def _step(self) -> None:
         """One optimizer step over its micro-batches, if all processes find it good."""
         state, epoch = self.state, self.state.done / self.plan.steps_per_epoch
-        set_learning_rate(self.optimizer, learning_rate(self.optim, epoch, self.epochs))
+        frozen = self.optim.freeze_variance_epoch is not None and epoch >= self.optim.freeze_variance_epoch
+        set_learning_rate(self.optimizer, learning_rate(self.optim, epoch, self.epochs), frozen)
         verdict, losses, indices = _Verdict(0.0, 0.0, 0.0, 0.0), torch.empty(0), torch.empty(0)
 
         def backward() -> None:
@@ -342,6 +319,21 @@ class _Loop:
         minutes, longest = (time.monotonic() - self.saved_at) / 60, trainer.save_every_minutes
         if last or best or (longest is not None and minutes >= longest) or done % trainer.save_every_steps == 0:
             self._save()
+
+    def _lose_patience(self) -> None:
+        """End the run here if trainer.patience says so: by what a checkpoint holds, so that a resumed run does, too."""
+        trainer, state, per_epoch = self.run.trainer, self.state, self.plan.steps_per_epoch
+        if trainer.patience is None or state.best is None or self.ending or state.done >= self.stop:
+            return
+        if state.logged_through - state.best["step"] >= trainer.patience * trainer.evaluate_every_epochs * per_epoch:
+            self.run.log.info(
+                f"ended at epoch {state.done / per_epoch:g} by trainer.patience {trainer.patience}: no evaluation was "
+                f"better than that of epoch {state.best['step'] / per_epoch:g}"
+            )
+            self.stop = state.done
+            state.masks.finish()
+            if self.saver.step != state.done:
+                self._save()
 
     def _evaluate(self) -> None:
         """Metrics of what would be written now: the average's where there is one, and the model's as ``raw_`` then."""

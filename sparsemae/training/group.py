@@ -132,6 +132,7 @@ class Group:
                 self.fail(error)
         finally:
             self._over.set()
+            self.rescue = lambda saves: ""  # with it go the loop, DDP's modules and gloo's threads
             self._wait_for_children()
             self._line.close()
 

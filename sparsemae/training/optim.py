@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
-from torch import nn
+from torch import Tensor, nn
 
 from sparsemae.options import OptimConfig
 
@@ -25,12 +25,18 @@ def scaled_to_batch(optim: OptimConfig, global_batch: int) -> OptimConfig:
 def in_epochs(optim: OptimConfig, steps_per_epoch: int, total_steps: int) -> OptimConfig:
     """The same with its warm-up in epochs, where it is given in steps.
 
-    Raises ValueError if the warm-up is not shorter than the schedule of ``total_steps``.
+    Raises ValueError if the warm-up is not shorter than the schedule of ``total_steps``, or the second moment is to
+    freeze after it.
     """
     name = "warmup_epochs" if optim.warmup_steps is None else "warmup_steps"
     steps = optim.warmup_epochs * steps_per_epoch if optim.warmup_steps is None else optim.warmup_steps
     if steps >= total_steps:
         raise ValueError(f"optim.{name}: wanted fewer than the schedule's {total_steps} steps, got {steps:g} steps")
+    if (epoch := optim.freeze_variance_epoch) is not None and epoch * steps_per_epoch >= total_steps:
+        epochs = total_steps / steps_per_epoch
+        raise ValueError(
+            f"optim.freeze_variance_epoch: wanted less than the training's {epochs:g} epochs, got {epoch:g}"
+        )
     return optim if optim.warmup_steps is None else replace(optim, warmup_epochs=steps / steps_per_epoch)
 
 
@@ -48,15 +54,44 @@ def learning_rate(optim: OptimConfig, epoch: float, epochs: float) -> float:
     return optim.min_lr + (optim.lr - optim.min_lr) * left
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Every group gets ``lr`` times its own ``lr_scale``."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, variance_frozen: bool = False) -> None:
+    """Every group gets ``lr`` times its own ``lr_scale``, and whether its second moment is to stay as it is."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        group["lr"], group["variance_frozen"] = lr * group["lr_scale"], variance_frozen
+
+
+class FrozenVarianceAdamW(torch.optim.AdamW):
+    """AdamW whose second moment stays as it is from the step on at which its groups have ``variance_frozen``.
+
+    Then, with v of the steps before, corrected for its bias (STEP, arXiv 2302.01172, mask learning phase):
+    ``W = (1 - lr * weight_decay) * W - lr * m / (1 - beta1 ** t) / (sqrt(v) + eps)``. That v is the state ``variance``
+    and takes the place of ``exp_avg_sq``, so that a checkpoint says whether it is frozen.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step; of AdamW as it is before the freeze, and while there is no second moment."""
+        first: dict[str, Tensor] = next(iter(self.state.values()), {})
+        if not first or not (self.param_groups[0].get("variance_frozen") or "variance" in first):
+            return super().step(closure)
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for weight in (weight for weight in group["params"] if weight.grad is not None):
+                state = self.state[weight]
+                if "exp_avg_sq" in state:
+                    state["variance"] = state.pop("exp_avg_sq") / (1 - beta2 ** state["step"])
+                state["step"] += 1
+                state["exp_avg"].lerp_(weight.grad, 1 - beta1)
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                rate = group["lr"] / (1 - beta1 ** state["step"])
+                weight.sub_(rate * state["exp_avg"] / (state["variance"].sqrt() + group["eps"]))
+        return None
 
 
 def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
     """AdamW over every trainable parameter, at learning rate 0 until the schedule sets one."""
-    return torch.optim.AdamW(
+    kind = torch.optim.AdamW if optim.freeze_variance_epoch is None else FrozenVarianceAdamW
+    return kind(
         parameter_groups(model, optim.weight_decay, optim.layer_decay),
         lr=0.0, betas=optim.betas, eps=optim.eps, fused=True,
     )  # fmt: skip

@@ -78,7 +78,10 @@ class Run:
                     problem = str(error)
             if (problem := self.fabric.broadcast(problem)) is not None:
                 raise ValueError(problem)
-            yield
+            try:
+                yield
+            finally:
+                self.log.lost = str  # the lock, by which that is told, is released
 
     def compare_images(self, now: dict[str, Any]) -> None:
         """Raises ValueError, on all processes, if the run in the folder was trained on other images; see `record`.

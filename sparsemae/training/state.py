@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from sparsemae.card import ModelCard
+from sparsemae.files import retried
 from sparsemae.limits import flatten
 from sparsemae.models.weights import load_weights, public_state
 from sparsemae.sparsity import MaskSchedule, Topology, iter_sparse
@@ -20,11 +22,14 @@ from sparsemae.training.checkpoint import (
     TRAINING,
     VERSION,
     WEIGHTS,
+    DamagedCheckpoint,
     Tensors,
+    list_checkpoints,
     load_checkpoint,
     unflatten,
 )
 from sparsemae.training.config import flatten_config
+from sparsemae.training.optim import FrozenVarianceAdamW
 
 
 @dataclass
@@ -75,13 +80,14 @@ class TrainingState:
     def identity(self) -> dict[str, Any]:
         """What all processes have alike: step, class names, settings, and of each weight the sum of its bits.
 
-        Buffers are each process's own, and the images may lie elsewhere on another machine.
+        Buffers are each process's own, and another machine may have the images elsewhere, and more processors.
         """
         bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}
         weights = {f"the checksum of {name}": weight.detach() for name, weight in self.model.named_parameters()}
         sums = [weight.view(bits[weight.element_size()]).sum(dtype=torch.int64) for weight in weights.values()]
         same = dict(zip(weights, torch.stack(sums).tolist(), strict=True))
-        settings = {name: value for name, value in flatten_config(self.origin["config"]).items() if name != "data.root"}
+        own = ("data.root", "data.workers")
+        settings = {name: value for name, value in flatten_config(self.origin["config"]).items() if name not in own}
         names = hashlib.sha256(repr((self.origin["images"] or {}).get("class_names")).encode()).hexdigest()
         return {"the step": self.done, "the digest of the class names": names[:16], **settings, **same}
 
@@ -95,10 +101,10 @@ class TrainingState:
         optimizer = {str(index): moments for index, moments in self.optimizer.state_dict()["state"].items()}
         training = {
             "optimizer": optimizer, "topology": self.topology.state_dict() if self.topology else {},
-            "masks": self.masks.state_dict(),
+            **self.masks.state_dict(),
         }  # fmt: skip
         files = {WEIGHTS: public_state(self.model), TRAINING: flatten(training, "/")}
-        card = replace(card, step=self.done)
+        card = replace(card, step=self.done, patterns=self.masks.patterns)
         metadata = {WEIGHTS: replace(card, ema_decay=None).to_dict(), TRAINING: self._counters()}
         if self.average is not None:
             files[AVERAGE], metadata[AVERAGE] = public_state(self.average.module), card.to_dict()
@@ -127,7 +133,7 @@ class TrainingState:
             self._check_moments(moments)
             # groups are the configuration's; the checkpoint has none
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-            self.masks.load_state_dict(training.get("masks", {}))
+            self.masks.load_state_dict(training)
             if self.topology is not None:
                 self.topology.load_state_dict(training["topology"])
             self._set_counters(counters)
@@ -135,15 +141,39 @@ class TrainingState:
             raise ValueError(f"{path}: wanted a checkpoint of this run: {error}") from error
         return counters
 
+    def restore_newest(self, folder: Path, info: Callable[[str], None]) -> tuple[dict[str, Any], list[Path]]:
+        """Become what the last intact checkpoint of a run holds, if there are any; its counters, and the damaged ones.
+
+        Raises ValueError, and leaves all files as they are, if none is intact or one cannot be read for another reason.
+        """
+        counters, damaged = dict[str, Any](), list[Path]()
+        for path in reversed(list_checkpoints(folder)):
+            try:
+                counters = retried(partial(self.restore, path), info)
+                break
+            except DamagedCheckpoint as error:
+                damaged.append(path)
+                info(str(error))
+            except (OSError, MemoryError) as error:
+                raise ValueError(
+                    f"{path}: {error or 'out of memory'}; nothing is lost, the same command goes on when it can be read"
+                ) from error
+        if damaged and not self.done:
+            raise ValueError(f"{folder}: no intact checkpoint to continue from; choose another --out")
+        return counters, damaged
+
     def _check_moments(self, moments: Mapping[int, Mapping[str, Tensor]]) -> None:
         """torch would take anything, and fail, or make weights that are not finite, in the step."""
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for index, state in moments.items():
-            shapes = {"step": torch.Size(), "exp_avg": parameters[index].shape, "exp_avg_sq": parameters[index].shape}
+            second = "exp_avg_sq"
+            if "variance" in state and isinstance(self.optimizer, FrozenVarianceAdamW):
+                second = "variance"
+            shapes = {"step": torch.Size(), "exp_avg": parameters[index].shape, second: parameters[index].shape}
             got = {name: value.shape for name, value in state.items() if value.dtype.is_floating_point}
             if index < 0 or got != shapes:
                 raise ValueError(f"moments of parameter {index}: wanted numbers of {shapes}, got {got}")
-            negative = state["step"] < 0 or (state["exp_avg_sq"] < 0).any()
+            negative = state["step"] < 0 or (state[second] < 0).any()
             if negative or not all(value.isfinite().all() for value in state.values()):
                 raise ValueError(f"moments of parameter {index}: wanted finite ones, no step and no square below 0")
 

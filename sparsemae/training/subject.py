@@ -1,8 +1,8 @@
-"""What is trained: what a task brings to the loop, which knows no task."""
+"""What is trained, which a task brings to the loop that knows no task; and what came out."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from lightning_fabric import Fabric
 from torch import Tensor, nn
@@ -51,3 +51,16 @@ class Subject:
     batches: BatchPlan
     images: dict[str, Any] | None = None
     """What it is trained on, as `record` says it."""
+
+
+class Fitted(NamedTuple):
+    """What came out of a training, beside the weights."""
+
+    metrics: dict[str, float]
+    """Of the last evaluation; empty if there is none."""
+    epochs: float
+    """Taken."""
+    kept: float
+    """The epoch whose weights the model has."""
+    best: float | None
+    """The epoch of the best evaluation with the whole pattern."""

@@ -98,6 +98,22 @@ def test_options(refused: Callable[..., str], tmp_path: Path, options: list[str]
             ["--sparse.schedule", "gradual", "--sparse.gradual_epochs", "9"],
             "sparse.gradual_epochs: wanted at most the training's 3 epochs, got 9",
         ),
+        (
+            ["--sparse.dense_epochs", "2", "--sparse.decay_epochs", "2"],
+            "sparse.decay_epochs: wanted at most the training's 3 epochs, got 2 after 2 dense ones",
+        ),
+        (["--sparse.allocation", "magnitude"], "sparse.allocation_epoch: wanted more than 0 without weights to start"),
+        (["--sparse.allocation_epoch", "1"], "sparse.allocation_epoch: wanted sparse.allocation=magnitude with it"),
+        (["--sparse.allocation", "magnitude", "--sparse.pattern", "dense"], "sparse.allocation: wanted uniform with"),
+        (["--sparse.allocation", "magnitude", "--sparse.mask", "fixed"], "sparse.mask: wanted dynamic with"),
+        (
+            ["--sparse.allocation", "magnitude", "--sparse.allocation_epoch", "1", "--sparse.pattern", "3:32"],
+            "sparse.allocation: wanted a pattern whose n can be halved, got 3:32",
+        ),
+        (
+            ["--optim.freeze_variance_epoch", "3"],
+            "optim.freeze_variance_epoch: wanted less than the training's 3 epochs, got 3",
+        ),
     ],
 )
 def test_settings_out_of_their_limits(

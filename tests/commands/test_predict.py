@@ -1,5 +1,12 @@
 """Predictions for image files: classes, or masks and their overlays."""
 
+import csv
+import io
+import json
+import os
+import sys
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +15,12 @@ import torch
 from conftest import SceneRun
 from PIL import Image
 
+import sparsemae
 from sparsemae.cli import main
 from sparsemae.commands.overlays import overlay_image
 from sparsemae.commands.predict import predict
+from sparsemae.data.tree import image_files
+from sparsemae.models.weights import save_model
 from sparsemae.options.commands import PredictConfig
 from sparsemae.options.model import InferenceConfig
 from sparsemae.predictor import Prediction
@@ -62,7 +72,8 @@ def test_predictions_are_palette_masks_and_overlays(
     scene_run: SceneRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photographs = sorted((scene_run.root / "images" / "validation").iterdir())
-    result = predict(PredictConfig(str(scene_run.folder), [str(photographs[0].parent)], 2, str(tmp_path / "out")))
+    folder, out = str(photographs[0].parent), str(tmp_path / "out")
+    result = predict(PredictConfig(str(scene_run.folder), [folder], top_k=2, pictures=out))
     assert list(result) == [str(file) for file in photographs]
     model, card = load_model(scene_run.folder)
     for file in photographs:
@@ -84,8 +95,83 @@ def test_predictions_are_palette_masks_and_overlays(
             assert overlay.width > overlay.height * pixels.shape[3] / pixels.shape[2]  # a legend at its side
     (tmp_path / "twice").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "twice" / photographs[0].name)
-    with pytest.raises(ValueError, match=r"out: .*png: wanted a new name for the mask of"):
-        predict(PredictConfig(str(scene_run.folder), [str(photographs[0].parent), str(tmp_path / "twice")], 2, "out"))
+    with pytest.raises(ValueError, match=r"pictures: .*png: wanted a new name for the mask of"):
+        predict(PredictConfig(str(scene_run.folder), [folder, str(tmp_path / "twice")], pictures="out"))
+
+
+NAMES = ("a,b.png", 'say "cheese".png', "two\nlines.png", "caf\u00e9.png", os.fsdecode(b"\xff.png"), "1.png")
+
+
+def lines_of(style: str, text: bytes) -> list[tuple[str, list[Prediction]]]:
+    """File and classes, as a reader of that format finds them."""
+    if style == "jsonl":
+        found = [json.loads(line) for line in text.splitlines()]
+        return [(one["file"], [Prediction(**best) for best in one["predictions"]]) for one in found]
+    rows = csv.DictReader(io.StringIO(text.decode("utf-8", "surrogateescape"), newline=""))
+    grouped = groupby(rows, lambda row: row["file"])
+    return [
+        (file, [Prediction(row["label"], int(row["index"]), float(row["probability"])) for row in group])
+        for file, group in grouped
+    ]
+
+
+@pytest.mark.holds("take.1")
+@pytest.mark.parametrize("style", ["csv", "jsonl"])
+def test_tables_parse_back_whatever_names_hold(
+    runs: Path, tmp_path: Path, style: str, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    weights, folder = tmp_path / "model.safetensors", tmp_path / "images"
+    model, card = load_model(runs / "finetune")
+    labels = ('one, "two"\nthree', "\x1b[31mred", *card.class_names[2:])
+    save_model(weights, model, replace(card, class_names=labels))
+    folder.mkdir()
+    for i, name in enumerate(NAMES):
+        Image.fromarray(np.full((30, 30), 40 * i, np.uint8)).save(folder / name, "PNG")
+    wanted = [(str(file), sparsemae.load(weights).predict(file, 10)[0]) for file in image_files(folder)]
+    words = ["predict", str(weights), str(folder), "--top_k", "10", "--format", style]
+    main([*words, "--out", str(tmp_path / "table")])
+    capsysbinary.readouterr()
+    main(words)
+    for text in ((tmp_path / "table").read_bytes(), capsysbinary.readouterr().out):
+        found = lines_of(style, text)
+        assert [name for name, _ in found] == [name for name, _ in wanted]
+        for (_, classes), (_, others) in zip(found, wanted, strict=True):
+            assert sorted(best.label for best in classes) == sorted(labels)
+            assert [best.probability for best in classes] == pytest.approx([best.probability for best in others])
+
+
+def test_a_terminal_gets_no_control_characters(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    Image.new("RGB", (30, 30)).save(tmp_path / "a\x1b[2J\n.png")
+    for style in ("text", "csv", "jsonl"):
+        monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+        predict(PredictConfig(str(runs / "finetune"), [str(tmp_path)], format=style))  # type: ignore[arg-type]
+        assert "\x1b" not in terminal.getvalue()
+        assert "x1b[2J" in terminal.getvalue()
+
+
+@pytest.mark.parametrize("null", [False, True])
+def test_paths_from_standard_input(
+    runs: Path, tmp_path: Path, null: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "a\nb.png" if null else "a b.png"
+    Image.new("RGB", (30, 30)).save(tmp_path / name)
+    end = "\0" if null else "\n"
+    text = end.join([str(tmp_path / name), str(tmp_path / "absent.png"), str(tmp_path / name)])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    with pytest.raises(SystemExit):
+        main(["predict", str(runs / "finetune"), "-", "--format=jsonl", "--out", str(tmp_path / "t"), f"--null={null}"])
+    printed = capsys.readouterr()
+    assert printed.out == f"{tmp_path / 't'}: predictions of 2 images\n"
+    named, last = printed.err.splitlines()
+    assert "absent.png: unreadable image: No such file" in named
+    assert last == "sparsemae predict: error: 1 of 3 images could not be read; the others are done"
+    found = [json.loads(line) for line in (tmp_path / "t").read_text().splitlines()]
+    assert [one["file"] for one in found] == [str(tmp_path / name)] * 2
+    assert len(found[0]["predictions"]) == 3
 
 
 @pytest.mark.parametrize("size", [(2000, 1400), (4000, 330), (30, 40)])

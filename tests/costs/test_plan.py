@@ -51,6 +51,15 @@ def test_the_methods_arithmetic(tmp_path: Path, pattern: str, kept: int, linear:
     assert giga(found, 1)["dense linear"][0] * 1e9 == pytest.approx(decoder)
 
 
+def test_a_recipe_beyond_the_paper_is_planned_as_the_uniform_one(tmp_path: Path) -> None:
+    """Patterns of one total cost the same; a teacher that is not there is not counted."""
+    model = "init: runs/mae\nmodel: {name: vit_tiny_patch16_224, args: {depth: 2}}\ntrainer: {global_batch: 8}\n"
+    plain = planned(tmp_path, "finetune", model, classes=10)
+    plus = "allocation: magnitude, allocation_epoch: 1, decay_epochs: 2, dense_epochs: 1"
+    text = f"{model}teacher: runs/nothing\nsparse: {{{plus}}}\noptim: {{freeze_variance_epoch: 1}}"
+    assert str(planned(tmp_path, "finetune", text, classes=10)) == str(plain)
+
+
 @pytest.mark.slow
 def test_a_finetuned_model_has_a_head_and_a_dense_one_keeps_all(tmp_path: Path) -> None:
     found = planned(tmp_path, "finetune", "seed: 0", devices=8)

@@ -76,7 +76,7 @@ def test_columns_and_delimiters(photos: Path, tmp_path: Path) -> None:
             found = TableReader(file, **options)  # type: ignore[arg-type]
             file.unlink()
             assert found.labels.tolist() == wanted.labels.tolist(), header
-            assert [Path(path).name for path in found.paths] == [Path(path).name for path in wanted.paths]
+            assert [Path(str(path)).name for path in found.paths] == [Path(str(path)).name for path in wanted.paths]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_columns_and_delimiters(photos: Path, tmp_path: Path) -> None:
         ([], "wanted a header and rows of a file and its class"),
     ],
 )
-def test_mistakes_are_named(photos: Path, rows: list[tuple[str, str]], message: str) -> None:
+def test_mistakes_are_named(photos: Path, rows: list[tuple[str, ...]], message: str) -> None:
     kept = (photos / "kaggle" / "train.csv").read_bytes()
     try:
         with pytest.raises(ValueError, match=r"train\.csv") as error:

@@ -102,7 +102,7 @@ def test_1_processes_with_different_settings(tmp_path: Path, came_out: Any) -> N
 
 def test_what_processes_agree_on() -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 2, dtype=torch.bfloat16))
-    origin: dict[str, Any] = {"config": {"data": {"root": "/here", "crop": (1, 2)}}, "images": None}
+    origin: dict[str, Any] = {"config": {"data": {"root": "/here", "workers": 1, "crop": (1, 2)}}, "images": None}
     state = TrainingState(model, None, None, MaskSchedule(model), None, origin=origin)
     before = state.identity()
     sums = {f"the checksum of {name}" for name, _ in model.named_parameters()}
@@ -111,7 +111,7 @@ def test_what_processes_agree_on() -> None:
         bits = parameter.detach().view(torch.int32 if parameter.element_size() == 4 else torch.int16)
         assert before[f"the checksum of {name}"] == sum(bits.flatten().tolist())
     model[1].running_mean.add_(1)  # type: ignore[operator, union-attr]
-    origin["config"]["data"]["root"] = "/there"
+    origin["config"]["data"] |= {"root": "/there", "workers": 2}
     assert state.identity() == before
     state.done, origin["images"] = 1, {"class_names": ["cat"]}
     differ = {name for name, value in state.identity().items() if value != before[name]}

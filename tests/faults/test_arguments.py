@@ -1,6 +1,7 @@
 """Wrong arguments and files that change: one line, and never a signal."""
 
 import importlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from harness import SERVER
 from safetensors.torch import save_file
 
 import sparsemae
+from sparsemae.cli import main
 from sparsemae.models.weights import read_weights
 from sparsemae.packing.format import read, write
 from sparsemae.runtime import _native, load
@@ -129,6 +131,28 @@ def test_7_a_file_that_is_cut_off_while_it_is_read(tmp_path: Path, kind: str, ca
     process.join(120)
     assert process.exitcode == 0
     came_out(f"file cut off while it is read: .{kind}", "to a quarter, once it was opened", 0)
+
+
+@pytest.mark.slow
+@pytest.mark.holds("held.1")
+def test_7_logits_that_are_not_finite_are_refused_with_the_files_name(
+    runs: Path, image_folder: Path, tmp_path: Path, refused: Callable[..., str], came_out: Any
+) -> None:
+    packed_model = reference.random_model(reference.TINY)
+    packed_model.tensors["head.weight"][:] = 3e38
+    write(tmp_path / "packed.safetensors", packed_model)
+    state, metadata = read_weights(runs / "finetune")
+    state["head.weight"] = torch.full_like(state["head.weight"], 3e38)
+    save_file(state, tmp_path / "torch.safetensors", {"sparsemae": json.dumps(metadata)})
+    for name in ("packed", "torch"):
+        model, one = str(tmp_path / f"{name}.safetensors"), image_folder / "val" / "cat" / "0.png"
+        line = refused("predict", model, str(one))
+        assert line == f"sparsemae predict: error: {one}: wanted finite logits, got NaN or infinite ones"
+        with pytest.raises(SystemExit):
+            main(["predict", model, str(image_folder / "val")])
+    with pytest.raises(ValueError, match=r"0\.png: wanted finite logits"):
+        load(tmp_path / "packed.safetensors", 1).predict([str(one)])
+    came_out("logits that are not finite", "head weights of 3e38, packed and in torch", 2, line)
 
 
 def test_7_nothing_is_mapped(packed: Path) -> None:

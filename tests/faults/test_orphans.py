@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ from sparsemae.study.stages import Stage, run_stages
 stage = Stage("pretrain-sparse", "pretrain", "sparse MAE", ("--data.workers", "1"), required=True)
 run_stages([stage], Path(sys.argv[1]), 0, time.monotonic() + 600, Console(stderr=True))
 """
+
+
+def is_gone(pid: int) -> bool:
+    return not living([pid])
 
 
 def own_group() -> None:
@@ -41,7 +46,7 @@ def test_14_a_killed_run_leaves_no_loader_processes(tmp_path: Path, came_out: An
         assert len(living([pid])) == 3
         job.kill(signal.SIGKILL)
         assert job.wait() == [-9]
-        wait_for(lambda pid=pid: not living([pid]), 5)
+        wait_for(partial(is_gone, pid), 5)
     came_out("kill -9 of a run with loader processes", "while it trains; none of them is left", -9, times=KILLS)
 
 

@@ -86,7 +86,7 @@ def test_mae_files_full_and_encoder_only(tmp_path: Path, full: bool) -> None:
         state = {key: value for key, value in state.items() if not key.startswith(("decoder", "mask_token"))}
     result = start_from(vit(global_pool="avg"), save(tmp_path, {"model": state}))
     assert result.fraction == 1.0
-    assert "under CC BY-NC 4.0: not for commercial use" in str(result)
+    assert "as far as is known: cc-by-nc-4.0, not for commercial use" in str(result)
 
 
 def test_the_license_of_timms_weights_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +94,9 @@ def test_the_license_of_timms_weights_is_named(monkeypatch: pytest.MonkeyPatch) 
     source.pretrained_cfg = {"license": "cc-by-nc-4.0"}
     monkeypatch.setattr(start, "pretrained", lambda name: source)
     result = start_from(model, "timm:vit_base_patch16_224.mae")
-    assert "license of timm:vit_base_patch16_224.mae, as timm names it: cc-by-nc-4.0" in str(result)
+    assert "license of timm:vit_base_patch16_224.mae, as far as is known: cc-by-nc-4.0, not for commercial use" in str(
+        result
+    )
 
 
 def test_another_architecture_is_refused_with_the_share_matched(tmp_path: Path) -> None:

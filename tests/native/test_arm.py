@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reference
-from blob import blob
+
+from sparsemae.packing.format import write
 
 ROOT = Path(__file__).parents[2]
 COMPILER = "aarch64-linux-gnu-g++"
 SOURCES = (
-    "bounds", "c_api", "codes", "dispatch", "kernels_neon", "kernels_portable", "processor", "team",
-    "thread_pool", "vit", "vit_build",
+    "bounds", "c_api", "codes", "dispatch", "json", "kernels_neon", "kernels_portable", "packed_file", "preprocess",
+    "processor", "team", "thread_pool", "vit", "vit_build",
 )  # fmt: skip
 FLAGS = ["-std=c++20", "-O3", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno", "-fno-schedule-insns"]
 KINDS = {
@@ -35,7 +36,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("arm") / "forward"
     files = [ROOT / f"native/{name}.cpp" for name in SOURCES]
     subprocess.run(
-        [COMPILER, *FLAGS, "-DSPARSEMAE_NEON", "-static", "-I", ROOT / "native", *files,
+        [COMPILER, *FLAGS, "-DSPARSEMAE_NEON", "-static", "-I", ROOT / "include", *files,
          ROOT / "tests/native/forward.cpp", "-o", path], check=True, capture_output=True,
     )  # fmt: skip
     return path
@@ -49,7 +50,7 @@ def test_neon_agrees_with_the_twin(program: Path, kind: str, dtype: str, tmp_pat
     vit = model.config.vit
     images = np.random.default_rng(1).standard_normal((3, vit.in_chans, vit.image_height, vit.image_width), np.float32)
     wanted = reference.forward(model, images)
-    (tmp_path / "model").write_bytes(blob(model))
+    write(tmp_path / "model", model)
     (tmp_path / "images").write_bytes(images.tobytes())
     outputs = []
     for threads in (1, 2):

@@ -16,6 +16,7 @@ AVX512 = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16"
 FLAGS = {
     "kernels_avx512bf16.cpp": AVX512,
     "kernels_avx512vnni.cpp": f"{AVX512} -mavx512vnni -mavx512vbmi",
+    "kernels_amxvnni.cpp": f"{AVX512} -mavx512vnni -mavx512vbmi -mamx-tile -mamx-bf16",
 }
 COMPILERS = [name for name in ("g++", "clang++-19", "clang++") if shutil.which(name)]
 PRODUCT = re.compile(r"^\s+(vdpbf16ps|vpdpbusd)\s")

@@ -91,7 +91,9 @@ def test_fp16_is_taken_where_it_is_fastest_and_cannot_overflow() -> None:
     images = images_for(model, 2)
     assert _build(model, 1, "").isa == "avx512fp16"
     assert _build(reference.random_model(reference.TINY, "4:32"), 1, "").isa == "amx"
-    assert _build(reference.random_model(reference.TINY, dtype="int8"), 1, "").isa == "amx"
+    assert _build(reference.random_model(reference.TINY, dtype="int8"), 1, "").isa == "amxvnni"
+    assert _build(reference.random_model(reference.TINY, "4:32", dtype="int8"), 1, "").isa == "amx"
+    assert _build(reference.random_model(reference.TINY, dtype="int8"), 1, "", quantize=False).isa == "avx512fp16"
     for factor, isa in ((300.0, "avx512fp16"), (1e5, "amx")):
         outlier = reference.random_model(reference.TINY)
         outlier.tensors["blocks.0.norm2.weight"][3] = factor

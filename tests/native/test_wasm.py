@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reference
-from blob import blob
 
-from sparsemae.packing.format import PackedModel
+from sparsemae.packing.format import PackedModel, write
 from sparsemae.runtime.model import _build
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +30,7 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(module: Path, model: PackedModel, images: np.ndarray, folder: Path) -> np.ndarray:
-    (folder / "model").write_bytes(blob(model))
+    write(folder / "model", model)
     (folder / "images").write_bytes(images.tobytes())
     done = subprocess.run(
         ["node", "--no-warnings", "--experimental-wasm-relaxed-simd", ROOT / "tests/native/forward.mjs", module,

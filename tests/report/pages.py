@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 CHROMIUM = Path("/usr/bin/chromium")
-NEVER_CLOSED = {"html", "wbr", "img", "meta", "link", "image", "path", "circle"}
+NEVER_CLOSED = {"html", "wbr", "br", "img", "meta", "link", "image", "path", "circle"}
 
 
 class Page(HTMLParser):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SceneRun, tiny, tiny_segment
+from conftest import SceneRun, on_scene, scene_folder, tiny
 from pages import CHROMIUM, Page, browse, served
 from PIL import Image
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
@@ -35,7 +35,7 @@ def swapped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finetuning on three colors, of whose validation images three lie in another class's folder."""
     folder = tmp_path_factory.mktemp("swapped")
     generator, root = np.random.default_rng(0), folder / "images"
-    for split, count in (("train", 16), ("val", 8)):
+    for split, count in (("train", 16), ("val", 8), ("test", 4)):
         for name, color in COLORS.items():
             (root / split / name).mkdir(parents=True)
             for i in range(count):
@@ -48,7 +48,8 @@ def swapped(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tiny(
             "finetune", folder / "run", "--data.source", "folder", "--data.root", str(root), "--data.workers", "0",
             "--data.train_images", "null", "--trainer.epochs", "12", "--mixup", "0", "--cutmix", "0", "--erasing", "0",
-            "--sparse.pattern", "8:16", "--optim.lr", "5e-3",
+            "--sparse.pattern", "8:16", "--optim.lr", "5e-3", "--trainer.keep", "best",
+            "--trainer.evaluate_every_epochs", "1",
         )
     )  # fmt: skip
     return folder
@@ -114,6 +115,18 @@ def test_rows_matrix_and_figures_are_one_anothers_and_scikit_learns(swapped: Pat
 
 
 @pytest.mark.slow
+def test_the_page_is_of_the_epoch_that_was_written_and_says_what_a_test_split_says(swapped: Path) -> None:
+    run = swapped / "run"
+    result = json.loads((run / "result.json").read_text())
+    top1 = next(one["value"] for one in record_of(run)["headlines"] if one["name"] == "Top-1 accuracy")
+    assert top1 == pytest.approx(result["metrics"]["top1"])
+    words = Page((run / "report.html").read_text()).words
+    assert words[words.index("Test top-1") + 1] == f"{100 * result['test']['top1']:.1f}"
+    assert f"Written are the weights of epoch {result['kept']:g}." in words
+    assert all(note in words for note in result["notes"])
+
+
+@pytest.mark.slow
 @pytest.mark.holds("own.3")
 @pytest.mark.skipif(not CHROMIUM.is_file(), reason="no Chromium here")
 def test_in_a_browser_nothing_is_requested_and_nothing_complains(swapped: Path, tmp_path: Path) -> None:
@@ -163,28 +176,35 @@ def test_the_page_shows_the_first_batch_as_the_loss_had_it(tmp_path: Path, monke
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", ["finetune", "segment"])
-def test_two_processes_bring_all_images_together(tmp_path: Path, job: str) -> None:
+@pytest.mark.parametrize(
+    ("job", "name", "metric"), [("finetune", "Top-1 accuracy", "top1"), ("segment", "mIoU", "miou")]
+)
+def test_two_processes_bring_all_images_together(tmp_path: Path, job: str, name: str, metric: str) -> None:
     """Each looks at every other image; the page is of all."""
-    words = partial(tiny, "finetune") if job == "finetune" else tiny_segment
-    short = ["--trainer.max_steps", "1", "--trainer.device_batch", "8", "--data.source", "embedded"]
-    command = words(tmp_path / "run", *short, "--trainer.devices", "2", "--trainer.accelerator", "cpu")
+    short = ["--trainer.max_steps", "1", "--trainer.device_batch", "8" if job == "finetune" else "2"]
+    words = partial(tiny, job)
+    if job == "segment":
+        words = partial(on_scene, root=scene_folder(tmp_path / "ade", train=8, val=5, longest=100))
+        short += ["--data.workers", "0"]
+    both, alone = tmp_path / "both", tmp_path / "alone"
+    command = [*words(both), *short, "--trainer.devices", "2", "--trainer.accelerator", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     start = [sys.executable, "-m", "sparsemae.cli", *command]
-    done = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=570, check=False)
     assert done.returncode == 0, done.stderr
-    alone = tmp_path / "alone"
-    main(words(alone, *short))
-    name = {"finetune": "Top-1 accuracy", "segment": "mIoU"}[job]
-    for run in (tmp_path / "run", alone):
+    main([*words(alone), *short])
+    for run in (both, alone):
         rows, record = rows_of(run), record_of(run)
-        assert len(rows) == record["images"] > 100
-        metric = sparsemae.load(run).card.metrics["top1" if job == "finetune" else "miou"]
-        assert next(one["value"] for one in record["headlines"] if one["name"] == name) == pytest.approx(metric)
-    both, one = (record_of(run) for run in (tmp_path / "run", alone))
-    assert [row["file"] for row in rows_of(tmp_path / "run")] == [row["file"] for row in rows_of(alone)]
-    assert both["confusion"] == one["confusion"]
-    assert both["galleries"] == one["galleries"]
+        assert len(rows) == record["images"] == (10_000 if job == "finetune" else 5)
+        found = next(one["value"] for one in record["headlines"] if one["name"] == name)
+        assert found == pytest.approx(sparsemae.load(run).card.metrics[metric])
+    assert [row["file"] for row in rows_of(both)] == [row["file"] for row in rows_of(alone)]
+    for key in ("confusion", "galleries") if job == "finetune" else ():  # a batch's norm is each process's own on a CPU
+        assert record_of(both)[key] == record_of(alone)[key]
+    shown = [
+        {one["file"] for gallery in record_of(run)["galleries"] for one in gallery["pictures"]} for run in (both, alone)
+    ]
+    assert shown[0] == shown[1]
 
 
 @pytest.mark.slow

@@ -41,6 +41,25 @@ def test_freezing_before_the_pattern_is_reached_is_refused() -> None:
         MaskSchedule(sparse_model(), gradual_epochs=2.0, freeze_epoch=1.0)
 
 
+@pytest.mark.holds("better.4")
+def test_pruned_weights_fade_linearly_and_have_the_whole_gradient() -> None:
+    model, x = sparse_model(), torch.randn(3, 64)
+    masks, layer = MaskSchedule(model, dense_epochs=1.0, decay_epochs=4.0), model[0]
+    mask = nm_mask(layer.weight, NMPattern(2, 32))
+    for epoch, scale in [(1.0, 1.0), (2.0, 0.75), (4.5, 0.125), (5.0, 0.0), (9.0, 0.0)]:
+        with masks.step(epoch) as sparse:
+            assert sparse
+            output = layer(x)
+        seen = torch.where(mask, layer.weight, scale * layer.weight).detach().requires_grad_()
+        wanted = nn.functional.linear(x, seen, layer.bias)
+        torch.testing.assert_close(output, wanted)
+        (own,), (straight_through,) = (
+            torch.autograd.grad(y.square().sum(), weight) for y, weight in ((output, layer.weight), (wanted, seen))
+        )
+        torch.testing.assert_close(own, straight_through)
+        assert torch.equal(layer(x), nn.functional.linear(x, layer.weight * mask, layer.bias))  # outside a step
+
+
 def test_dense_epochs_use_the_full_weights() -> None:
     model = sparse_model()
     x = torch.randn(3, 64)
@@ -59,7 +78,7 @@ def test_a_fixed_mask_outlives_changes_of_the_weights_and_travels_as_bits() -> N
     masks = MaskSchedule(model, freeze_epoch=1.0)
     with masks.step(0.5):
         pass
-    assert masks.state_dict() == {}
+    assert masks.state_dict()["masks"] == {}
     with masks.step(1.0):
         before = model[0].current_mask().clone()
     with torch.no_grad():
@@ -67,8 +86,8 @@ def test_a_fixed_mask_outlives_changes_of_the_weights_and_travels_as_bits() -> N
     with masks.step(3.0):
         assert torch.equal(model[0].current_mask(), before)
     state = masks.state_dict()
-    assert state["0"].dtype == torch.uint8
-    assert state["0"].numel() == model[0].weight.numel() // 8
+    assert state["masks"]["0"].dtype == torch.uint8
+    assert state["masks"]["0"].numel() == model[0].weight.numel() // 8
     other = sparse_model()
     again = MaskSchedule(other, freeze_epoch=1.0)
     again.load_state_dict(state)

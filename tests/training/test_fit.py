@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import metrics, tiny
@@ -146,6 +147,15 @@ def test_a_changed_configuration_is_refused_with_the_difference(
         ["--sparse.term", "decoupled", "--sparse.strength", "0.5"],
         ["--sparse.init_weights", "sparse"],
         ["--dense_loss_weight", "0.5"],
+        *(
+            pytest.param(options, marks=pytest.mark.slow)
+            for options in (
+                ["--sparse.decay_epochs", "2"],
+                ["--sparse.allocation", "magnitude", "--sparse.allocation_epoch", "1"],
+                ["--sparse.dense_epochs", "1", "--optim.freeze_variance_epoch", "1"],
+                ["--sparse.freeze_epoch", "1", "--trainer.ema_decay", "0.9"],
+            )
+        ),
     ],
 )
 @pytest.mark.slow
@@ -157,6 +167,30 @@ def test_the_methods_open_points_change_the_run_and_resume_exactly(tmp_path: Pat
     assert_identical(tmp_path / "whole", tmp_path / "parts")
     base, other = weights(tmp_path / "base"), weights(tmp_path / "whole")
     assert not torch.equal(base["blocks.0.attn.qkv.weight"], other["blocks.0.attn.qkv.weight"])
+
+
+@pytest.mark.slow
+def test_a_mask_that_stops_moving_and_averaged_weights_combine(tmp_path: Path) -> None:
+    """What is written: the average of the last step under the mask of the freeze, pruned weights 0."""
+    run = tmp_path / "run"
+    options = ["--sparse.freeze_epoch", "1", "--trainer.ema_decay", "0.9", "--trainer.save_every_steps", "1"]
+    main(tiny("finetune", run, *options, "--trainer.keep_checkpoints", "9"))
+
+    def of_step(step: int, name: str, prefix: str = "") -> dict[str, torch.Tensor]:
+        tensors = weights(run / f"checkpoints/step-{step:08d}/{name}.safetensors")
+        return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+    assert not of_step(2, "training", "masks/")
+    first, last, average, written = (
+        of_step(3, "training", "masks/"), of_step(6, "training", "masks/"), of_step(6, "ema"), weights(run)
+    )  # fmt: skip
+    assert len(first) == 8
+    for name, bits in first.items():
+        mask = written[f"{name}.weight_mask"]
+        assert torch.equal(bits, last[name])
+        assert torch.equal(bits, torch.from_numpy(np.packbits(mask.numpy())))
+        assert torch.equal(written[f"{name}.weight"], average[f"{name}.weight"].where(mask, torch.zeros(())))
+    assert torch.equal(written["head.weight"], average["head.weight"])
 
 
 def test_the_linear_rule_scales_both_rates(tmp_path: Path) -> None:
@@ -242,13 +276,20 @@ def test_processes_accumulation_and_batch_agree(tmp_path: Path, figure: Any) -> 
 
 @pytest.mark.slow
 @pytest.mark.holds("imagenet.3")
-def test_two_processes_equal_accumulation_through_a_finetuning(tmp_path: Path, figure: Any) -> None:
+@pytest.mark.parametrize("beyond_the_paper", [False, True])
+def test_two_processes_equal_accumulation_through_a_finetuning(
+    tmp_path: Path, figure: Any, runs: Path, beyond_the_paper: bool
+) -> None:
     """Ten steps with mixup, cutmix, erasing, RandAugment and drop path on real images: the same bits."""
+    more = ["--init", str(runs / "pretrain"), "--teacher", str(runs / "finetune"), "--sparse.allocation", "magnitude",
+            "--sparse.allocation_epoch", "2", "--sparse.dense_epochs", "1", "--sparse.decay_epochs", "3",
+            "--optim.freeze_variance_epoch", "1", "--trainer.ema_decay", "0.9"]  # fmt: skip
     for name, processes in (("accumulated", 1), ("processes", 2)):
         out = tmp_path / name
         words = tiny("finetune", out, "--trainer.epochs", "5", "--trainer.device_batch", "8",
                      "--mixup", "0.8", "--cutmix", "1.0", "--erasing", "0.25", "--model.drop_path", "0.3",
-                     "--data.crop", "resized", "--data.auto_augment", "rand-m9-mstd0.5-inc1")  # fmt: skip
+                     "--data.crop", "resized", "--data.auto_augment", "rand-m9-mstd0.5-inc1",
+                     *more * beyond_the_paper)  # fmt: skip
         launch(processes, "mask_hashes.py", tmp_path / f"{name}.masks", words)
     assert metrics(tmp_path / "processes")[-1]["step"] == 10
     assert_identical(tmp_path / "accumulated", tmp_path / "processes")

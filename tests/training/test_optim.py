@@ -1,8 +1,10 @@
+import copy
 import math
 
 import pytest
 import timm
 import torch
+from conftest import Figure
 
 from sparsemae.models import MaskedAutoencoder
 from sparsemae.options.training import OptimConfig
@@ -78,3 +80,41 @@ def test_every_trainable_parameter_is_covered_or_it_fails() -> None:
     covered = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     assert covered == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert isinstance(optimizer, torch.optim.AdamW)
+
+
+@pytest.mark.holds("better.4")
+def test_a_frozen_variance_is_adamw_written_out(figure: Figure) -> None:
+    """Twelve steps, the second moment of the first five kept; from the eighth on with another state of the same."""
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_tiny_patch16_224", depth=1, embed_dim=12, num_classes=3, img_size=32).double()
+    optim = OptimConfig(betas=(0.8, 0.9), eps=1e-3, weight_decay=0.1, layer_decay=0.5, freeze_variance_epoch=5.0)
+    optimizer, twin = make_optimizer(vit, optim), {name: p.detach().clone() for name, p in vit.named_parameters()}
+    m, v = ({name: torch.zeros_like(w) for name, w in twin.items()} for _ in range(2))
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for t in range(1, 13):
+        if t == 8:
+            saved = copy.deepcopy(optimizer.state_dict())
+            optimizer = make_optimizer(vit, optim)
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["state"]})
+            groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        set_learning_rate(optimizer, 0.01 * t, variance_frozen=t > 5)
+        for name, p in vit.named_parameters():
+            g, group = torch.randn_like(p), groups[id(p)]
+            p.grad, w = g, twin[name]
+            w -= group["lr"] * group["weight_decay"] * w
+            m[name] = 0.8 * m[name] + 0.2 * g
+            if t <= 5:
+                v[name] = 0.9 * v[name] + 0.1 * g**2
+            root = (v[name] / (1 - 0.9 ** min(t, 5))).sqrt()
+            w -= group["lr"] * m[name] / (1 - 0.8**t) / (root + 1e-3)
+        optimizer.step()
+    worst = max(float((p.detach() - twin[name]).abs().max()) for name, p in vit.named_parameters())
+    assert worst < 1e-6  # torch counts steps in fp32
+    figure(f"largest difference {worst:.0e} after 12 steps, weights of about 1")
+
+
+def test_a_variance_that_would_freeze_after_the_end_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"optim\.freeze_variance_epoch: wanted less than the training's 3 epochs, got 4"
+    ):
+        in_epochs(OptimConfig(warmup_epochs=1, freeze_variance_epoch=4.0), steps_per_epoch=2, total_steps=6)

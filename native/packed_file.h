@@ -1,0 +1,30 @@
+// A packed file in memory, looked through before anything of it is believed: docs/packed-format.md. The twin of
+// sparsemae/packing/format.py and metadata.py. No exceptions: what is wrong is said in one line.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "preprocess.h"
+#include "vit.h"
+
+namespace sparsemae {
+
+struct PackedFile {
+  VitConfig vit{};
+  Preprocess preprocess;
+  std::vector<std::string> class_names;  // none, or one per class
+  std::string config;                    // the metadata's JSON
+  // For Vit. They point into the file's bytes, or into `floats`.
+  std::map<std::string, Weights> weights;
+  std::map<std::string, std::vector<float>> vectors;
+  std::map<std::string, std::vector<float>> floats;  // dense matrices that are stored as bfloat16
+};
+
+// What is wrong with the bytes, which must be aligned to 8; empty: `out` can be used while they stay.
+std::string read_packed(const std::uint8_t* bytes, std::size_t size, PackedFile& out);
+
+}  // namespace sparsemae

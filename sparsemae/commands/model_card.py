@@ -1,0 +1,99 @@
+"""The page of an exported model: README.md with the metadata that the hub reads."""
+
+import json
+import shlex
+import statistics
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+
+from sparsemae.card import ModelCard
+from sparsemae.models.weights import find_weights
+from sparsemae.options import ExportConfig
+from sparsemae.packing.pack import pack
+from sparsemae.runtime import _native, load
+from sparsemae.sparsity import iter_sparse
+from sparsemae.tasks import task_class
+from sparsemae.tasks.task import encoder_of
+
+KINDS = {"classify": "image-classification", "segment": "image-segmentation", "pretrain": "image-feature-extraction"}
+"""A task's name on the hub."""
+METRICS = {"top1": "accuracy", "top5": "accuracy", "miou": "mean_iou"}
+"""Of those that a card has, the hub's types."""
+RUNS = 9
+
+
+def model_card(model: Any, card: ModelCard, config: ExportConfig) -> str:
+    """Markdown with YAML before it: data, metrics with errors, start, license, command, size and speed.
+
+    What is not known of the model is left out. Speed is measured here and now, of the packed file.
+    """
+    run = find_weights(config.model).parent
+    kept = _read(run / "config.yaml")
+    name = config.push or Path(config.folder).name
+    data = Path(str(kept.get("data", {}).get("root") or kept.get("data", {}).get("source", "unknown"))).name
+    kind, error = KINDS.get(card.task, card.task), card.metrics.get("standard_error")
+    patterns = Counter(card.patterns.values()).items()
+    found = [
+        EvalResult(kind, data, data, METRICS[key], value, metric_name=key, task_name=kind)
+        for key, value in card.metrics.items()
+        if key in METRICS
+    ]
+    tags = ["sparsemae", "sparse", "vision-transformer"]
+    library = {"timm": "timm", "hf": "transformers" if card.task == "pretrain" else "timm", "onnx": "onnx"}[config.to]
+    front = ModelCardData(
+        license=card.license or None, library_name=library, pipeline_tag=kind, tags=tags, model_name=name,
+        eval_results=found or None,
+    )  # fmt: skip
+    command = _read(run / "environment.json").get("command", [])
+    rows = {
+        "task": card.task + f", {len(card.class_names):,} classes" * bool(card.class_names),
+        "architecture": f"{card.architecture} {json.dumps(card.model_args)}",
+        "sparsity": ", ".join(f"{pattern} in {layers} layers" for pattern, layers in patterns),
+        "data": data if kept else "",
+        "metrics": task_class(card.task).summary(card.metrics) if card.metrics else "",
+        "standard error of top-1": "" if error is None else f"{error:.2%}",
+        "started from": str(kept.get("init") or "") or "random weights" * bool(kept),
+        "license of the weights": card.license or "not known",
+        "command": shlex.join(["sparsemae", *map(str, command[1:])]) if command else "",
+        "size and speed": _size_and_speed(model, card),
+    }
+    table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items() if value)
+    return (
+        f"---\n{front.to_yaml()}\n---\n\n# {name}\n\nA vision transformer with N:M sparse weights, made by "
+        "SparseMAE (Zhou et al., ICCV 2023). Pruned weights are stored as zeros.\n\n"
+        f"| | |\n|---|---|\n{table}\n"
+    )
+
+
+def _size_and_speed(model: Any, card: ModelCard) -> str:
+    """Of the packed file, where the model can be packed."""
+    if card.task != "classify" or not any(iter_sparse(model)):
+        return ""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "packed.safetensors"
+        size = pack(encoder_of(model), file, card).packed
+        packed = load(file)
+        image, seconds = np.zeros((1, 3, card.input.img_size, card.input.img_size), np.float32), []
+        for _ in range(RUNS):
+            start = time.perf_counter()
+            packed(image)
+            seconds.append(time.perf_counter() - start)
+        median, name = statistics.median(seconds[1:]), _native.processor()[0]
+        return f"packed {size / 1e6:.2f} MB; {median * 1e3:.1f} ms an image with {packed.threads} threads of {name}"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A run's own file, JSON being YAML; empty where there is none."""
+    values = yaml.safe_load(file.read_text()) if file.is_file() else {}
+    return values if isinstance(values, dict) else {}
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")

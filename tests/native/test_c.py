@@ -1,0 +1,158 @@
+"""The library for C: its logits are Python's, its errors come back, and no file harms it."""
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference
+from conftest import ROOT
+from documents import blocks
+from mutations import edit, scramble
+from PIL import Image
+
+from sparsemae.packing.format import PackedModel, write
+from sparsemae.runtime import load
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not shutil.which("cmake") or not shutil.which("cc"), reason="needs cmake and a C compiler"),
+]
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+KINDS = {
+    "plain": {"num_classes": 10},
+    "oblong": {"image_width": 24, "pre_norm": True, "patch_bias": False},
+    "registers": {"reg_tokens": 2, "no_embed_class": True, "layer_scale": True},
+}
+
+
+def build(folder: Path, *options: str) -> Path:
+    configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-DSPARSEMAE_C=ON", *options]
+    subprocess.run(configure, check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", str(folder), "-j2"], check=True, capture_output=True)
+    return folder
+
+
+def compiled(source: Path, library: Path, *flags: str) -> Path:
+    program = library / source.stem
+    subprocess.run(
+        ["cc", "-std=c99", "-Wall", "-Wextra", "-Werror", *flags, source, "-I", ROOT / "include", "-L", library,
+         "-lsparsemae", f"-Wl,-rpath,{library}", "-o", program], check=True,
+    )  # fmt: skip
+    return program
+
+
+@pytest.fixture(autouse=True)
+def the_same_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSEMAE_ISA", "portable")  # the others take a minute to compile
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("c"), "-DSPARSEMAE_PORTABLE=ON")
+
+
+def packed(path: Path, dtype: str = "bf16", interpolation: str = "bicubic", **vit: object) -> Path:
+    model = reference.random_model(reference.vit_shape(**vit), "2:32", dtype)
+    spec = replace(
+        model.config.card.input, interpolation=interpolation, crop_pct=0.875, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)
+    )
+    names = tuple(f'"{i}" é\n' for i in range(model.config.vit.num_classes))
+    card = replace(model.config.card, input=spec, class_names=names)
+    write(path, PackedModel(replace(model.config, card=card), model.tensors))
+    return path
+
+
+@pytest.mark.holds("take.5")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+def test_the_programs_logits_are_pythons(
+    library: Path, tmp_path: Path, kind: str, dtype: str, figure: Callable[[str], None]
+) -> None:
+    generator, images = np.random.default_rng(0), []
+    for i, size in enumerate([(16, 16), (31, 200, 3), (300, 7), (61, 47, 3), (2, 3, 3), (1, 1)]):
+        images.append(tmp_path / f"{i}.{'ppm' if len(size) == 3 else 'pgm'}")
+        Image.fromarray(generator.integers(0, 256, size, dtype=np.uint8)).save(images[-1])
+    for interpolation in INTERPOLATIONS:
+        file = packed(tmp_path / "model", dtype, interpolation, **KINDS[kind])
+        model = load(file)
+        command = [library / "sparsemae-run", "--logits", file, *images]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        got = np.array([line.split() for line in done.stdout.splitlines()], np.float32)
+        with_python = [model.prepare(Image.open(image).convert("RGB")) for image in images]
+        assert np.array_equal(got, np.concatenate([model(image[None]) for image in with_python]))
+    figure(f"{len(images) * len(INTERPOLATIONS)} images, equal bits")
+
+
+def test_the_program_names_classes_and_what_it_cannot_read(library: Path, tmp_path: Path) -> None:
+    file, run = packed(tmp_path / "model"), library / "sparsemae-run"
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "red.ppm")
+    (tmp_path / "cut.ppm").write_bytes((tmp_path / "red.ppm").read_bytes()[:100])
+    (tmp_path / "huge.ppm").write_bytes(b"P6\n65535 65535\n255\n")
+    (tmp_path / "jpeg.ppm").write_bytes(b"\xff\xd8\xff\xe0")
+    names = ("red", "cut", "huge", "jpeg", "absent", "red")
+    done = subprocess.run([run, file, *(tmp_path / f"{name}.ppm" for name in names)], capture_output=True, check=False)
+    best = load(file).predict(tmp_path / "red.ppm", 3)[0]
+    shown = ", ".join(f"{one.label} {one.probability:.1%}" for one in best)
+    assert done.stdout.decode() == f"{tmp_path / 'red.ppm'}: {shown}\n" * 2
+    said = done.stderr.decode().splitlines()
+    assert [line.split(": ")[1] for line in said] == [str(tmp_path / f"{name}.ppm") for name in names[1:-1]]
+    assert done.returncode == 2
+    for words, wanted in (([], "usage:"), ([tmp_path / "red.ppm", "x.ppm"], "wanted a packed model"),
+                          ([tmp_path / "absent", "x.ppm"], "No such file")):  # fmt: skip
+        done = subprocess.run([run, *words], capture_output=True, check=False)
+        assert done.returncode == 2
+        (line,) = done.stderr.decode().splitlines()
+        assert wanted in line
+
+
+@pytest.mark.holds("take.5")
+def test_the_program_of_the_page_runs(library: Path, tmp_path: Path) -> None:
+    (block,) = blocks(ROOT / "docs/deploy.md", "c")
+    (tmp_path / "example.c").write_text(block)
+    packed(tmp_path / "small.safetensors")
+    program = compiled(tmp_path / "example.c", library)
+    done = subprocess.run([program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    model = load(tmp_path / "small.safetensors")
+    best = model.predict(np.full((200, 300, 3), (255, 0, 0), np.uint8), 1)[0][0]
+    assert done.stdout == f"class {best.index} of 10: {best.label}\n"
+
+
+def hostile_files(folder: Path, count: int) -> list[Path]:
+    original, rng = packed(folder / "model").read_bytes(), np.random.default_rng(0)
+    header = 8 + int.from_bytes(original[:8], "little")
+    kinds = [
+        lambda: scramble(rng, original, header), lambda: scramble(rng, original, len(original)),
+        *(lambda where=where: edit(rng, original, where) for where in ("header", "config", "values")),
+    ]  # fmt: skip
+    files = [folder / f"{i:04d}" for i in range(count)]
+    for i, file in enumerate(files):
+        file.write_bytes(kinds[i % len(kinds)]())
+    return files
+
+
+@pytest.mark.holds_only
+@pytest.mark.holds("take.5")
+def test_a_thousand_hostile_files_under_the_address_sanitizer(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, figure: Callable[[str], None]
+) -> None:
+    folder = build(tmp_path_factory.mktemp("asan"), "-DSPARSEMAE_SANITIZE=ON", "-DSPARSEMAE_PORTABLE=ON")
+    program = compiled(ROOT / "tests/native/hostile.c", folder, "-fsanitize=address,undefined", "-g")
+    files = hostile_files(tmp_path, 1000)
+    environment = os.environ | {"ASAN_OPTIONS": "max_allocation_size_mb=1000"}
+    done = subprocess.run([program, *files], capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(files)
+    refused = sum(line.startswith("refused: ") for line in lines)
+    for file, line in zip(files, lines, strict=True):
+        assert re.fullmatch(r"refused: [^\n]+|-?[\d.e+-]+|-?inf|-?nan", line), line
+        if not line.startswith("refused"):  # Python takes it, too
+            load(file, 1)
+    assert len(files) * 0.5 < refused < len(files)
+    figure(f"{len(files)} files, {refused} refused, the others run; no report of the sanitizers")
