@@ -104,7 +104,8 @@ def test_the_program_names_classes_and_what_it_cannot_read(library: Path, tmp_pa
     assert [line.split(": ")[1] for line in said] == [str(tmp_path / f"{name}.ppm") for name in names[1:-1]]
     assert done.returncode == 2
     cases: dict[str, list[str]] = {
-        "usage:": [], "wanted a packed model": [str(tmp_path / "red.ppm"), "x.ppm"], "No such file": ["absent", "x.ppm"],
+        "usage:": [], "wanted a packed model": [str(tmp_path / "red.ppm"), "x.ppm"],
+        "No such file": ["absent", "x.ppm"],
     }  # fmt: skip
     for wanted, words in cases.items():
         done = subprocess.run([run, *words], capture_output=True, check=False)
