@@ -115,7 +115,8 @@ def kinds(folder: Path, out: Path) -> None:
     files = sorted(folder.glob("val/*/*.jpg"))[:: max(1, len(list(folder.glob("val/*/*.jpg"))) // 20)][:20]
     out.mkdir()
     for i, file in enumerate(files):
-        image, options, ending = Image.open(file).convert("RGB"), {"quality": 92}, "jpg"
+        options: dict[str, Any] = {"quality": 92}
+        image, ending = Image.open(file).convert("RGB"), "jpg"
         if i < 4:
             exif = Image.Exif()
             exif[0x0112] = (3, 6, 8, 5)[i]

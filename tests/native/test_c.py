@@ -74,14 +74,14 @@ def packed(path: Path, dtype: str = "bf16", interpolation: str = "bicubic", **vi
 def test_the_programs_logits_are_pythons(
     library: Path, tmp_path: Path, kind: str, dtype: str, figure: Callable[[str], None]
 ) -> None:
-    generator, images = np.random.default_rng(0), []
+    generator, images = np.random.default_rng(0), list[Path]()
     for i, size in enumerate([(16, 16), (31, 200, 3), (300, 7), (61, 47, 3), (2, 3, 3), (1, 1)]):
         images.append(tmp_path / f"{i}.{'ppm' if len(size) == 3 else 'pgm'}")
         Image.fromarray(generator.integers(0, 256, size, dtype=np.uint8)).save(images[-1])
     for interpolation in INTERPOLATIONS:
         file = packed(tmp_path / "model", dtype, interpolation, **KINDS[kind])
         model = load(file)
-        command = [library / "sparsemae-run", "--logits", file, *images]
+        command: list[str | Path] = [library / "sparsemae-run", "--logits", file, *images]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         got = np.array([line.split() for line in done.stdout.splitlines()], np.float32)
         with_python = [model.prepare(Image.open(image).convert("RGB")) for image in images]
@@ -103,8 +103,11 @@ def test_the_program_names_classes_and_what_it_cannot_read(library: Path, tmp_pa
     said = done.stderr.decode().splitlines()
     assert [line.split(": ")[1] for line in said] == [str(tmp_path / f"{name}.ppm") for name in names[1:-1]]
     assert done.returncode == 2
-    for words, wanted in (([], "usage:"), ([tmp_path / "red.ppm", "x.ppm"], "wanted a packed model"),
-                          ([tmp_path / "absent", "x.ppm"], "No such file")):  # fmt: skip
+    cases: dict[str, list[str]] = {
+        "usage:": [], "wanted a packed model": [str(tmp_path / "red.ppm"), "x.ppm"],
+        "No such file": ["absent", "x.ppm"],
+    }  # fmt: skip
+    for wanted, words in cases.items():
         done = subprocess.run([run, *words], capture_output=True, check=False)
         assert done.returncode == 2
         (line,) = done.stderr.decode().splitlines()
