@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sparsemae.cli import main
-from sparsemae.config import SHORT, read_config, recipe_names
+from sparsemae.config import SHORT as SHORT_NAMES, read_config, recipe_names
 from sparsemae.jobs import JOBS, resolve
 
 DOCUMENTS = (*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "native/README.md")
@@ -199,7 +199,7 @@ def option_names(kind: Any, prefix: str = "") -> set[str]:
 def test_options_and_commands_in_the_text_exist() -> None:
     kinds = {name: resolve(job.options) for name, job in JOBS.items()}
     options: set[str] = {name for kind in kinds.values() for name in option_names(kind)}
-    options |= {"config", "print_config", "debug", "help", "help_all", "version", "data.root", *SHORT}
+    options |= {"config", "print_config", "debug", "help", "help_all", "version", "data.root", *SHORT_NAMES}
     groups = {name.split(".")[0] for name in options if "." in name}
     foreign = {"holds", "index_url", "kill_on_bad_exit", "signal"}  # pytest's, pip's and Slurm's
     for page in DOCUMENTS:

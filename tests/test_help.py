@@ -78,7 +78,7 @@ def test_the_examples_of_trainings_run(
     short = ["--trainer.max_steps=2", "--model.args={embed_dim: 32, depth: 4, num_heads: 2}", "--data.workers=0",
              "--trainer.accelerator=cpu", "--trainer.precision=fp32"]  # fmt: skip
     left_out = {"--init", "--config"}  # a download, and the paper's size
-    for job in ("check", "pretrain", "finetune", "segment", "evaluate", "pack", "predict", "report"):
+    for job in ("check", "pretrain", "finetune", "segment", "pack", "evaluate", "predict", "report"):
         for example in JOBS[job].examples:
             words = shlex.split(example)[1:]
             if left_out & set(words):

@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,9 @@ def check_pairs(splits: Splits, source: Source) -> None:
 
 def find_masks(data: SourceConfig) -> Splits:
     """The splits of images with masks. Raises ValueError as `find_source`."""
+    found = Path(data.root or ".", "classes.txt")
+    if data.source == "folder" and data.classes is None and data.root is not None and found.is_file():
+        data = replace(data, classes=str(found))
     check_options(data, OPTIONS, "images with masks")
     if data.source == "embedded":
         return Splits(data, {part: (part, partial(EmbeddedPairs, part)) for part in ("train", "val")})
