@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from statistics import fmean
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from timm.utils import ModelEmaV3
@@ -31,26 +31,8 @@ from sparsemae.training.logs import StepProgress, package_versions
 from sparsemae.training.optim import in_epochs, learning_rate, make_optimizer, scaled_to_batch, set_learning_rate
 from sparsemae.training.run import Run
 from sparsemae.training.state import TrainingState, bad_record
-from sparsemae.training.step import memory_advice, optimizer_step
+from sparsemae.training.step import StepVerdict, memory_advice, optimizer_step
 from sparsemae.training.subject import Fitted, Subject
-
-
-class _Verdict(NamedTuple):
-    """What all processes know of a step before they take it."""
-
-    loss: float
-    """Mean over all processes."""
-    norm: float
-    """Of the gradient."""
-    ending: float
-    """More than 0: some process wants the run to end after this step."""
-    no_data: float
-    """More than 0: some process had no data, and the step is none."""
-
-    @property
-    def good(self) -> bool:
-        """Whether the optimizer may see this gradient."""
-        return not self.no_data and math.isfinite(self.loss) and math.isfinite(self.norm)
 
 
 def fit(run: Run, subject: Subject) -> Fitted:
@@ -191,7 +173,7 @@ class _Loop:
         state, epoch = self.state, self.state.done / self.plan.steps_per_epoch
         frozen = self.optim.freeze_variance_epoch is not None and epoch >= self.optim.freeze_variance_epoch
         set_learning_rate(self.optimizer, learning_rate(self.optim, epoch, self.epochs), frozen)
-        verdict, losses, indices = _Verdict(0.0, 0.0, 0.0, 0.0), torch.empty(0), torch.empty(0)
+        verdict, losses, indices = StepVerdict(0.0, 0.0, 0.0, 0.0), torch.empty(0), torch.empty(0)
 
         def backward() -> None:
             nonlocal losses, indices
@@ -252,15 +234,15 @@ class _Loop:
         pin, timeout = self.fabric.device.type == "cuda", self.run.trainer.loader_timeout_seconds
         return batches(self.subject.dataset, sampler, self.task.config.data.workers, pin, self.unreadable, timeout)
 
-    def _agree(self, loss: Tensor, norm: Tensor) -> _Verdict:
+    def _agree(self, loss: Tensor, norm: Tensor) -> StepVerdict:
         """One all-reduce, and the step's one wait for the device: a NaN or a wish of any process reaches all."""
         self.saver.poll()
         no_data = self.stop_reason is not None
         ending = no_data or self.signals.received is not None or self.saver.failure is not None
         mine = torch.stack([loss, norm.to(loss.dtype), *loss.new_tensor([ending, no_data])])
-        return _Verdict(*self.fabric.all_reduce(mine, reduce_op="mean").tolist())  # type: ignore[union-attr]
+        return StepVerdict(*self.fabric.all_reduce(mine, reduce_op="mean").tolist())  # type: ignore[union-attr]
 
-    def _record_bad(self, verdict: _Verdict, losses: Tensor, indices: Tensor) -> None:
+    def _record_bad(self, verdict: StepVerdict, losses: Tensor, indices: Tensor) -> None:
         """Write down whose images a step without good numbers had; too many in a row end the run."""
         step, bad, gather = self.state.done + 1, self.state.bad, self.fabric.all_gather
         shape = (self.plan.world, self.plan.accumulate, self.plan.micro_batch)

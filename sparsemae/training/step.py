@@ -1,7 +1,9 @@
 """One optimizer step: the same for the loop, for the plan of its memory and for the benchmark."""
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,3 +60,21 @@ def memory_advice(plan: BatchPlan, device: torch.device) -> str:
         if smaller else "wanted a smaller model, more processes, or a larger device"
     )  # fmt: skip
     return f"out of memory on {device} with {batch} images per forward: {advice}"
+
+
+class StepVerdict(NamedTuple):
+    """What all processes know of a step before they take it."""
+
+    loss: float
+    """Mean over all processes."""
+    norm: float
+    """Of the gradient."""
+    ending: float
+    """More than 0: some process wants the run to end after this step."""
+    no_data: float
+    """More than 0: some process had no data, and the step is none."""
+
+    @property
+    def good(self) -> bool:
+        """Whether the optimizer may see this gradient."""
+        return not self.no_data and math.isfinite(self.loss) and math.isfinite(self.norm)

@@ -45,7 +45,7 @@ def test_a_packed_model_predicts_and_evaluates_like_its_source(
     main(["pack", str(runs / "finetune"), str(packed), "--dtype", dtype, "--data.source", "embedded"])
     assert "dense model on 10000 images: largest difference of a logit" in capsys.readouterr().out
     images = [str(image_folder / "val")]
-    ours, theirs = (predict(PredictConfig(str(model), images, 10)) for model in (packed, runs / "finetune"))
+    ours, theirs = (predict(PredictConfig(str(model), images, top_k=10)) for model in (packed, runs / "finetune"))
     assert ours.keys() == theirs.keys()
     tolerance = {"fp32": 1e-5, "bf16": 2e-2, "int8": 5e-2}[dtype]
     for file, ranking in ours.items():
