@@ -2,7 +2,7 @@
 
 Between the demo's 28 px and the paper's ViT-B on ImageNet: a ViT-Ti at 128 px on a processor, a ViT-S at 224 px on a
 GPU (a ViT-B where timm's weights are fetched for it). What is named is kept, and the rest follows from it: the rate
-from the batch, the warm-up from the length. How the numbers below were found: docs/own-images.md.
+from the batch, the warm-up from the length. The numbers below work on the sets of the tests; they were not tuned.
 """
 
 import math
