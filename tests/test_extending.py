@@ -125,6 +125,7 @@ def test_a_task_is_that_of_its_test(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="AVX is x86's")
+@pytest.mark.holds_only
 def test_an_instruction_set(tree: Path) -> None:
     (tree / "native/kernels_avx.cpp").write_text(block("lane_kernels-inl.h", "cpp"))
     apply(block("kernels_avx.cpp", "diff"), tree)

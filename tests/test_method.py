@@ -87,6 +87,7 @@ def test_parameters_and_multiply_adds_are_what_the_code_counts() -> None:
     ("finetune", {"with a head of 1,000 classes"}, set(), 1),
     ("segment", set(), {"segmentation encoder and pyramid", "segmentation head"}, 2),
 ])  # fmt: skip
+@pytest.mark.holds_only
 def test_parameters_and_multiply_adds_of_stage_2(
     stage: str, parameters: set[str], forwards: set[str], rows: int
 ) -> None:

@@ -61,6 +61,7 @@ def test_a_recipe_of_before_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", ["finetune", "segment"])
+@pytest.mark.holds_only
 def test_a_run_of_before_is_continued(job: str, tmp_path: Path) -> None:
     words = (tiny_segment if job == "segment" else lambda out: tiny(job, out))(tmp_path / "run")
     main([*words, "--trainer.max_steps", "1"])

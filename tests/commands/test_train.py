@@ -91,6 +91,7 @@ def test_dense_and_excluded_layers(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", ["pretrain", "finetune", "segment"])
+@pytest.mark.holds_only
 def test_a_file_says_whether_it_holds_the_average(job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     deeper = ["--model.args", "{patch_size: 7, embed_dim: 32, depth: 4, num_heads: 2}"] if job == "segment" else []
     main(tiny(job, tmp_path / "run", "--trainer.ema_decay", "0.5", "--trainer.max_steps", "2", *deeper))

@@ -153,6 +153,7 @@ def test_memory_is_within_15_percent_of_a_real_process(tmp_path: Path, figure: F
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="VmHWM is Linux's")
 @pytest.mark.parametrize(("job", "precision"), [("pretrain", "bf16"), ("finetune", "fp32")])
+@pytest.mark.holds_only
 def test_memory_of_vit_base_is_within_15_percent(tmp_path: Path, job: str, precision: str, figure: Figure) -> None:
     """ViT-B/16 at 224 px, 8 images: 3 GB of memory and a minute. Measured as above."""
     ratio, text = compare(tmp_path, job, "seed: 0", precision)

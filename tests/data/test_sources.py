@@ -161,6 +161,7 @@ def two_processes() -> Iterator[Executor]:
 @pytest.mark.holds("imagenet.2")
 @pytest.mark.parametrize("kind", ["folder", "tar", "wds", "torchvision"])
 @pytest.mark.slow
+@pytest.mark.holds_only
 def test_each_image_exactly_once_over_two_processes(
     photos: Path, tmp_path: Path, kind: Any, figure: Any, monkeypatch: pytest.MonkeyPatch, two_processes: Executor
 ) -> None:

@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparsemae.options import TrainerConfig
 from sparsemae.sparsity import MaskSchedule
-from sparsemae.training import checkpoint, launch, run as run_start
+from sparsemae.training import launch, run as run_start, state
 from sparsemae.training.checkpoint import list_checkpoints
 from sparsemae.training.state import TrainingState
 
@@ -32,7 +32,7 @@ def miss_the_last_checkpoint() -> None:
     """The second process does: its file system is late."""
     listed = list_checkpoints
     if second():
-        checkpoint.list_checkpoints = lambda folder: listed(folder)[:-1]
+        state.list_checkpoints = lambda folder: listed(folder)[:-1]
 
 
 def lose_a_bit() -> None:

@@ -33,7 +33,6 @@ FEW = [
     ("forward", "error", 1),
     ("backward", "kill -9", 0),
     ("all-reduce", "SIGSTOP", 0),
-    ("evaluate", "endless loop", 1),
 ]
 
 

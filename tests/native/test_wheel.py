@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 @pytest.mark.holds("packed.1")
+@pytest.mark.holds_only
 def test_wheel_in_an_empty_environment(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip"]
     subprocess.run([*pip, "wheel", "--no-deps", "-q", "-w", tmp_path, ROOT], check=True, capture_output=True)

@@ -179,6 +179,7 @@ def test_the_page_shows_the_first_batch_as_the_loss_had_it(tmp_path: Path, monke
 @pytest.mark.parametrize(
     ("job", "name", "metric"), [("finetune", "Top-1 accuracy", "top1"), ("segment", "mIoU", "miou")]
 )
+@pytest.mark.holds_only
 def test_two_processes_bring_all_images_together(tmp_path: Path, job: str, name: str, metric: str) -> None:
     """Each looks at every other image; the page is of all."""
     short = ["--trainer.max_steps", "1", "--trainer.device_batch", "8" if job == "finetune" else "2"]

@@ -146,6 +146,7 @@ def small(tmp_path: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.holds("better.1")
+@pytest.mark.holds_only
 def test_a_study_to_its_end_and_a_deleted_result_again(small: list[str], tmp_path: Path) -> None:
     main(small)
     out = tmp_path / "study"

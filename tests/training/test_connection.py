@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -79,7 +80,8 @@ def test_a_stranger_is_not_heard(three: tuple[list[Connection], Store]) -> None:
         b"\xff\n",
         forged.encode() + b"\n",
     ):
-        with socket.create_connection(("127.0.0.1", int(port))) as stranger:
+        # the stranger may be shown out before it is done
+        with suppress(OSError), socket.create_connection(("127.0.0.1", int(port))) as stranger:
             stranger.sendall(words)
             stranger.shutdown(socket.SHUT_WR)
             assert not stranger.makefile("rb").read()

@@ -254,6 +254,7 @@ def gradients(tmp_path: Path, name: str, processes: int, *options: str) -> dict[
 
 @pytest.mark.slow
 @pytest.mark.holds("foundation.3")
+@pytest.mark.holds_only
 def test_processes_accumulation_and_batch_agree(tmp_path: Path, figure: Any) -> None:
     """Loss, gradient and SR-STE's term: 1 x 8, 1 x 2 steps x 4, 2 processes x 4 (gloo)."""
     worst = 0.0
@@ -277,6 +278,7 @@ def test_processes_accumulation_and_batch_agree(tmp_path: Path, figure: Any) -> 
 @pytest.mark.slow
 @pytest.mark.holds("imagenet.3")
 @pytest.mark.parametrize("beyond_the_paper", [False, True])
+@pytest.mark.holds_only
 def test_two_processes_equal_accumulation_through_a_finetuning(
     tmp_path: Path, figure: Any, runs: Path, beyond_the_paper: bool
 ) -> None:
@@ -301,6 +303,7 @@ def test_two_processes_equal_accumulation_through_a_finetuning(
 
 @pytest.mark.slow
 @pytest.mark.holds("imagenet.5")
+@pytest.mark.holds_only
 def test_evaluation_on_two_processes_is_that_of_one(tmp_path: Path, figure: Any) -> None:
     """On 10,000 images, which batch x processes does not divide: top-1, top-5 and standard error to the last bit."""
     found = []
@@ -318,7 +321,9 @@ def test_evaluation_on_two_processes_is_that_of_one(tmp_path: Path, figure: Any)
 
 @pytest.mark.slow
 @pytest.mark.holds("imagenet.3")
-@pytest.mark.parametrize(("job", "precision"), [("pretrain", "fp64"), ("finetune", "fp32")])
+@pytest.mark.parametrize(
+    ("job", "precision"), [pytest.param("pretrain", "fp64", marks=pytest.mark.holds_only), ("finetune", "fp32")]
+)
 def test_compiled_equals_eager(
     tmp_path: Path, job: str, precision: str, monkeypatch: pytest.MonkeyPatch, figure: Any
 ) -> None:

@@ -42,7 +42,7 @@ def commands(launcher: str, out: Path) -> list[tuple[list[str], dict[str, str]]]
 
 @pytest.mark.slow
 @pytest.mark.holds("imagenet.3")
-@pytest.mark.parametrize("launcher", ["torchrun, two nodes", "Slurm"])
+@pytest.mark.parametrize("launcher", [pytest.param("torchrun, two nodes", marks=pytest.mark.holds_only), "Slurm"])
 def test_two_processes_of_a_launcher_equal_accumulation(tmp_path: Path, launcher: str) -> None:
     main(words(tmp_path / "accumulated"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}

@@ -49,6 +49,7 @@ def on_two_processes(*own: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.holds_only
 def test_two_processes_agree_on_what_is_unreadable(broken: Path, tmp_path: Path) -> None:
     options = ["--trainer.device_batch", "4", "--data.max_unreadable"]
     done = on_two_processes(*words("pretrain", broken, tmp_path / "two", *options, "0.2"))
