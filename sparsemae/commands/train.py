@@ -6,7 +6,6 @@ from pathlib import Path
 from sparsemae.commands.result import measured, tested
 from sparsemae.data.record import record
 from sparsemae.data.sampling import INIT, BatchPlan, seed_all
-from sparsemae.files import write_atomic
 from sparsemae.models.start import start_from
 from sparsemae.models.weights import save_model
 from sparsemae.options import TrainingConfig
@@ -55,8 +54,7 @@ def _train(config: TrainingConfig, group: Group) -> Path:
         check_blocks(encoder_of(model))
     except ValueError as error:
         notes.append(f"warning: this model can be trained, not packed: {error}")
-    summary = summarize(encoder_of(model))
-    run.log.info(summary.line(), *notes, *task.notes(model))
+    run.log.info(summarize(encoder_of(model)).line(), *notes, *task.notes(model))
     task.prepare(model, run.fabric, plan)
 
     subject = Subject(task, model, task.wrapped(model), dataset, card, masks, plan, images)
@@ -71,7 +69,6 @@ def _train(config: TrainingConfig, group: Group) -> Path:
     )
     if run.fabric.is_global_zero:
         save_model(path, model, card)
-        write_atomic(run.folder / "layers.txt", f"{summary}\n")
     result = tested(run, task, model, card, result)
     if run.fabric.is_global_zero:
         result.write(run)

@@ -12,7 +12,7 @@ from sparsemae.demo import classification, segmentation
 from sparsemae.demo.results import markdown, read_arms, table
 from sparsemae.files import replacing, write_atomic
 from sparsemae.options import DemoConfig
-from sparsemae.runtime.model import processors
+from sparsemae.processors import processors
 from sparsemae.study.stages import run_stages
 
 MARKER = ".sparsemae-demo"

@@ -6,9 +6,7 @@ from the batch, the warm-up from the length. The numbers below work on the sets 
 """
 
 import math
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from sparsemae.limits import value_of, with_values
@@ -55,20 +53,6 @@ class Facts:
     """What the weights to start from are."""
     gpu: bool = False
     processors: int = 1
-
-
-def processors() -> int:
-    """That this process may use: those of its affinity, and no more than its control group's quota allows."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for quota_file, period_file in (("cpu.max", ""), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
-        try:
-            words = Path("/sys/fs/cgroup", quota_file).read_text().split()
-            words += Path("/sys/fs/cgroup", period_file).read_text().split() if period_file else []
-            if words[0] not in ("max", "-1"):
-                count = min(count, max(1, math.ceil(int(words[0]) / int(words[1]))))
-        except (OSError, ValueError, IndexError, ZeroDivisionError):
-            continue
-    return count
 
 
 def derive(config: C, facts: Facts) -> tuple[C, str]:

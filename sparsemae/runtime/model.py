@@ -20,11 +20,10 @@ from sparsemae.limits import MAX_PIXELS, whole_number
 from sparsemae.packing.format import PackedModel, dense_shapes, from_bf16, read
 from sparsemae.packing.metadata import PackedConfig, parse_pattern
 from sparsemae.predictor import Inputs, Prediction, checked, raised, rank
+from sparsemae.processors import processors
 from sparsemae.runtime._native import Builder, Vit
 from sparsemae.runtime.preprocess import transform
 
-CGROUPS = Path("/sys/fs/cgroup")
-OWN_CGROUP = Path("/proc/self/cgroup")
 MAX_THREADS = 1024
 IMAGES_PER_THREAD = 4
 """In one call of the native library, which hears no Ctrl-C."""
@@ -151,20 +150,7 @@ def load(path: str | Path, threads: int | None = None, quantize: bool = True) ->
 
 def _default_threads(tokens: int) -> int:
     """The processors this process may use, within its cgroup's quota; no more than there are units of 16 tokens."""
-    return min(processors(), _quota() or processors(), -(-tokens // 16))
-
-
-def processors() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _quota() -> int | None:
-    """Processors that the process's cgroup (version 2) and those above it leave, rounded up; None: no limit."""
-    own = OWN_CGROUP.read_text().partition("0::/")[2].split("\n")[0] if OWN_CGROUP.is_file() else ""
-    files = [group / "cpu.max" for group in (CGROUPS / own, *(CGROUPS / own).parents)]
-    limits = [file.read_text().split() for file in files if file.is_file()]
-    return min((-(-int(quota) // int(period)) for quota, period in limits if quota != "max"), default=None)
+    return min(processors(), -(-tokens // 16))
 
 
 def _build(packed: PackedModel, threads: int, isa: str, quantize: bool = True) -> Vit:

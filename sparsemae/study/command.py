@@ -15,7 +15,7 @@ from sparsemae.config import read_config
 from sparsemae.data.embedded import CLASS_NAMES, EmbeddedReader
 from sparsemae.jobs import JOBS
 from sparsemae.options import StudyConfig, TrainerConfig
-from sparsemae.runtime.model import processors
+from sparsemae.processors import processors
 from sparsemae.study.page import write_page
 from sparsemae.study.plan import Trial, choose, final, pairs, selection, stages_of
 from sparsemae.study.results import Results, result, tested

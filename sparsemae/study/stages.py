@@ -22,7 +22,7 @@ from rich.console import Console
 from sparsemae.config import read_config
 from sparsemae.data.loader import end_with_parent
 from sparsemae.jobs import JOBS, resolve
-from sparsemae.runtime.model import processors
+from sparsemae.processors import processors
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from sparsemae.limits import with_values
 from sparsemae.models.architecture import architecture_of, timm_name
 from sparsemae.models.weights import card_of, find_weights, read_metadata
 from sparsemae.options import TrainingConfig
-from sparsemae.options.derived import SMALL_SET, Facts, derive, processors
+from sparsemae.options.derived import SMALL_SET, Facts, derive
+from sparsemae.processors import processors
 from sparsemae.tasks.task import Task
 
 C = TypeVar("C", bound=TrainingConfig)

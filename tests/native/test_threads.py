@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import reference
 
+from sparsemae import processors
 from sparsemae.packing.format import write
-from sparsemae.runtime import load, model
+from sparsemae.runtime import load
 from sparsemae.runtime._native import usable_isas
 
 ROOT = Path(__file__).parents[2]
@@ -131,17 +132,17 @@ def test_the_default_is_no_more_than_quota_and_model_have_use_for(
     groups = tmp_path / "cgroup"
     (groups / "pod/box").mkdir(parents=True)
     (tmp_path / "self").write_text("0::/pod/box\n")
-    monkeypatch.setattr(model, "CGROUPS", groups)
-    monkeypatch.setattr(model, "OWN_CGROUP", tmp_path / "self")
-    assert model._quota() is None
+    monkeypatch.setattr(processors, "CGROUPS", groups)
+    monkeypatch.setattr(processors, "OWN_CGROUP", tmp_path / "self")
+    assert processors.quota() is None
     (groups / "pod/box/cpu.max").write_text("max 100000\n")
-    assert model._quota() is None
+    assert processors.quota() is None
     (groups / "pod/cpu.max").write_text("250000 100000\n")
-    assert model._quota() == 3
+    assert processors.quota() == 3
     (groups / "pod/box/cpu.max").write_text("50000 100000\n")
-    assert model._quota() == 1
+    assert processors.quota() == 1
     (tmp_path / "self").unlink()
-    assert model._quota() is None
+    assert processors.quota() is None
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
     write(tmp_path / "m", reference.random_model(reference.vit_shape(image_height=32, image_width=32)))

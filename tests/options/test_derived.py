@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from sparsemae import processors
 from sparsemae.config import read_config
 from sparsemae.limits import value_of, with_values
 from sparsemae.options import FinetuneConfig, PretrainConfig, SegmentConfig
-from sparsemae.options.derived import RATE_BATCH, RULES, Facts, derive, processors
+from sparsemae.options.derived import RATE_BATCH, RULES, Facts, derive
 
 
 @cache
@@ -82,15 +83,17 @@ def test_small_images_are_not_enlarged_beyond_four_patches() -> None:
 
 def test_processors_are_those_of_the_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)), raising=False)
-    monkeypatch.setattr("sparsemae.options.derived.Path", lambda root, name: tmp_path / name.replace("/", "."))
-    assert processors() == 64
+    monkeypatch.setattr(processors, "CGROUPS", tmp_path)
+    monkeypatch.setattr(processors, "OWN_CGROUP", tmp_path / "self")
+    assert processors.processors() == 64
     for quota, wanted in (("max 100000", 64), ("150000 100000", 2), ("50000 100000", 1), ("nonsense", 64)):
         (tmp_path / "cpu.max").write_text(quota)
-        assert processors() == wanted
+        assert processors.processors() == wanted
     (tmp_path / "cpu.max").unlink()
-    (tmp_path / "cpu.cpu.cfs_quota_us").write_text("300000\n")
-    (tmp_path / "cpu.cpu.cfs_period_us").write_text("100000\n")
-    assert processors() == 3
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("300000\n")
+    (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
+    assert processors.processors() == 3
 
 
 def test_values_by_dotted_names() -> None:

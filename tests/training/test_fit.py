@@ -205,7 +205,7 @@ def test_the_linear_rule_scales_both_rates(tmp_path: Path) -> None:
 def test_the_runs_folder(tmp_path: Path) -> None:
     main(tiny("pretrain", tmp_path / "run"))
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        ".lock", "checkpoints", "config.yaml", "environment.json", "layers.txt", "metrics.jsonl", "model.safetensors",
+        ".lock", "checkpoints", "config.yaml", "environment.json", "metrics.jsonl", "model.safetensors",
         "report.html", "report.json", "result.json", "topology.jsonl",
     ]  # fmt: skip
     rows = metrics(tmp_path / "run")
