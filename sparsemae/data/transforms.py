@@ -91,11 +91,15 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
     The batch travels from the workers, and to the device, as bytes: a quarter of the floats.
     """
-    middle, scale = (255 * torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (mean, std))
+    middle, scale = _bytes_of(mean, images), _bytes_of(std, images)
     return images.float().sub_(middle).div_(scale)  # in place: a third of the time on a CPU
 
 
 def denormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """The inverse of `normalize`; what lies beyond bytes is clipped."""
-    middle, scale = (255 * torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (mean, std))
-    return (images * scale + middle).round().clamp(0, 255).byte()
+    return (images * _bytes_of(std, images) + _bytes_of(mean, images)).round().clamp(0, 255).byte()
+
+
+def _bytes_of(values: Sequence[float], images: Tensor) -> Tensor:
+    """A fraction for each channel as ``[1, 3, 1, 1]``, 0 to 255; filled on the device: a copy would wait for it."""
+    return 255 * torch.stack([torch.full((1, 1), value, device=images.device) for value in values]).unsqueeze(0)

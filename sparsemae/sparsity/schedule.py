@@ -75,7 +75,7 @@ class MaskSchedule:
         for name, layer in layers.items():
             layer.pattern = pattern_at(self._final[name], epoch, self._gradual_epochs)
             weight = layer.weight  # as a tensor: a number would have torch.compile start over at each step
-            layer.pruned_scale = torch.tensor(scale, dtype=weight.dtype, device=weight.device) if scale else None
+            layer.pruned_scale = torch.full((), scale, dtype=weight.dtype, device=weight.device) if scale else None
         if self._freeze_epoch is not None and epoch >= self._freeze_epoch and not self._fixed:
             self._fix({name: layer.current_mask() for name, layer in layers.items()})
         dense = epoch < self._dense_epochs
