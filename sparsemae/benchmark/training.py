@@ -37,7 +37,7 @@ from sparsemae.options import ImageDataConfig, TrainerConfig
 from sparsemae.sparsity import MaskSchedule
 from sparsemae.tasks import task_class
 from sparsemae.tasks.sparse import make_sparse
-from sparsemae.training.config import resolved_precision
+from sparsemae.training.device import resolved_precision
 from sparsemae.training.optim import make_optimizer
 from sparsemae.training.step import optimizer_step
 

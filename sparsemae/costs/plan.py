@@ -23,7 +23,7 @@ from sparsemae.tasks import task_class
 from sparsemae.tasks.derived import settle
 from sparsemae.tasks.sparse import meta_model
 from sparsemae.tasks.task import encoder_of
-from sparsemae.training.config import resolved_precision
+from sparsemae.training.device import resolved_precision
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import logging
 import platform
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,10 @@ from lightning_fabric import Fabric
 
 from sparsemae.data.loader import batches as loaded
 from sparsemae.data.sampling import BatchPlan, TrainingSampler
-from sparsemae.models import use_plain_attention
 from sparsemae.sparsity import MaskSchedule
 from sparsemae.tasks.sparse import make_sparse
 from sparsemae.tasks.task import Task
-from sparsemae.training.config import PRECISIONS
+from sparsemae.training.device import PRECISIONS, resolved_compile, set_switches, training_forward
 from sparsemae.training.optim import make_optimizer
 from sparsemae.training.step import optimizer_step
 
@@ -36,9 +36,10 @@ def measured_rate(task: Task[Any], plan: BatchPlan, precision: str, seconds: flo
     model = task.build(task.card(), config.model.drop_path)
     make_sparse(model, config.sparse)
     task.prepare(model, fabric, plan)
-    if fabric.device.type == "cpu" and precision == "bf16":
-        use_plain_attention(model)
-    forward, optimizer = fabric.setup(task.wrapped(model), make_optimizer(model.train(), config.optim))
+    trainer = replace(config.trainer, precision=precision, compile=resolved_compile(config.trainer, fabric.device))
+    set_switches(trainer)
+    wrapped = training_forward(task.wrapped(model), trainer, fabric.device)
+    forward, optimizer = fabric.setup(wrapped, make_optimizer(model.train(), config.optim))
     masks, found = MaskSchedule(model), _images(task, plan, model)
 
     def backward() -> None:

@@ -8,7 +8,7 @@ Formulas per layer would be shorter, and wrong at the next change of a layer.
 """
 
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class StepMemory:
     weights: int
     """Parameters and buffers."""
     gradients: int
-    """Gradients alive at the peak, and the copies that gather them over several processes."""
+    """Gradients alive at the peak."""
     optimizer: int
     """Adam's two moments."""
     masks: int
@@ -50,8 +50,8 @@ class StepMemory:
 def step_memory(task: Task[Any], model: nn.Module, batches: BatchPlan, precision: str = "bf16") -> StepMemory:
     """The peak of an optimizer step as the loop takes it, once optimizer state and topology log exist.
 
-    A batch counts as activations. From the second micro-batch on, a forward finds gradients there; several processes
-    keep their gradients a second time, in the buckets they are gathered in.
+    A batch counts as activations. From the second micro-batch on, a forward finds gradients there; with several
+    processes the first one does, too: gradients are views of the buckets they are gathered in, which stay.
 
     Args:
         task: prepared for ``batches``.
@@ -77,6 +77,8 @@ def step_memory(task: Task[Any], model: nn.Module, batches: BatchPlan, precision
             masks, forward = MaskSchedule(model), task.wrapped(model)
 
             def backward() -> None:
+                for parameter in model.parameters() if batches.world > 1 else ():
+                    parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
                 for _ in range(min(batches.accumulate, 2)):
                     with autocast:
                         loss = task.loss(forward, task.example_batch(model, batches.micro_batch))
@@ -87,8 +89,7 @@ def step_memory(task: Task[Any], model: nn.Module, batches: BatchPlan, precision
                 live.forget_peak()
                 optimizer_step(model, optimizer, masks.step(0.0), backward, config.sparse, config.optim)
             del topology
-        buckets = sum(_bytes(p) for p in model.parameters() if p.requires_grad) if batches.world > 1 else 0
-    return replace(live.peak, gradients=live.peak.gradients + buckets)  # type: ignore[no-any-return]
+    return live.peak  # type: ignore[no-any-return]
 
 
 def _bytes(tensor: Tensor) -> int:

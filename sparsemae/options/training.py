@@ -70,9 +70,13 @@ class TrainerConfig(Options):
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = option("auto", may_change=True)
     """Where to run."""
     precision: str = "auto"
-    """bf16 (autocast), fp32, fp64 (for tests), or auto: bf16 where the device multiplies it, else fp32."""
-    compile: bool | Literal["auto"] = option("auto", may_change=True)
-    """torch.compile the training forward; auto: on CUDA only. Evaluation stays eager."""
+    """bf16 (autocast), fp32, tf32 (fp32 that CUDA multiplies in TF32), fp64 (for tests), or auto: bf16 where the device
+    multiplies it, else fp32."""
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile the training forward; auto: on CUDA only. Evaluation stays eager. Compiled, drop path draws other
+    numbers, so that a run keeps what it began with."""
+    deterministic: bool = option(False, may_change=True)
+    """On CUDA, only algorithms that give the same bits each time, slower; a CPU has no others."""
     ema_decay: float | None = option(None, BELOW_1)
     """Per optimizer step, of a moving average of the latent weights, which is then what is evaluated and written;
     None: no average."""

@@ -88,8 +88,13 @@ class Segmentation(Task[SegmentConfig]):
                 "trainer.device_batch: wanted at least 2 images per device and forward, got 1: the head pools to "
                 "1 x 1, where batch normalization has nothing to normalize over in a single image"
             )
-        if fabric.device.type == "cuda" and fabric.world_size > 1:  # torch has none for CPUs
-            nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        if fabric.device.type == "cuda":
+            if self.config.trainer.deterministic:
+                raise ValueError("trainer.deterministic: on CUDA, a segmenter's pooling and loss are not: wanted false")
+            if fabric.world_size > 1:  # torch has none for CPUs
+                nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as tensor cores want them
+            torch.backends.cudnn.benchmark = self.config.inference.mode == "slide"  # each size is tried anew
 
     def notes(self, model: nn.Module) -> list[str]:
         """A warning where masks seem to be of another kind, and what the head costs."""

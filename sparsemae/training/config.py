@@ -1,27 +1,9 @@
-"""A run's settings as the machine resolves them, and how those of two runs differ."""
+"""How the settings of two runs differ."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
-
 from sparsemae.limits import flatten
-from sparsemae.options import TrainerConfig
-
-PRECISIONS: dict[str, Any] = {"bf16": "bf16-mixed", "fp32": "32-true", "fp64": "64-true"}
-"""What Fabric calls them."""
-
-
-def resolved_precision(trainer: TrainerConfig) -> str:
-    """What trainer.precision comes to on this machine.
-
-    auto is bf16 on CUDA and on processors with AVX512-BF16; elsewhere a CPU emulates it, several times slower.
-    """
-    if trainer.precision != "auto":
-        return trainer.precision
-    if trainer.accelerator != "cpu" and torch.cuda.is_available():
-        return "bf16"
-    return "bf16" if getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else "fp32"
 
 
 def differences(

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict
 from functools import partial
 from statistics import fmean
 from typing import Any, NoReturn
@@ -23,9 +22,9 @@ from torch import Tensor, nn
 from sparsemae.data.loader import UnreadableImages, batches
 from sparsemae.data.sampling import STEP, TrainingSampler, seed_all
 from sparsemae.files import retried
-from sparsemae.models import use_plain_attention
 from sparsemae.sparsity import Topology, hold_masks, iter_sparse
 from sparsemae.training import checkpoint, feed, saver, signals
+from sparsemae.training.device import training_forward
 from sparsemae.training.group import last_line
 from sparsemae.training.logs import StepProgress, package_versions
 from sparsemae.training.optim import in_epochs, learning_rate, make_optimizer, scaled_to_batch, set_learning_rate
@@ -66,10 +65,7 @@ class _Loop:
         self.run, self.subject, self.task, self.optim, self.fabric = run, subject, subject.task, optim, fabric
         self.stop = self.total if trainer.max_steps is None else min(self.total, trainer.max_steps)
         self.model = model = subject.model
-        if fabric.device.type == "cpu" and run.precision == "bf16":
-            use_plain_attention(subject.forward)
-        compiled = fabric.device.type == "cuda" if trainer.compile == "auto" else trainer.compile
-        forward: Any = torch.compile(subject.forward) if compiled else subject.forward
+        forward = training_forward(subject.forward, trainer, fabric.device)
         # set up before resuming: optimizer state follows its parameters' device. Fabric compiles again around DDP, so
         # that the all-reduces overlap
         self.wrapped, self.optimizer = fabric.setup(forward, make_optimizer(model, optim))
@@ -291,8 +287,7 @@ class _Loop:
                 self.run.log.write("metrics.jsonl", {**where, **loss, "lr": lr, "images_per_second": rate, **bad})
                 state.losses.clear()
             if state.topology is not None and (within == 0 or done == self.total):
-                moved = state.topology.update()
-                self.run.log.write("topology.jsonl", {**where, **asdict(moved)})
+                self.run.log.write("topology.jsonl", {**where, **state.moved()})
             best = False
             if metric is not None:
                 self.run.log.write("metrics.jsonl", {**where, **self.metrics})

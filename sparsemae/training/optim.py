@@ -10,6 +10,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 
 from sparsemae.options import OptimConfig
+from sparsemae.sparsity import iter_sparse
 
 
 def scaled_to_batch(optim: OptimConfig, global_batch: int) -> OptimConfig:
@@ -86,6 +87,28 @@ class FrozenVarianceAdamW(torch.optim.AdamW):
                 rate = group["lr"] / (1 - beta1 ** state["step"])
                 weight.sub_(rate * state["exp_avg"] / (state["variance"].sqrt() + group["eps"]))
         return None
+
+
+def srste_pull(optimizer: torch.optim.AdamW, model: nn.Module, strength: float) -> dict[str, float]:
+    """Of each sparse layer, ``strength / sqrt(v)`` with v the mean of Adam's second moment, corrected for its bias.
+
+    By so much of itself, times the learning rate, SR-STE's term inside the gradient shrinks a pruned weight in a step.
+    The gradient, and v with it, gets smaller with the batch, so that one strength means another thing at each.
+    Layers without a second moment, frozen ones among them, are left out.
+    """
+    betas = {id(weight): group["betas"][1] for group in optimizer.param_groups for weight in group["params"]}
+    pulls = {}
+    for name, layer in iter_sparse(model):
+        state = optimizer.state.get(layer.weight, {})
+        if layer.frozen or not state:
+            continue
+        if "variance" in state:
+            mean = state["variance"].mean()
+        else:
+            mean = state["exp_avg_sq"].mean() / (1 - betas[id(layer.weight)] ** float(state["step"]))
+        if mean > 0:
+            pulls[name] = strength / math.sqrt(float(mean))
+    return pulls
 
 
 def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 import yaml
 from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy
 
 from sparsemae.data.images import DefaultRules
 from sparsemae.data.record import differences as record_differences
@@ -26,7 +27,8 @@ from sparsemae.options import TrainerConfig, TrainingConfig
 from sparsemae.plain_yaml import read_yaml
 from sparsemae.renamed import OPTIONS, renamed
 from sparsemae.training import checkpoint, lock, logs, mirrors
-from sparsemae.training.config import PRECISIONS, differences, flatten_config, resolved_precision
+from sparsemae.training.config import differences, flatten_config
+from sparsemae.training.device import PRECISIONS, check_precision, resolved_compile, resolved_precision, set_switches
 from sparsemae.training.group import Group
 
 C = TypeVar("C", bound=TrainingConfig)
@@ -42,10 +44,8 @@ class Run:
     log: logs.RunLog
     folder: Path
     trainer: TrainerConfig
-    """As configured, device_batch resolved."""
+    """As configured, device_batch, precision and compile resolved."""
     seed: int
-    precision: str
-    """What trainer.precision came to."""
     config: dict[str, Any]
     changed: list[str]
     """How the configuration differs from that of the run in the folder."""
@@ -129,17 +129,14 @@ def start(config: TrainingConfig, group: Group) -> Run:
     trainer = config.trainer
     mirrors.require_packages(config.loggers)
     precision = resolved_precision(trainer)
-    if precision not in PRECISIONS:
-        raise ValueError(
-            f"trainer.precision: wanted auto, {', '.join(PRECISIONS)}, got {trainer.precision}"
-            + " (fp16's loss scale would multiply SR-STE's term, and its range loses small gradients)"
-            * ("16" in trainer.precision)
-        )
+    check_precision(trainer, precision)
+    set_switches(replace(trainer, precision=precision))
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces the precision in every process
     try:
         fabric = Fabric(
             accelerator=trainer.accelerator, devices=trainer.devices, num_nodes=trainer.num_nodes,
             precision=PRECISIONS[precision], plugins=group.environment,
+            strategy=DDPStrategy(gradient_as_bucket_view=True) if group.world > 1 else "auto",
         )  # fmt: skip
     except RuntimeError as error:
         raise ValueError(f"trainer.accelerator: {trainer.accelerator} cannot be had here: {error}") from error
@@ -149,12 +146,16 @@ def start(config: TrainingConfig, group: Group) -> Run:
     folder = Path(config.out)
     log = logs.RunLog(folder, fabric.is_global_zero)
     before = _kept_config(folder, log.info)
-    trainer = replace(_with_device_batch(trainer, fabric.world_size, before, folder), precision=precision)
+    compiles = resolved_compile(trainer, fabric.device)
+    trainer = replace(
+        _with_device_batch(trainer, fabric.world_size, before, folder), precision=precision, compile=compiles
+    )
     now = {**asdict(config), "trainer": asdict(trainer)}
-    if before and before["trainer"].get("precision", "auto") == "auto":  # written before it was resolved
-        before["trainer"]["precision"] = precision
+    for name in ("precision", "compile"):
+        if before and before["trainer"].get(name, "auto") == "auto":  # written before it was resolved
+            before["trainer"][name] = now["trainer"][name]
     changed = differences(before, now, asdict(type(config)()), dict(marked(config, "may_change"))) if before else []
-    return Run(fabric, group, log, folder, trainer, config.seed, precision, now, changed)
+    return Run(fabric, group, log, folder, trainer, config.seed, now, changed)
 
 
 def with_rules_of_before(config: C) -> C:

@@ -29,7 +29,7 @@ from sparsemae.training.checkpoint import (
     unflatten,
 )
 from sparsemae.training.config import flatten_config
-from sparsemae.training.optim import FrozenVarianceAdamW
+from sparsemae.training.optim import FrozenVarianceAdamW, srste_pull
 
 
 @dataclass
@@ -76,6 +76,14 @@ class TrainingState:
             return False
         self.best = {"step": self.done, "value": value}
         return True
+
+    def moved(self) -> dict[str, Any]:
+        """How the masks have moved, and ``pull`` by layer: SR-STE's strength less Adam's rescaling, `srste_pull`."""
+        assert self.topology is not None
+        line: dict[str, Any] = asdict(self.topology.update())
+        for name, pull in srste_pull(self.optimizer, self.model, self.origin["config"]["sparse"]["strength"]).items():
+            line["layers"][name]["pull"] = pull
+        return line
 
     def identity(self) -> dict[str, Any]:
         """What all processes have alike: step, class names, settings, and of each weight the sum of its bits.
@@ -131,6 +139,7 @@ class TrainingState:
             training = unflatten(files[TRAINING])
             moments = {int(index): state for index, state in training.get("optimizer", {}).items()}
             self._check_moments(moments)
+            self._lay_out(moments)
             # groups are the configuration's; the checkpoint has none
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
             self.masks.load_state_dict(training)
@@ -176,6 +185,14 @@ class TrainingState:
             negative = state["step"] < 0 or (state[second] < 0).any()
             if negative or not all(value.isfinite().all() for value in state.values()):
                 raise ValueError(f"moments of parameter {index}: wanted finite ones, no step and no square below 0")
+
+    def _lay_out(self, moments: dict[int, dict[str, Tensor]]) -> None:
+        """Give each moment its parameter's order in memory (channels last), which the fused AdamW takes for granted."""
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for index, state in moments.items():
+            for name, value in state.items():
+                if value.shape == parameters[index].shape:
+                    state[name] = torch.empty_like(parameters[index], dtype=value.dtype, device="cpu").copy_(value)
 
     def _set_counters(self, counters: Mapping[str, Any]) -> None:
         self.bad = BadSteps(**{name: int(value) for name, value in counters["bad"].items()})
