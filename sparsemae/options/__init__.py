@@ -26,7 +26,7 @@ from sparsemae.options.model import (
     ModelConfig,
     SparseConfig,
 )
-from sparsemae.options.study import ArmConfig, StudyConfig
+from sparsemae.options.study import ArmConfig, SettingConfig, StudyConfig
 from sparsemae.options.tasks import FinetuneConfig, PretrainConfig, SegmentConfig, TrainingConfig
 from sparsemae.options.training import OptimConfig, TrainerConfig
 
@@ -34,6 +34,6 @@ __all__ = [
     "DEFAULT_MODEL", "ArmConfig", "BenchmarkConfig", "CheckConfig", "DataConfig", "DecoderConfig", "DemoConfig",
     "EvaluateConfig", "ExportConfig", "FinetuneConfig", "HeadConfig", "ImageDataConfig", "InferenceChange",
     "InferenceConfig", "MaskDataConfig", "ModelConfig", "OptimConfig", "PackConfig", "PlanConfig", "PredictConfig",
-    "PretrainConfig", "ReportConfig", "SegmentConfig", "SourceConfig", "SparseConfig", "StudyConfig", "TrainerConfig",
-    "TrainingConfig", "WebConfig",
+    "PretrainConfig", "ReportConfig", "SegmentConfig", "SettingConfig", "SourceConfig", "SparseConfig", "StudyConfig",
+    "TrainerConfig", "TrainingConfig", "WebConfig",
 ]  # fmt: skip

@@ -21,6 +21,16 @@ class ArmConfig:
 
 
 @dataclass
+class SettingConfig:
+    """What arms are compared under, the same for all of them: how many labels, which architecture, how long."""
+
+    pretrain: dict[str, Any] = field(default_factory=dict)
+    """Options of every pretraining, by name. An arm's own come after them."""
+    finetune: dict[str, Any] = field(default_factory=dict)
+    """Options of every finetuning, by name."""
+
+
+@dataclass
 class StudyConfig(Options):
     """Compare arms at several seeds: pretrain, finetune at the best of some learning rates, measure on the test set."""
 
@@ -33,16 +43,17 @@ class StudyConfig(Options):
     """Options of all pretrainings, a recipe as config among them."""
     finetune: dict[str, Any] = field(default_factory=lambda: {"config": "demo_finetune"})
     """Options of all finetunings."""
-    settings: dict[str, dict[str, Any]] = field(default_factory=lambda: {"1,000 labels": {}})
-    """What is compared under, by title: options of finetuning, the same for all arms."""
+    settings: dict[str, SettingConfig] = field(default_factory=dict)
+    """What arms are compared under, by title."""
     arms: dict[str, ArmConfig] = field(default_factory=dict)
     """What is compared, by title; the first one with each of the others."""
     learning_rates: list[float] = field(default_factory=lambda: [8e-3])
     """Of finetuning, tried by every arm in every setting."""
     selection_seeds: int = option(2, AT_LEAST_1)
     """Seeds at which each learning rate is tried."""
-    seeds: int = option(5, (1, MOST_SEEDS))
-    """Seeds of each arm's figures, of pretraining and finetuning alike."""
+    seeds: int = option(5, (0, MOST_SEEDS))
+    """Seeds of each arm's figures, of pretraining and finetuning alike. 0: only learning rates are chosen, to look for
+    a setting that can tell arms apart without a look at the test images."""
     first_seed: int = 0
     """A winner among several is confirmed on fresh seeds."""
     at_a_time: int | None = option(None, AT_LEAST_1)

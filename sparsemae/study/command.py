@@ -28,8 +28,9 @@ MEASURED_STEPS = 30
 
 def study(config: StudyConfig) -> None:
     """Run what is missing of a study, or plan, print or report it."""
-    if not config.arms:
-        raise ValueError("arms: wanted at least one, got none: name a recipe of a study with --config")
+    for name in ("arms", "settings"):
+        if not getattr(config, name):
+            raise ValueError(f"{name}: wanted at least one, got none: name a recipe of a study with --config")
     out, console = Path(config.out), Console(highlight=False, soft_wrap=True)
     results = Results(out / "results.jsonl")
     root = Path(config.root) if config.root is not None else out / "images"

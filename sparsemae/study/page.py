@@ -20,23 +20,50 @@ def write_page(config: StudyConfig, rows: Rows, path: Path) -> None:
     Raises:
         ValueError: none was.
     """
-    found = {setting: _by_arm(config, rows, setting) for setting in config.settings}
-    if not any(found.values()):
+    tested = [row for row in rows if row["test"] is not None]
+    if not tested and config.seeds:
         raise ValueError(f"{config.out}: wanted a study with figures on its test images, got none")
     text = [_introduction(config, rows)]
-    for number, (setting, arms) in enumerate(found.items()):
-        if arms:
+    for number, setting in enumerate(config.settings):
+        text.append(f"## {setting}\n")
+        if arms := _by_arm(config, tested, setting):
             picture = path.with_name(f"{path.stem}-{number}.png")
             _draw(arms, picture)
-            text.append(_section(config, setting, arms, picture.name))
+            text.append(_section(config, arms, picture.name))
+        tried = {row["lr"] for row in rows if row["setting"] == setting}
+        if len(tried) > 1:
+            text.append(_choice(config, setting, rows))
     write_atomic(path, "\n".join(text))
 
 
 def _by_arm(config: StudyConfig, rows: Rows, setting: str) -> dict[str, Rows]:
-    """The tested trials of a setting, in the order of the study's arms, each arm's by seed."""
-    tested = [row for row in rows if row["setting"] == setting and row["test"] is not None]
-    arms = {arm: sorted((r for r in tested if r["arm"] == arm), key=lambda row: row["seed"]) for arm in config.arms}
+    """The trials of a setting, in the order of the study's arms, each arm's by seed."""
+    here = sorted((row for row in rows if row["setting"] == setting), key=lambda row: row["seed"])
+    arms = {arm: [row for row in here if row["arm"] == arm] for arm in config.arms}
     return {arm: found for arm, found in arms.items() if found}
+
+
+def _choice(config: StudyConfig, setting: str, rows: Rows) -> str:
+    """How the learning rates were chosen: a table of figures on held-out images."""
+    seeds = range(config.first_seed, config.first_seed + config.selection_seeds)
+    tried = _by_arm(config, [row for row in rows if row["seed"] in seeds], setting)
+    rates = sorted(config.learning_rates)
+    first, best = next(iter(config.arms)), dict[str, Rows]()
+    lines = [
+        f"Top-1 on held-out images by learning rate, means of {len(seeds)} seeds; and {first} less each arm, each at "
+        "its best rate:\n",
+        f"| arm | {' | '.join(f'{rate:g}' for rate in rates)} | difference | ± s.e. |",
+        "|---|" + "---:|" * (len(rates) + 2),
+    ]
+    for arm, found in tried.items():
+        by_rate = {rate: [row for row in found if row["lr"] == rate] for rate in rates}
+        means = {rate: fmean(row["val"] for row in some) for rate, some in by_rate.items() if some}
+        best[arm] = by_rate[max(means, key=lambda rate: means[rate])]
+        pair = _paired(best.get(first, []), best[arm], "val")
+        told = f"{pair.mean:+.2f} | {pair.error:.2f}" if arm != first and pair.differences else " | "
+        cells = (f"{100 * means[rate]:.2f}" if rate in means else "" for rate in rates)
+        lines.append(f"| {arm} | {' | '.join(cells)} | {told} |")
+    return "\n".join([*lines, ""])
 
 
 def _introduction(config: StudyConfig, rows: Rows) -> str:
@@ -54,7 +81,7 @@ def _introduction(config: StudyConfig, rows: Rows) -> str:
     )
 
 
-def _section(config: StudyConfig, setting: str, arms: dict[str, Rows], picture: str) -> str:
+def _section(config: StudyConfig, arms: dict[str, Rows], picture: str) -> str:
     first = next(iter(config.arms))
     table = [
         "| arm | top-1 | ± s.e. | seeds | parameters kept | in training | multiply-adds kept | rate | masks moved |",
@@ -69,14 +96,14 @@ def _section(config: StudyConfig, setting: str, arms: dict[str, Rows], picture: 
             f"| {arm} | {fmean(scores):.2f} | {error} | {len(scores)} | {one['kept']:,} | {one['total']:,} | "
             f"{one['multiply_adds'] / 1e6:.2f} M | {one['lr']:g} | {'' if moved is None else f'{moved:.2%}'} |"
         )
-    lines = [f"## {setting}\n", *table, ""]
+    lines = [*table, ""]
     if first in arms and len(arms) > 1:
         lines += [
             f"{first} less each other arm, points of top-1:\n",
             "| against | difference | ± s.e. | 95 % interval |",
         ]
         lines += ["|---|---:|---:|---:|"]
-        compared = {arm: _paired(arms[first], found) for arm, found in arms.items() if arm != first}
+        compared = {arm: _paired(arms[first], found, "test") for arm, found in arms.items() if arm != first}
         for arm, pair in compared.items():
             if pair.differences:
                 low, high = pair.interval
@@ -85,11 +112,11 @@ def _section(config: StudyConfig, setting: str, arms: dict[str, Rows], picture: 
     return "\n".join(lines)
 
 
-def _paired(ours: Rows, theirs: Rows) -> Paired:
-    """Of seeds whose two trials ran on the same processor."""
+def _paired(ours: Rows, theirs: Rows, figure: str) -> Paired:
+    """By test or val, of seeds whose two trials ran on the same processor."""
     processors = {row["seed"]: row["processor"] for row in ours}
     same = [row for row in theirs if processors.get(row["seed"]) == row["processor"]]
-    return Paired.of({row["seed"]: row["test"] for row in ours}, {row["seed"]: row["test"] for row in same})
+    return Paired.of({row["seed"]: row[figure] for row in ours}, {row["seed"]: row[figure] for row in same})
 
 
 def _conclusion(first: str, compared: dict[str, Paired]) -> str:

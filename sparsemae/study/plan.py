@@ -49,7 +49,7 @@ def final(study: StudyConfig, root: Path, chosen: Rates) -> list[Trial]:
     return [
         _trial(study, root, setting, arm, study.first_seed + seed, chosen[setting, arm])
         for setting, arm in pairs(study)
-        for seed in range(study.arms[arm].seeds or study.seeds)
+        for seed in range(min(study.seeds, study.arms[arm].seeds or study.seeds))
     ]
 
 
@@ -94,9 +94,9 @@ def pairs(study: StudyConfig) -> Iterator[tuple[str, str]]:
 
 def _trial(study: StudyConfig, root: Path, setting: str, arm: str, seed: int, lr: float) -> Trial:
     config, data = study.arms[arm], ("--data.source", "folder", "--data.root", str(root))
-    pretraining = _pretraining(study, config, data, seed)
+    pretraining = _pretraining({**study.pretrain, **study.settings[setting].pretrain}, config, data, seed)
     name = f"{_slug(setting)}.{_slug(arm)}.{lr:g}.{seed}"
-    options = {**study.finetune, **study.settings[setting], **config.finetune, "optim.lr": lr}
+    options = {**study.finetune, **study.settings[setting].finetune, **config.finetune, "optim.lr": lr}
     finetuning = Stage(
         name, "finetune", f"{arm}, {setting}, rate {lr:g}, seed {seed}", (*data, *words(options)),
         pretraining[0].name if pretraining else None, required=True, seed=seed, recipe=options.get("config"),
@@ -104,11 +104,11 @@ def _trial(study: StudyConfig, root: Path, setting: str, arm: str, seed: int, lr
     return Trial(setting, arm, seed, lr, (*pretraining, finetuning))
 
 
-def _pretraining(study: StudyConfig, arm: ArmConfig, data: tuple[str, ...], seed: int) -> tuple[Stage, ...]:
-    """Named by its options, so that arms share it and a study with more arms finds it."""
+def _pretraining(common: Mapping[str, Any], arm: ArmConfig, data: tuple[str, ...], seed: int) -> tuple[Stage, ...]:
+    """Named by its options, so that arms and settings share it and a study with more of them finds it."""
     if arm.pretrain is None:
         return ()
-    options = {**study.pretrain, **arm.pretrain}
+    options = {**common, **arm.pretrain}
     name = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:8]
     title = " ".join(map(str, ("pretraining", *words(arm.pretrain), "seed", seed)))
     recipe = options.get("config")

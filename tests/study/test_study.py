@@ -16,7 +16,7 @@ from PIL import Image
 
 from sparsemae.cli import main
 from sparsemae.config import read_config
-from sparsemae.options import ArmConfig, FinetuneConfig, PretrainConfig, StudyConfig
+from sparsemae.options import ArmConfig, FinetuneConfig, PretrainConfig, SettingConfig, StudyConfig
 from sparsemae.sparsity import summarize
 from sparsemae.study.plan import choose, final, selection, stages_of
 from sparsemae.study.statistics import T95, Paired
@@ -31,7 +31,7 @@ STUDY = StudyConfig(
         "one-shot": ArmConfig(pretrain={"sparse.pattern": "dense"}, finetune={"sparse.mask": "fixed"}, seeds=3),
         "scratch": ArmConfig(),
     },
-    settings={"few": {"data.train_images": 100}, "all": {}},
+    settings={"few": SettingConfig(finetune={"data.train_images": 100}), "all": SettingConfig()},
     learning_rates=[1e-3, 2e-3],
 )
 
@@ -156,6 +156,9 @@ def test_a_study_to_its_end_and_a_deleted_result_again(small: list[str], tmp_pat
     page = (out / "study.md").read_text()
     assert "| scratch | " in page.split("less each other arm")[1]
     assert (out / "study-0.png").is_file()
+    by_rate = page.split("Top-1 on held-out images by learning rate")[1]
+    mean = sum(row["val"] for row in rows if row["arm"] == "scratch" and row["lr"] == 1e-3) / 2
+    assert f"| scratch | {100 * mean:.2f} | " in by_rate
 
     lost = next(row for row in rows if row["test"] is not None)
     (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows if row is not lost))
