@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from sparsemae import __version__
-from sparsemae.config import check_paths, help_page, read_config, recipe_names, split_words
+from sparsemae.config import check_paths, completion, help_page, read_config, recipe_names, split_words
 from sparsemae.jobs import JOBS, resolve, training_jobs
 from sparsemae.terminal import make_safe, printable
 
@@ -26,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return print(usage())
     if words[0] == "--version":
         return print(__version__)
+    if words[0] == "--completion":
+        return _print_completion(" ".join(words[1:]))
     name = words.pop(0)
     if name not in JOBS:
         meant = difflib.get_close_matches(name, JOBS, 1)
@@ -73,8 +75,16 @@ def usage() -> str:
         f"Small vision transformers by N:M sparse training with masked autoencoders (SparseMAE).\n\n{rows}\n\n"
         "  sparsemae finetune images/ --out runs/mine      # a folder of class folders\n\n"
         "sparsemae COMMAND --help shows examples and common options; --debug the traceback of an error.\n"
+        "sparsemae --completion bash (or zsh, tcsh): completion for the shell, by the package shtab\n"
         f"recipes: {', '.join(recipe_names())}"
     )
+
+
+def _print_completion(shell: str) -> None:
+    try:
+        print(completion(shell, {name: resolve(job.options) for name, job in JOBS.items()}))
+    except ValueError as error:
+        fail("sparsemae", str(error))
 
 
 def _reader_has_left() -> bool:

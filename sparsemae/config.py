@@ -4,10 +4,11 @@ import difflib
 import re
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, fields
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -74,7 +75,7 @@ def read_config(
         recipes = [_recipe(recipe)]
     parser = _parser(kind, program)  # type: ignore[arg-type]
     # recipes before what is named, which they must not override; what they name themselves counts more than auto
-    first = ["--data.source=auto"] * ("data.root" in named) + [w for path in recipes for w in ("--config", path)]
+    first = ["--data.source=auto"] * _takes_root(kind) + [w for path in recipes for w in ("--config", path)]
     parsed: Any = parser.instantiate(parser.parse_args(first + ["--help" if w == "--help_all" else w for w in words]))
     config = kind(**{member.name: getattr(parsed, member.name) for member in fields(kind)})  # type: ignore[arg-type]
     if not recipes and not getattr(config, "from_data", True):
@@ -116,6 +117,33 @@ def help_page(kind: type[Any], program: str, examples: Sequence[str], common: Se
         head = name.upper() if name in _positional(kind) else f"--{short.replace('_', '-')}"
         lines += textwrap.wrap(what, 110, initial_indent=f"  {head:<22}", subsequent_indent=" " * 24)
     return "\n".join([*lines, "", f"{program} --help-all lists every option"])
+
+
+def completion(shell: str, options: Mapping[str, type[Any]]) -> str:
+    """A script by which a shell completes commands, options, choices and files: jsonargparse's, by shtab.
+
+    Raises ValueError if there is none for that shell, or no shtab.
+    """
+    if find_spec("shtab") is None:
+        raise ValueError("--completion: wanted the package shtab, which is not installed: pip install shtab")
+    import shtab
+
+    if shell not in shtab.SUPPORTED_SHELLS:
+        raise ValueError(f"--completion: wanted {', '.join(shtab.SUPPORTED_SHELLS)}, got {shell!r}")
+    whole = ArgumentParser(prog="sparsemae")
+    commands = whole.add_subcommands()
+    for name, kind in options.items():
+        parser = _parser(kind, f"sparsemae {name}")
+        if _takes_root(kind):
+            parser.add_argument("root", nargs="?")
+        for short in SHORT if _trains(kind) else ():
+            if f"--{short}" not in parser._option_string_actions:
+                parser.add_argument(f"--{short}")
+        for action in parser._actions:
+            if getattr(action, "_typehint", str) in (str, str | None, list[str]):
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+        commands.add_subcommand(name, parser)
+    return whole.get_completion_script(f"shtab-{shell}")
 
 
 def check_paths(config: Any) -> None:

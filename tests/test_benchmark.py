@@ -10,7 +10,7 @@ import pytest
 import reference
 import torch
 
-from sparsemae.benchmark import saving
+from sparsemae.benchmark import packed, saving
 from sparsemae.benchmark.command import benchmark
 from sparsemae.benchmark.packed import DENSE, Measurement, table
 from sparsemae.benchmark.timing import aligned, take_turns
@@ -50,6 +50,32 @@ def test_table_names_what_is_missing() -> None:
     assert head.split() == ["engine", "model", "b1", "ms", "images/s", "cold", "s", "RSS", "MB"]
     assert figures.split() == ["packed", "T", "5.00", "200.0", "0.30", "80"]
     assert missing == "openvino bf16, B -- No module named 'openvino'"
+
+
+def test_what_was_measured_is_kept_when_it_is_stopped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the fourth question; each answer is shown as it comes."""
+    answers = iter((0.002, 0.003, 0.016))
+
+    class Worker:
+        def __init__(self, stack: object, engine: str, model: str, *rest: object) -> None:
+            self.row = Measurement(engine, model)
+
+        def ask(self, question: str) -> list[float]:
+            try:
+                return [next(answers)]
+            except StopIteration:
+                raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(packed, "_Worker", Worker)
+    monkeypatch.setattr(packed, "_PAUSE_SECONDS", 0)
+    benchmark(BenchmarkConfig(files=["a", "b"], engines=[], batches=[1, 8], runs=1))
+    shown = capsys.readouterr()
+    assert [line.split()[:4] for line in shown.out.splitlines()[1:]] == [
+        ["packed", "a", "2.00", "16.00"], ["packed", "b", "3.00", "-"],
+    ]  # fmt: skip
+    assert shown.err.splitlines()[-1] == "batch 8, run 1 of 1: packed, a: 16.00 ms"
 
 
 def test_subjects_take_turns_and_the_first_turn_does_not_count() -> None:

@@ -110,6 +110,35 @@ def test_the_name_that_was_meant(refused: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.holds("own.5")
+def test_a_shell_completes(tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Any) -> None:
+    """bash, by the script that is printed: commands, options and their short names, choices, files."""
+    pytest.importorskip("shtab")
+    main(["--completion", "bash"])
+    (tmp_path / "complete").write_text(capsys.readouterr().out)
+    (tmp_path / "photo.jpg").touch()
+    wanted = {
+        "fin": {"finetune"},
+        "finetune --trainer.keep_": {"--trainer.keep_checkpoints"},
+        "finetune --ep": {"--epochs"},
+        "finetune --trainer.keep ": {"best", "last"},
+        "finetune pho": {"photo.jpg"},
+        "predict photo.jpg pho": {"photo.jpg"},
+        "pack photo.jpg --dtype ": {"bf16", "fp32", "int8"},
+    }
+    asked = "".join(
+        f"COMP_WORDS=({' '.join(map(shlex.quote, words))}); COMP_CWORD={len(words) - 1}; COMPREPLY=()\n"
+        f"_shtab_sparsemae sparsemae {words[-1] or repr('')} {words[-2]}; echo ${{COMPREPLY[*]}}\n"
+        for words in (["sparsemae", *line.split(" ")] for line in wanted)
+    )
+    done = subprocess.run(
+        ["bash", "-c", f". ./complete\n{asked}"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert [set(line.split()) for line in done.stdout.splitlines()] == list(wanted.values())
+    assert "wanted bash, zsh" in refused("--completion", "sh")
+
+
+@pytest.mark.slow
+@pytest.mark.holds("own.5")
 def test_a_bar_moves_from_the_first_step_and_knows_the_epochs(tmp_path: Path, figure: Figure) -> None:
     """On a terminal of its own, with a log line every hundred steps."""
     words = [*tiny("finetune", tmp_path / "run", "--trainer.log_every_steps", "100"), "--optim.warmup_epochs", "0"]

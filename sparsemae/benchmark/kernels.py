@@ -6,8 +6,11 @@ the instructions of a product reach on registers alone; it is measured in betwee
 """
 
 import re
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -72,12 +75,12 @@ class KernelRow:
 def measure(runs: int, vit: VitShape = BLOCK) -> list[KernelRow]:
     """Every table that this processor can run, with bf16 weights, and with int8 ones where it multiplies integers."""
     rows: list[KernelRow] = []
-    for isa in _native.usable_isas():
-        for pattern in PATTERNS:
-            for dtype in ("bf16", "int8"):
-                row = _measure(vit, isa, pattern, dtype, runs)
-                if dtype == "bf16" or row.instructions != rows[-1].instructions:
-                    rows.append(row)
+    with suppress(KeyboardInterrupt):  # what there is until then is the result
+        for isa, pattern, dtype in product(_native.usable_isas(), PATTERNS, ("bf16", "int8")):
+            row = _measure(vit, isa, pattern, dtype, runs)
+            if dtype == "bf16" or row.instructions != rows[-1].instructions:
+                rows.append(row)
+                print(f"{isa}, {row.weights}: {row.gmacs:.0f} GMAC/s", file=sys.stderr, flush=True)
     return rows
 
 

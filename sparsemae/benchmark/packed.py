@@ -58,19 +58,19 @@ def measure(
         folder.mkdir(parents=True, exist_ok=True)
         subjects = [("packed", file) for file in files or _random_files(folder)]
         subjects += [(engine, DENSE[size]) for size in dense for engine in engines]
-        workers = [_Worker(stack, engine, model, folder, threads) for engine, model in subjects]
+        workers: list[_Worker] = []
         with suppress(KeyboardInterrupt):  # what there is until then is the result
+            for engine, model in subjects:
+                workers.append(_Worker(stack, engine, model, folder, threads))
             for batch in batches:
                 times = defaultdict[_Worker, list[float]](list)
                 for run, worker in product(range(runs), workers):
-                    if not worker.row.error:
-                        times[worker] += worker.ask(f"{batch}\n")
-                        time.sleep(_PAUSE_SECONDS)
+                    if not worker.row.error and (taken := worker.ask(f"{batch}\n")):
+                        times[worker] += taken
+                        worker.row.milliseconds[batch] = 1e3 * median(times[worker])
                         said = f"batch {batch}, run {run + 1} of {runs}: {worker.row.engine}, {worker.row.model}"
-                        print(f"{said}: {1e3 * times[worker][-1]:.2f} ms" * bool(times[worker]), file=sys.stderr)
-                for worker, taken in times.items():
-                    if not worker.row.error:
-                        worker.row.milliseconds[batch] = 1e3 * median(taken)
+                        print(f"{said}: {1e3 * taken[0]:.2f} ms", file=sys.stderr, flush=True)
+                        time.sleep(_PAUSE_SECONDS)
         return [worker.row for worker in workers if worker.row.error or worker.row.milliseconds]
 
 
@@ -81,7 +81,7 @@ def table(measurements: list[Measurement]) -> str:
     for m in measurements:
         if not m.error:
             best = max(1e3 * batch / ms for batch, ms in m.milliseconds.items())
-            times = (f"{m.milliseconds[batch]:.2f}" for batch in batches)
+            times = (f"{m.milliseconds[batch]:.2f}" if batch in m.milliseconds else "-" for batch in batches)
             rows.append(
                 [m.engine, m.model, *times, f"{best:.1f}", f"{m.cold_start_seconds:.2f}", f"{m.resident_mb:.0f}"]
             )
@@ -117,6 +117,7 @@ class _Worker:
                 answer = self.ask()
         if answer:
             self.row.cold_start_seconds, self.row.resident_mb = answer
+            print(f"  first result after {answer[0]:.2f} s, {answer[1]:.0f} MB", file=sys.stderr, flush=True)
 
     def ask(self, question: str = "") -> list[float]:
         """The numbers of its next answer, to a line if one is sent; none if it ended."""

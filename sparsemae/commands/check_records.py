@@ -31,9 +31,9 @@ from sparsemae.options import SourceConfig
 from sparsemae.terminal import printable
 from sparsemae.training.logs import RunLog
 
-FILES_PER_TURN = 64
+FILES_PER_TURN = 16
 LISTED = 50
-"""Pairs of near-duplicates that are shown."""
+"""Groups of duplicates, and pairs of near-duplicates, that are shown."""
 Fault = Literal["empty", "unusable", "too small", "binary", "ignored"]
 USABLE: tuple[Fault | None, ...] = (None, "binary", "ignored")
 """What training would take, to no use."""
@@ -102,12 +102,16 @@ class Report:
 
     @property
     def duplicates(self) -> list[list[FileRecord]]:
-        """Groups of files with the same bytes; validation files first in each, the first is the one to keep."""
+        """Groups of files with the same bytes, those across the splits first, then those across classes.
+
+        Validation files are first in each; the first is the one to keep.
+        """
         groups = defaultdict(list)
         for file in sorted(self.files, key=lambda file: file.split != "val"):
             if not file.fault:
                 groups[file.digest].append(file)
-        return [group for group in groups.values() if len(group) > 1]
+        found = [group for group in groups.values() if len(group) > 1]
+        return sorted(found, key=lambda group: (-len({f.split for f in group}), -len({f.class_name for f in group})))
 
     @cached_property
     def near_duplicates(self) -> list[tuple[FileRecord, FileRecord, int]]:
@@ -165,13 +169,15 @@ class Report:
         for file in self.files:
             if file.fault:
                 yield f"{FAULTS[file.fault]}: {file.reason}"
-        for group in self.duplicates:
+        for group in self.duplicates[:LISTED]:
             marks = [
                 "leaks from validation into training" if len({file.split for file in group}) > 1 else "",
                 "in different classes" if len({file.class_name for file in group}) > 1 else "",
             ]
             what = ", ".join(mark for mark in marks if mark)
             yield f"duplicate{f' ({what})' * bool(what)}: {' = '.join(file.path for file in group)}"
+        if len(self.duplicates) > LISTED:
+            yield f"... and {len(self.duplicates) - LISTED:,} more such groups"
         for val, train, bits in self.near_duplicates[:LISTED]:
             yield f"the same picture in validation and training: {val.path} ~ {train.path} ({bits} of 256 bits differ)"
         if len(self.near_duplicates) > LISTED:
@@ -228,8 +234,8 @@ class _Files(Dataset[Any]):
             record.fault, record.reason = record.fault or "unusable", str(error)
             return record, sums
         record.mark = fingerprint(image)
-        record.flat = bool((np.ptp(np.asarray(image), axis=(0, 1)) == 0).all())
         histogram, values = np.array(image.histogram(), np.int64).reshape(3, 256), np.arange(256)
+        record.flat = bool((histogram.max(axis=1) == image.width * image.height).all())
         return record, np.stack((histogram @ values, histogram @ values**2))
 
     def _read(self, record: FileRecord, index: int) -> Image.Image:

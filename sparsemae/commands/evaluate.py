@@ -56,15 +56,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
 
 def own_data(model: str, data: SourceConfig) -> SourceConfig:
     """Where to evaluate: what is named, or else the data that the model's run was trained on, as its folder says."""
-    if data.root is not None or data != replace(SourceConfig(), workers=data.workers):
+    if data.root is not None or not data.auto:
         return data
-    path = Path(model)
+    path, plain = Path(model), SourceConfig()
     for folder in (path, *path.absolute().parents[:3]):  # of a file, or of a checkpoint
         if (folder / "config.yaml").is_file() and (folder / "environment.json").is_file():
             kept = renamed(read_yaml(folder / "config.yaml"), OPTIONS).get("data", {})
-            own = {f"data.{f.name}": kept[f.name] for f in fields(SourceConfig) if f.name in kept} | {
-                "data.workers": data.workers, "data.exif": data.exif, "data.download": data.download,
-            }  # fmt: skip
+            names = ({f.name for f in fields(SourceConfig)} & kept.keys()) - {"workers", "exif", "download"}
+            own = {f"data.{name}": kept[name] for name in names if getattr(data, name) == getattr(plain, name)}
             found = with_values(EvaluateConfig(model, data), own).data
             if found.root is not None and not Path(found.root).exists() and "{" not in found.root:
                 raise ValueError(f"{model}: its images are no longer in {found.root}: wanted --data.root")

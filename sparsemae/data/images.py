@@ -5,6 +5,7 @@ image of too many pixels is refused by its header, and whatever a decoder raises
 """
 
 import math
+import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -63,7 +64,11 @@ def open_image(file: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow warns above it, and raises above twice as many
-    image = Image.open(file, formats=FORMATS)
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except Image.DecompressionBombError as error:  # its text has the number of pixels first
+        pixels = f"{int(found[0]):,}" if (found := re.search(r"\d+", str(error))) else "more"
+        raise ValueError(f"wanted at most max_pixels={max_pixels:,}, got {pixels} px") from error
     if image.width * image.height > max_pixels:
         image.close()
         raise ValueError(f"wanted at most max_pixels={max_pixels:,}, got {image.width} x {image.height} px")

@@ -86,7 +86,8 @@ class SourceConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.source == "auto":
+        self.auto = self.source == "auto"  # of a copy no longer
+        if self.auto:
             self.source = source_of(self.root)
 
 

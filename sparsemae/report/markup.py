@@ -43,5 +43,5 @@ def pictures(shown: Sequence[Mapping[str, Any]]) -> str:
         alt = escaped(f"{one['title']} {one['note']}".strip())
         caption = f"<figcaption>{title}{note}</figcaption>" if title or note else ""
         figures.append(f'<figure><img{small} src="{escaped(one["picture"])}" alt="{alt}">{caption}</figure>')
-    wide = " wide" if any(one["width"] > 2 * one["height"] - 64 for one in shown) else ""
+    wide = " wide" if any(one["width"] > 1.2 * one["height"] for one in shown) else ""  # what a model sees is square
     return f'<div class="pictures{wide}">{"".join(figures)}</div>' if figures else ""
