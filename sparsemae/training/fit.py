@@ -20,8 +20,9 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from sparsemae.data.draws import STEP
 from sparsemae.data.loader import UnreadableImages, batches
-from sparsemae.data.sampling import STEP, TrainingSampler, seed_all
+from sparsemae.data.sampling import TrainingSampler, seed_all
 from sparsemae.files import retried
 from sparsemae.models import use_plain_attention
 from sparsemae.sparsity import Topology, hold_masks, iter_sparse
