@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from functools import partial
+from itertools import pairwise
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
@@ -55,7 +56,7 @@ def _leaves(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Any, Any, 
     hints, texts = get_type_hints(kind), dict[str, str]()
     for base in reversed(kind.__mro__[:-1]):
         body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
-        for field, text in zip(body, body[1:], strict=False):
+        for field, text in pairwise(body):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
                 texts[ast.unparse(field.target)] = " ".join(ast.literal_eval(text.value).split())
     for field in fields(kind):
@@ -85,9 +86,16 @@ def _unfolded(word: str) -> list[str]:
 
 def _flow(text: str) -> Any:
     """Lists and mappings as YAML has them on one line: JSON whose words may lack their quotes."""
-    quoted = re.sub(r'"[^"]*"|\b(?!(?:true|false|null)\b)[A-Za-z_][^\s,:{}\[\]"]*',
-                    lambda word: word[0] if word[0].startswith('"') else f'"{word[0]}"', text)  # fmt: skip
-    return json.loads(quoted)
+    words = r'"[^"]*"|[^\s,:{}\[\]"](?:[^,:{}\[\]"]|:(?!\s))*'
+    return json.loads(re.sub(words, lambda word: _quoted(word[0].strip()), text))
+
+
+def _quoted(word: str) -> str:
+    try:
+        json.loads(word)
+    except ValueError:
+        return json.dumps(word)
+    return word
 
 
 def _text(value: Any) -> str:

@@ -62,7 +62,8 @@ ALLOWED = {
     "__init__": set(),
 } | {leaf: set() for leaf in LEAVES}
 WITHOUT_TORCH = ("options/", "limits.py", "renamed.py", "card.py", "files.py", "plain_yaml.py", "predictor.py",
-                 "terminal.py", "config.py", "plain_parser.py", "jobs.py", "cli.py", "tasks/__init__.py", "runtime/", "data/images.py",
+                 "terminal.py", "config.py", "plain_parser.py", "jobs.py", "cli.py", "tasks/__init__.py", "runtime/",
+                 "data/images.py", "tasks/class_figures.py", "commands/evaluate.py", "data/sources.py", "data/draws.py",
                  "data/inputs.py", "commands/predict.py", "commands/web.py")  # fmt: skip
 
 

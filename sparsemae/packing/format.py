@@ -113,7 +113,8 @@ def to_bytes(model: PackedModel) -> bytes:
     """A packed file's content. Raises ValueError if the tensors do not fit the metadata, or the metadata the format."""
     _check(model)
     metadata = write_metadata(model.config)
-    return save({name: np.ascontiguousarray(one) for name, one in model.tensors.items()}, metadata)
+    content: bytes = save({name: np.ascontiguousarray(one) for name, one in model.tensors.items()}, metadata)
+    return content
 
 
 def write(path: str | Path, model: PackedModel) -> None:

@@ -29,7 +29,7 @@ def figures(targets: NDArray[np.int64], best: NDArray[np.int64], class_names: Se
 
 def details(class_names: Sequence[str], metrics: Mapping[str, float]) -> list[str]:
     """A line for each class."""
-    rows = [("", *PER_CLASS)]
+    rows: list[tuple[str, ...]] = [("", *PER_CLASS)]
     for name in class_names:
         values = (metrics[f"{kind}/{name}"] for kind in PER_CLASS)
         rows.append((name, *("none" if math.isnan(value) else f"{value:.2%}" for value in values)))
