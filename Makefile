@@ -97,7 +97,7 @@ sbom: $(STAMP)
 
 # the native tests again, under the address and undefined-behavior sanitizers
 sanitize: $(STAMP)
-	$(BIN)/pip install --quiet --constraint constraints.txt cmake nanobind
+	$(BIN)/pip install --quiet --constraint constraints.txt cmake
 	PATH="$(CURDIR)/$(BIN):$$PATH" SPARSEMAE_TEST_SANITIZE=1 $(TESTS) tests/native/test_sanitize.py
 
 format: $(STAMP)
@@ -105,7 +105,7 @@ format: $(STAMP)
 	$(BIN)/clang-format -i $(wildcard native/*.cpp native/*.h include/*.h tests/native/*.cpp tests/native/*.c)
 	$(BIN)/ruff check --fix .
 
-$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
+$(STAMP): pyproject.toml images/pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[train,test]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[train,test]" ./images
 	touch $(STAMP)

@@ -6,6 +6,9 @@
 #include <string>
 #include <vector>
 
+#include "bench.h"
+#include "codes.h"
+#include "dispatch.h"
 #include "packed_file.h"
 #include "processor.h"
 #include "sparsemae.h"
@@ -26,6 +29,9 @@ using namespace sparsemae;
 namespace {
 
 thread_local char last_error[256];
+#if !defined(__wasm__)
+thread_local std::vector<KernelTiming> timings;
+#endif
 
 void remember(const char* what) { std::strncpy(last_error, what, sizeof last_error - 1); }
 
@@ -89,8 +95,15 @@ struct sparsemae_model {
 
 extern "C" {
 
-EXPORT(sparsemae_open_memory)
-sparsemae_model* sparsemae_open_memory(const void* bytes, size_t size, uint32_t threads, const char* isa) {
+#if !defined(__wasm__)
+struct sparsemae_kernel_timing {
+  const char *kernel, *instructions;
+  double seconds, peak;
+  int zeros;
+};
+SPARSEMAE_API
+#endif
+sparsemae_model* sparsemae_open_as(const void* bytes, size_t size, uint32_t threads, const char* isa, int quantize) {
   return guarded<sparsemae_model*>(nullptr, [&]() -> sparsemae_model* {
     const auto* at = static_cast<const std::uint8_t*>(bytes);
     std::vector<std::uint64_t> copy;
@@ -101,12 +114,18 @@ sparsemae_model* sparsemae_open_memory(const void* bytes, size_t size, uint32_t 
     }
     PackedFile file;
     const std::string wrong = read_packed(at, size, file);
+    for (auto& [name, weights] : file.weights) weights.quantize = weights.quantize && quantize;
     if (wrong.empty() && threads <= 1024) return new sparsemae_model(std::move(file), threads, isa);
     remember((wrong.empty() ? "threads: wanted at most 1024"
                             : "wanted a packed model, got one that cannot be used: " + wrong)
                  .c_str());
     return nullptr;
   });
+}
+
+EXPORT(sparsemae_open_memory)
+sparsemae_model* sparsemae_open_memory(const void* bytes, size_t size, uint32_t threads, const char* isa) {
+  return sparsemae_open_as(bytes, size, threads, isa, 1);
 }
 
 #if !defined(__wasm__)
@@ -142,6 +161,10 @@ int sparsemae_prepare(const sparsemae_model* m, const uint8_t* pixels, uint32_t 
       return 1;
     }
     const VitConfig& c = m->vit.config();
+    if (c.in_chans != 3) {
+      remember("wanted a model of 3 channels to prepare an image for, got one of another number");
+      return 1;
+    }
     prepare(m->preprocess, pixels, width, height, channels, c.image_width, c.image_height, out);
     return 0;
   });
@@ -154,6 +177,63 @@ int sparsemae_forward(sparsemae_model* m, const float* images, size_t batch, flo
     return 0;
   });
 }
+
+#if !defined(__wasm__)
+// What sparsemae/runtime/_native.py calls beside the header: no promise to others.
+SPARSEMAE_API int sparsemae_features(sparsemae_model* m, const float* images, size_t batch, float* out) {
+  return guarded(1, [&] {
+    m->vit.forward(images, batch, out, true);
+    return 0;
+  });
+}
+
+// Tokens and embed_dim of its features, and whether they are its output.
+SPARSEMAE_API void sparsemae_features_shape(const sparsemae_model* m, uint32_t* shape) {
+  const VitConfig& c = m->vit.config();
+  shape[0] = static_cast<uint32_t>(m->vit.tokens()), shape[1] = static_cast<uint32_t>(c.embed_dim);
+  shape[2] = c.all_tokens;
+}
+
+SPARSEMAE_API const char* sparsemae_math(const sparsemae_model* m) { return m->vit.kernels().math; }
+
+SPARSEMAE_API const char* sparsemae_isas(void) {
+  static const std::string names = [] {
+    std::string joined;
+    for (const Kernels* table : usable_kernels()) joined += (joined.empty() ? "" : " ") + std::string(table->name);
+    return joined;
+  }();
+  return names.c_str();
+}
+
+SPARSEMAE_API const char* sparsemae_processor(void) {
+  static const std::string line = [] {
+    std::string joined = this_processor().name() + "\n";
+    for (const std::string& feature : this_processor().features()) joined += feature + " ";
+    return joined;
+  }();
+  return line.c_str();
+}
+
+// Times of the kernels into `out`, as many as there is room for; their number, or -1. The strings live until the next.
+SPARSEMAE_API int sparsemae_time_kernels(sparsemae_model* m, size_t rounds, sparsemae_kernel_timing* out, int room) {
+  return guarded(-1, [&] {
+    timings = time_kernels(m->vit, rounds);
+    int count = 0;
+    for (const KernelTiming& t : timings)
+      if (count < room) out[count++] = {t.kernel.c_str(), t.instructions.c_str(), t.seconds, t.peak, t.zeros};
+    return count;
+  });
+}
+
+SPARSEMAE_API int sparsemae_decode_positions(const uint8_t* codes, size_t size, size_t groups, unsigned n, unsigned k,
+                                             uint8_t* out) {
+  return guarded(1, [&] {
+    const auto positions = decode_positions(codes, size, groups, n, k);
+    std::copy(positions.begin(), positions.end(), out);
+    return 0;
+  });
+}
+#endif
 
 EXPORT(sparsemae_close) void sparsemae_close(sparsemae_model* m) { delete m; }
 EXPORT(sparsemae_error) const char* sparsemae_error(void) { return last_error; }

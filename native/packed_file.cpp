@@ -147,7 +147,7 @@ class Reader {
         {"embed_dim", &c.embed_dim, 1, 1 << 14},     {"depth", &c.depth, 1, 512},
         {"num_heads", &c.num_heads, 1, 1 << 10},     {"mlp_hidden", &c.mlp_hidden, 1, 1 << 17},
         {"patch_size", &c.patch_size, 1, 1 << 10},   {"image_height", &c.image_height, 1, 1 << 14},
-        {"image_width", &c.image_width, 1, 1 << 14}, {"in_chans", &c.in_chans, 3, 3},
+        {"image_width", &c.image_width, 1, 1 << 14}, {"in_chans", &c.in_chans, 1, 64},
         {"num_classes", &c.num_classes, 0, 1 << 20}, {"reg_tokens", &c.reg_tokens, 0, 1 << 10},
     };
     for (const auto& field : sizes) {
@@ -189,9 +189,10 @@ class Reader {
     if (!exif || exif->kind != Kind::boolean) return fail("preprocess.exif_transpose: wanted true or false");
     if (bits ? bits->kind != Kind::null && !whole(bits, 9, 16) : second_)
       return fail("preprocess.bits: wanted null or 9 to 16, got another value");
-    const auto three = [&](const char* name, double least, double most, bool integer, std::vector<float>& to) {
+    const auto each = [&](const char* name, std::size_t count, double least, double most, bool integer,
+                          std::vector<float>& to) {
       const Json* values = fields->find(name);
-      if (!values || values->items.size() != 3) return false;
+      if (!values || values->items.size() != count) return false;
       for (const Json& value : values->items) {
         if (value.kind != Kind::number || value.integer != integer || value.number < least || value.number > most)
           return false;
@@ -199,8 +200,9 @@ class Reader {
       }
       return true;
     };
-    if (!three("mean", -1e6, 1e6, false, p.mean) || !three("std", 1e-6, 1e6, false, p.std))
-      return fail("preprocess: wanted a mean and a std of three numbers");
+    const std::size_t channels = out_.vit.in_chans;
+    if (!each("mean", channels, -1e6, 1e6, false, p.mean) || !each("std", channels, 1e-6, 1e6, false, p.std))
+      return fail("preprocess: wanted a mean and a std of a number for each channel");
     const Json *crop = fields->find("crop_pct"), *interpolation = fields->find("interpolation");
     if (!real(crop) || crop->number < 0.1 || crop->number > 1.0)
       return fail("preprocess.crop_pct: wanted 0.1 to 1, got another value");
@@ -213,7 +215,7 @@ class Reader {
     const Json* background = fields->find("background");
     if (!background && second_) return fail("preprocess.background: wanted null or a color, got none");
     if (background && background->kind != Kind::null) {
-      if (!three("background", 0, 255, true, color))
+      if (!each("background", 3, 0, 255, true, color))
         return fail("preprocess.background: wanted three numbers from 0 to 255, got another value");
       p.background.emplace();
       for (int i = 0; i < 3; ++i) (*p.background)[i] = static_cast<std::uint8_t>(color[i]);

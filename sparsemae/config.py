@@ -10,19 +10,14 @@ from dataclasses import MISSING, fields
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
-
-import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from typing import Any, TypeVar
 
 from sparsemae.limits import marked
-from sparsemae.plain_yaml import read_yaml
+from sparsemae.plain_parser import PlainParser
 from sparsemae.renamed import OPTIONS, new_option, renamed
 
 RECIPES = Path(__file__).parent / "recipes"
 Config = TypeVar("Config")
-OPTIONAL_POSITIONAL = "files"
-"""A list field of this name takes any number of positional arguments, none included."""
 SHORT = {
     "epochs": "trainer.epochs",
     "batch": "trainer.global_batch",
@@ -33,18 +28,6 @@ SHORT = {
 """Short names of options of the jobs that train."""
 _ALONE = ("help", "help_all", "print_config")
 """Options that take no value, or one after ``=``."""
-
-
-class _Parser(ArgumentParser):
-    """Raises instead of printing usage and tips: the command line says it in one line, with the name that was meant."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if word := re.search(r"unrecognized arguments: --([\w.]+)", message, re.IGNORECASE):
-            known = [*SHORT, *(name[2:] for name in self._option_string_actions if name.startswith("--"))]
-            leaf = word[1].rpartition(".")[2]
-            meant = difflib.get_close_matches(word[1], known, 1) + [n for n in known if n.rpartition(".")[2] == leaf]
-            message += "".join(f" (did you mean --{name}?)" for name in meant[:1])
-        raise ValueError(message) from ex
 
 
 def recipe_names() -> list[str]:
@@ -74,9 +57,23 @@ def read_config(
               file=sys.stderr)  # fmt: skip
         recipes = [_recipe(recipe)]
     parser = _parser(kind, program)  # type: ignore[arg-type]
+    words = ["--help" if word == "--help_all" else word for word in words]
+    try:
+        if isinstance(parser, PlainParser):
+            made: Config = parser.made(words, [settings for _, settings in recipes])
+            return made
+        return _with_recipes(kind, parser, [recipe for recipe, _ in recipes], words, named)
+    except ValueError as error:
+        raise ValueError(f"{error}{_meant(str(error), parser)}") from error
+
+
+def _with_recipes(
+    kind: type[Config], parser: Any, recipes: Sequence[str], words: Sequence[str], named: set[str]
+) -> Config:
+    """By jsonargparse."""
     # recipes before what is named, which they must not override; what they name themselves counts more than auto
     first = ["--data.source=auto"] * _takes_root(kind) + [w for path in recipes for w in ("--config", path)]
-    parsed: Any = parser.instantiate(parser.parse_args(first + ["--help" if w == "--help_all" else w for w in words]))
+    parsed: Any = parser.instantiate(parser.parse_args([*first, *words]))
     config = kind(**{member.name: getattr(parsed, member.name) for member in fields(kind)})  # type: ignore[arg-type]
     if not recipes and not getattr(config, "from_data", True):
         open_ones = [name for name, _ in marked(config, "from_data") if name not in named]
@@ -84,19 +81,24 @@ def read_config(
     return config
 
 
+def _meant(message: str, parser: Any) -> str:
+    """The option that a misspelled one stands for, if there is one."""
+    if not (word := re.search(r"unrecognized arguments: --([\w.]+)", message, re.IGNORECASE)):
+        return ""
+    known = [*SHORT, *(name[2:] for name in parser._option_string_actions if name.startswith("--"))]
+    leaf = word[1].rpartition(".")[2]
+    meant = difflib.get_close_matches(word[1], known, 1) + [n for n in known if n.rpartition(".")[2] == leaf]
+    return "".join(f" (did you mean --{name}?)" for name in meant[:1])
+
+
 @cache
-def _parser(kind: type[Any], program: str) -> _Parser:
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = _Parser(prog=program, description=kind.__doc__)
-    parser.add_argument("--config", action="config", help="A recipe's name, or a YAML file.")
-    members = fields(kind)
-    lists = {member.name for member in members if str(member.type).startswith("list")}
-    many = dict.fromkeys(lists & set(_positional(kind)), "+") | dict.fromkeys(lists & {OPTIONAL_POSITIONAL}, "*")
-    parser.add_class_arguments(kind, as_positional=True, skip=set(many))
-    for name, nargs in many.items():
-        default: Any = {"default": []} if nargs == "*" else {}
-        parser.add_argument(name, nargs=nargs, type=str, help="Files or folders.", **default)
-    return parser
+def _parser(kind: type[Any], program: str) -> Any:
+    """argparse for the commands of the bare install, jsonargparse for the others."""
+    if getattr(kind, "bare", False):
+        return PlainParser(kind, program, _positional(kind))
+    from sparsemae.recipe_parser import recipe_parser
+
+    return recipe_parser(kind, program, _positional(kind))
 
 
 def _positional(kind: type[Any]) -> list[str]:
@@ -156,12 +158,13 @@ def check_paths(config: Any) -> None:
                 raise ValueError(f"{option}: {path}: no such file or folder")
 
 
-def _resolved(kind: type[Any], argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Recipes by their file, and the other words: options by their whole names, with underscores, and the data's root.
+def _resolved(kind: type[Any], argv: Sequence[str]) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
+    """Recipes, see `_recipe`, and the other words: options by their whole names, with underscores, and the data's root.
 
     A value stands after ``=``, so that each word names what it sets.
     """
-    recipes, result, rest, positional = list[str](), list[str](), iter(argv), _positional(kind)
+    recipes, result = list[tuple[str, dict[str, Any]]](), list[str]()
+    rest, positional = iter(argv), _positional(kind)
     for word in rest:
         if not word.startswith("--"):
             extra = not positional and _takes_root(kind)
@@ -213,13 +216,22 @@ def _names(word: str) -> Iterator[str]:
     name, _, value = word.removeprefix("--").partition("=")
     yield name
     if word.startswith("--") and value.lstrip().startswith("{"):
+        import yaml
+
         with suppress(yaml.YAMLError):
             mapping = yaml.safe_load(value)
             yield from (f"{name}.{key}" for key in (mapping if isinstance(mapping, dict) else ()))
 
 
-def _recipe(name: str) -> str:
-    """What jsonargparse takes for a recipe: its file, or its content where names in it are of an earlier version."""
+def _recipe(name: str) -> tuple[str, dict[str, Any]]:
+    """What jsonargparse takes for a recipe: its file, or its content where names in it are of an earlier version.
+
+    And its settings by the names of now.
+    """
+    import yaml
+
+    from sparsemae.plain_yaml import read_yaml
+
     path = Path(name) if Path(name).is_file() else RECIPES / f"{name}.yaml"
     if not path.is_file() or not name:
         raise ValueError(f"--config: wanted a YAML file or a recipe ({', '.join(recipe_names())}), got {name!r}")
@@ -230,4 +242,4 @@ def _recipe(name: str) -> str:
     if not isinstance(settings, dict):
         raise ValueError(f"--config: {path}: wanted options by name, got {settings!r:.60}")
     current = renamed(settings, OPTIONS)
-    return str(path) if current == settings else yaml.safe_dump(current, sort_keys=False)
+    return str(path) if current == settings else yaml.safe_dump(current, sort_keys=False), current

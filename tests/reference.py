@@ -9,8 +9,9 @@ import numpy as np
 
 from sparsemae.card import InputSpec, ModelCard
 from sparsemae.packing.codec import encode_mask
-from sparsemae.packing.format import LINEARS, PackedModel, dense_shapes, to_bf16, unpack
+from sparsemae.packing.format import LINEARS, PackedModel, dense_shapes, to_bf16, to_bytes, unpack
 from sparsemae.packing.metadata import PackedConfig, VitShape, parse_pattern
+from sparsemae.runtime.native import Vit
 
 TINY = VitShape(
     embed_dim=64,
@@ -40,6 +41,11 @@ TINY = VitShape(
 
 def vit_shape(**changes: object) -> VitShape:
     return replace(TINY, **changes)  # type: ignore[arg-type]
+
+
+def native(model: PackedModel, threads: int = 1, isa: str = "", quantize: bool = True) -> Vit:
+    """The same in the native library."""
+    return Vit(to_bytes(model), threads, isa, quantize)
 
 
 def random_model(

@@ -226,7 +226,7 @@ def native_sources(tree: Path) -> dict[str, bytes]:
 
 def installed_module() -> Path:
     """The native module of the environment that runs this script."""
-    code = "import sparsemae.runtime._native as module; print(module.__file__)"
+    code = "import sparsemae.runtime.native as module; print(module.FILE)"
     words = [sys.executable, "-c", code]
     return Path(subprocess.run(words, check=True, capture_output=True, text=True, cwd=ROOT).stdout.strip())
 
@@ -239,7 +239,8 @@ def build(tree: Path, target: Path) -> Path:
     isolation = ["--no-build-isolation"] if probe.returncode == 0 else []
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *isolation, "--target"]
     subprocess.run([*pip, str(target), str(tree)], check=True)
-    return next((target / "sparsemae" / "runtime").glob("_native*.so"))
+    runtime = target / "sparsemae" / "runtime"
+    return next(file for name in ("libsparsemae*", "_native*.so") for file in runtime.glob(name))
 
 
 def python_of(side: Path) -> Path:

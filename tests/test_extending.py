@@ -42,7 +42,7 @@ def block(word: str, language: str = "python") -> str:
 def tree(tmp_path: Path) -> Path:
     """A copy of the tree without what was built."""
     for name in ("sparsemae", "native"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "_native*.so"))
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "libsparsemae*"))
     for name in ("CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, tmp_path)
     return tmp_path
@@ -138,7 +138,7 @@ def test_an_instruction_set(tree: Path) -> None:
     subprocess.run(pip, check=True, capture_output=True, env={**os.environ, "CMAKE_BUILD_PARALLEL_LEVEL": "2"})
     (wheel,) = wheels.glob("*.whl")
     with zipfile.ZipFile(wheel) as content:
-        (native,) = [name for name in content.namelist() if "/_native." in name and not name.endswith(".pyi")]
+        (native,) = [name for name in content.namelist() if "/libsparsemae." in name]
         content.extract(native, tree)
     model = reference.random_model(reference.TINY)
     write(tree / "model.safetensors", model)

@@ -1,4 +1,4 @@
-"""Make sparsemae/data/fashion_mnist/images.xz from the original IDX files (``train-images-idx3-ubyte.gz`` ...):
+"""Make images/sparsemae_images/images.xz from the original IDX files (``train-images-idx3-ubyte.gz`` ...):
 
 python tools/embed_fashion_mnist.py FOLDER_WITH_THE_IDX_FILES
 """
@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsemae.data.embedded import FILE, SIDE, TRAIN_IMAGES
+from sparsemae.data.embedded import SIDE, TRAIN_IMAGES, file
 
 
-def build(idx_folder: Path, path: Path = FILE) -> None:
+def build(idx_folder: Path, path: Path) -> None:
     """Labels, then pixels: of the first training images, then of all test images."""
 
     def read(name: str, header: int) -> np.ndarray:
@@ -30,4 +30,4 @@ def build(idx_folder: Path, path: Path = FILE) -> None:
 
 
 if __name__ == "__main__":
-    build(Path(sys.argv[1]))
+    build(Path(sys.argv[1]), file())

@@ -13,9 +13,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 CONTAINED = (
-    ("library", "robin-map", "MIT", "https://github.com/Tessil/robin-map"),
+    ("library", "LLVM runtimes", "Apache-2.0 WITH LLVM-exception", "https://github.com/llvm/llvm-project"),
+    ("library", "wasi-libc", "Apache-2.0 WITH LLVM-exception", "https://github.com/WebAssembly/wasi-libc"),
     ("data", "SceneParse150 class names", "LicenseRef-ADE20k", "https://github.com/CSAILVision/sceneparsing"),
-    ("data", "Fashion-MNIST", "MIT", "https://github.com/zalandoresearch/fashion-mnist"),
 )
 """Kind, name, license and source of what no package stands for."""
 

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
+from sparsemae.card import InputSpec, ModelCard
 from sparsemae.files import write_atomic
 from sparsemae.packing.codec import encode_mask
-from sparsemae.packing.format import DTYPES, LINEARS, dense_shapes, to_bf16
-from sparsemae.packing.metadata import VitShape, parse_pattern
-from sparsemae.runtime import _native
+from sparsemae.packing.format import DTYPES, LINEARS, Array, PackedModel, dense_shapes, to_bf16, to_bytes
+from sparsemae.packing.metadata import PackedConfig, VitShape, parse_pattern
+from sparsemae.runtime import native
 
 BLOCK = VitShape(
     embed_dim=768, depth=1, num_heads=12, mlp_hidden=3072, patch_size=16, image_height=224, image_width=224,
@@ -76,7 +77,7 @@ def measure(runs: int, vit: VitShape = BLOCK) -> list[KernelRow]:
     """Every table that this processor can run, with bf16 weights, and with int8 ones where it multiplies integers."""
     rows: list[KernelRow] = []
     with suppress(KeyboardInterrupt):  # what there is until then is the result
-        for isa, pattern, dtype in product(_native.usable_isas(), PATTERNS, ("bf16", "int8")):
+        for isa, pattern, dtype in product(native.usable_isas(), PATTERNS, ("bf16", "int8")):
             row = _measure(vit, isa, pattern, dtype, runs)
             if dtype == "bf16" or row.instructions != rows[-1].instructions:
                 rows.append(row)
@@ -123,7 +124,7 @@ def _cells(row: KernelRow) -> list[str]:
 
 def _measure(vit: VitShape, isa: str, pattern: str, dtype: str, runs: int) -> KernelRow:
     n, m = parse_pattern(pattern)
-    timings = {timing.kernel: timing for timing in _native.time_kernels(_random_block(vit, isa, pattern, dtype), runs)}
+    timings = {timing.kernel: timing for timing in _random_block(vit, isa, pattern, dtype).time_kernels(runs)}
     weights = {
         layer: shape[0] * shape[1] * n / m
         for layer in ("qkv", "proj", "fc1", "fc2")
@@ -147,30 +148,29 @@ def _measure(vit: VitShape, isa: str, pattern: str, dtype: str, runs: int) -> Ke
 
 def processor() -> str:
     """Vendor, family/model/stepping, generation where it is known: instruction sets."""
-    name, features = _native.processor()
+    name, features = native.processor()
     generation = next((known for pattern, known in _GENERATIONS.items() if re.match(pattern, name)), "")
     return f"{name or 'unknown'}{f' ({generation})' if generation else ''}: {' '.join(features) or 'none by name'}"
 
 
-def _random_block(vit: VitShape, isa: str, pattern: str, dtype: str) -> _native.Vit:
+def _random_block(vit: VitShape, isa: str, pattern: str, dtype: str) -> native.Vit:
     """A model with random sparse weights, on one thread."""
     n, m = parse_pattern(pattern)
-    rng = np.random.default_rng(0)
-    builder = _native.Builder(vit)
+    rng, tensors = np.random.default_rng(0), dict[str, Array]()
+    patterns, dtypes = dict[str, str](), dict[str, str]()
     for name, shape in dense_shapes(vit).items():
-        if name.endswith(tuple(f"{layer}.weight" for layer in LINEARS)):
-            rows, columns = shape
-            order = rng.random((rows * columns // m, m)).argsort(axis=1)
-            codes = encode_mask((order < n).reshape(rows, columns), n, m)
-            values = rng.standard_normal((rows, columns // m * n), np.float32) / columns**0.5
-            scale = None
-            if dtype == "int8":
-                scale = np.abs(values).max(axis=1) / np.float32(127)
-                values = np.rint(values / scale[:, None])
-            stored = to_bf16(values) if dtype == "bf16" else values.astype(DTYPES[dtype])
-            builder.sparse(name, columns, n, m, codes, stored, scale, True)
-        elif name == "patch_embed.proj.weight":
-            builder.dense(name, np.zeros(shape, np.float32))
-        else:
-            builder.vector(name, rng.standard_normal(shape, np.float32))
-    return builder.build(1, isa)
+        if not name.endswith(tuple(f"{layer}.weight" for layer in LINEARS)):
+            tensors[name], dtypes[name] = rng.standard_normal(shape, np.float32), "fp32"
+            continue
+        rows, columns = shape
+        order = rng.random((rows * columns // m, m)).argsort(axis=1)
+        patterns[name.removesuffix(".weight")], dtypes[f"{name}.values"] = pattern, dtype
+        tensors[f"{name}.codes"] = encode_mask((order < n).reshape(rows, columns), n, m)
+        values = rng.standard_normal((rows, columns // m * n), np.float32) / columns**0.5
+        if dtype == "int8":
+            scale = tensors[f"{name}.scale"] = np.abs(values).max(axis=1) / np.float32(127)
+            values = np.rint(values / scale[:, None])
+        tensors[f"{name}.values"] = to_bf16(values) if dtype == "bf16" else values.astype(DTYPES[dtype])
+    spec = InputSpec(vit.image_height, (0.5,) * vit.in_chans, (0.5,) * vit.in_chans)
+    card = ModelCard("classify", "random weights", {}, spec, patterns=patterns)
+    return native.Vit(to_bytes(PackedModel(PackedConfig(card, vit, dtypes), tensors)), 1, isa)

@@ -1,57 +1,91 @@
-"""Figures of a trained or packed model on a validation split, each image counted once."""
+"""Figures of a trained or packed model on a validation split, each image counted once.
+
+Packed classifiers are measured here, in numpy: the bare install has no torch. All else is `evaluate_run`.
+"""
 
 import sys
-from dataclasses import asdict, fields, replace
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
-import torch
-from lightning_fabric import Fabric
+import numpy as np
+from numpy.typing import NDArray
 
-import sparsemae
-from sparsemae.commands.probe import probe
+from sparsemae.data.sources import find_source
+from sparsemae.data.splits import Source
 from sparsemae.limits import with_values
-from sparsemae.options import EvaluateConfig, InferenceConfig, SourceConfig
+from sparsemae.options import EvaluateConfig, SourceConfig
 from sparsemae.packing.format import is_packed
-from sparsemae.plain_yaml import read_yaml
-from sparsemae.predictor import Predictor
+from sparsemae.processors import processors
 from sparsemae.renamed import OPTIONS, renamed
-from sparsemae.tasks import task_class
-from sparsemae.tasks.loading import TorchPredictor
-from sparsemae.tasks.task import Network
+from sparsemae.runtime import Model, load
+from sparsemae.tasks.class_figures import details, figures, summary
 from sparsemae.terminal import printable
+
+BATCH = 64
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
     """Print and return the metrics of the model's task as fractions; of a classifier's probe, its accuracy."""
     config = replace(config, data=own_data(config.model, config.data))
-    if config.probe is not None:
-        if is_packed(config.model):
-            raise ValueError(f"model: wanted a run or its weights with --probe, got a packed file: {config.model}")
-        fabric = _fabric(config.accelerator)
-        metrics = probe(config.probe, config.model, config.data, fabric)
-        print(printable(f"{config.model}: {config.probe} probe, {task_class('classify').summary(metrics)}"))
-        return metrics
-    predictor = sparsemae.load(config.model)
+    packed = is_packed(config.model)
+    if packed and config.probe is not None:
+        raise ValueError(f"model: wanted a run or its weights with --probe, got a packed file: {config.model}")
+    predictor = load(config.model) if packed else None
+    if predictor is None or predictor.card.task != "classify":
+        from sparsemae.commands.evaluate_run import evaluate_run
+
+        return evaluate_run(config)
     card = predictor.card
-    task = task_class(card.task)
-    fabric = _fabric(config.accelerator if isinstance(predictor, TorchPredictor) else "cpu")
     if any(value is not None for value in vars(config.inference).values()):
-        if "inference" not in card.settings:
-            raise ValueError(f"inference: wanted none for a model for {card.task}, got {config.inference}")
-        inference = config.inference.applied_to(InferenceConfig(**card.settings["inference"]))
-        inference.check(card.input.img_size)
-        card = card.with_settings(inference=asdict(inference))
+        raise ValueError(f"inference: wanted none for a model for {card.task}, got {config.inference}")
     if config.data.exif and card.input.exif is False:
         raise ValueError(f"data.exif: wanted what {config.model} was trained with, false, got true")
-    dataset, said = task.evaluation_set(card, config.data, predictor.smallest_side, config.split)
+    source, said = find_source(config.data).open_for_evaluation(config.split, card.data, card.class_names)
     print(printable(said), file=sys.stderr)
-    with torch.inference_mode():
-        network = _network(predictor, fabric)
-        metrics = task.measure(fabric, network, card, dataset, config.data.workers, progress=True)
-    conditions = f" ({task.conditions(card)})" if task.conditions(card) else ""
-    summary = f"{config.model}: {task.summary(metrics)} on {len(dataset):,} images{conditions}"
-    print(*map(printable, (*task.details(card, metrics), summary)), sep="\n")
+    metrics = figures(*outcomes(predictor, source), card.class_names)
+    print(*map(printable, details(card.class_names, metrics)), sep="\n")
+    print(printable(f"{config.model}: {summary(metrics)} on {len(source):,} images"))
     return metrics
+
+
+def outcomes(predictor: Model, source: Source) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Classes [N], and the five likeliest by the model [N, 5], best first. Raises ValueError if images are unreadable.
+
+    Threads read and prepare what comes next while the model computes.
+    """
+    targets, best, failed = list[int](), list[NDArray[np.int64]](), list[str]()
+
+    def prepared(index: int) -> Any:
+        try:
+            image, target = source.read(index, predictor.smallest_side, predictor.card.input)
+            return predictor.prepare(image), target
+        except ValueError as error:
+            return error
+
+    with ThreadPoolExecutor(processors()) as pool:
+        for batch in _ahead(pool, prepared, len(source)):
+            failed += [str(one) for one in batch if isinstance(one, ValueError)]
+            if found := [one for one in batch if not isinstance(one, ValueError)]:
+                logits = predictor(np.stack([image for image, _ in found]))
+                best.append(np.argsort(-logits, axis=1, kind="stable")[:, :5])
+                targets += [target for _, target in found]
+    if failed:
+        hint = "sparsemae check --write-exclude FILE lists them all for data.exclude"
+        raise ValueError(f"{failed[0]} ({len(failed):,} of {len(source):,} images cannot be used: {hint})")
+    return np.array(targets, np.int64), np.concatenate(best)
+
+
+def _ahead(pool: ThreadPoolExecutor, prepared: Any, images: int) -> Iterator[list[Any]]:
+    """Batches of results, the next one under way."""
+    starts = range(0, images, BATCH)
+    waiting = [[pool.submit(prepared, i) for i in range(starts[0], min(BATCH, images))]]
+    for start in starts:
+        following = range(start + BATCH, min(start + 2 * BATCH, images))
+        waiting.append([pool.submit(prepared, i) for i in following])
+        yield [one.result() for one in waiting.pop(0)]
 
 
 def own_data(model: str, data: SourceConfig) -> SourceConfig:
@@ -61,6 +95,8 @@ def own_data(model: str, data: SourceConfig) -> SourceConfig:
     path, plain = Path(model), SourceConfig()
     for folder in (path, *path.absolute().parents[:3]):  # of a file, or of a checkpoint
         if (folder / "config.yaml").is_file() and (folder / "environment.json").is_file():
+            from sparsemae.plain_yaml import read_yaml
+
             kept = renamed(read_yaml(folder / "config.yaml"), OPTIONS).get("data", {})
             names = ({f.name for f in fields(SourceConfig)} & kept.keys()) - {"workers", "exif", "download"}
             own = {f"data.{name}": kept[name] for name in names if getattr(data, name) == getattr(plain, name)}
@@ -69,16 +105,3 @@ def own_data(model: str, data: SourceConfig) -> SourceConfig:
                 raise ValueError(f"{model}: its images are no longer in {found.root}: wanted --data.root")
             return found
     return data
-
-
-def _fabric(accelerator: str) -> Fabric:
-    try:
-        return Fabric(accelerator=accelerator, devices=1)
-    except RuntimeError as error:
-        raise ValueError(f"accelerator: {accelerator} cannot be had here: {error}") from error
-
-
-def _network(predictor: Predictor, fabric: Fabric) -> Network:
-    if isinstance(predictor, TorchPredictor):
-        return predictor.model.to(fabric.device)
-    return lambda images: torch.from_numpy(predictor(images.numpy()))

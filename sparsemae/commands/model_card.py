@@ -17,7 +17,7 @@ from sparsemae.card import ModelCard
 from sparsemae.models.weights import find_weights
 from sparsemae.options import ExportConfig
 from sparsemae.packing.pack import pack
-from sparsemae.runtime import _native, load
+from sparsemae.runtime import load, native
 from sparsemae.sparsity import iter_sparse
 from sparsemae.tasks import task_class
 from sparsemae.tasks.task import encoder_of
@@ -85,7 +85,7 @@ def _size_and_speed(model: Any, card: ModelCard) -> str:
             start = time.perf_counter()
             packed(image)
             seconds.append(time.perf_counter() - start)
-        median, name = statistics.median(seconds[1:]), _native.processor()[0]
+        median, name = statistics.median(seconds[1:]), native.processor()[0]
         return f"packed {size / 1e6:.2f} MB; {median * 1e3:.1f} ms an image with {packed.threads} threads of {name}"
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from sparsemae.card import InputSpec, ModelCard
-from sparsemae.data import loader, sampling, sources, transforms
+from sparsemae.data import draws, loader, sampling, sources, transforms
 from sparsemae.data.dataset import ImageDataset
 from sparsemae.models import patch_side
 from sparsemae.options import SourceConfig
@@ -100,7 +100,7 @@ def linear(train: Tensor, train_targets: Tensor, val: Tensor, classes: int) -> T
     """
     std, mean = torch.std_mean(train, dim=0)
     train, val = ((features - mean) / (std + 1e-6) for features in (train, val))
-    order = torch.from_numpy(sampling.stream(0, sampling.HOLDOUT).permutation(len(train))).to(train.device)
+    order = torch.from_numpy(draws.stream(0, draws.HOLDOUT).permutation(len(train))).to(train.device)
     held, rest = order[: len(order) // 10], order[len(order) // 10 :]
 
     def accuracy(penalty: float) -> float:

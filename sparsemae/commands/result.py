@@ -9,7 +9,8 @@ from torch import nn
 
 from sparsemae.card import ModelCard
 from sparsemae.commands.probe import probe_network
-from sparsemae.data.sampling import INIT, seed_all
+from sparsemae.data.draws import INIT
+from sparsemae.data.sampling import seed_all
 from sparsemae.files import write_atomic
 from sparsemae.tasks.guessing import warning
 from sparsemae.tasks.sparse import make_sparse

@@ -4,8 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from sparsemae.commands.result import measured, tested
+from sparsemae.data.draws import INIT
 from sparsemae.data.record import record
-from sparsemae.data.sampling import INIT, BatchPlan, seed_all
+from sparsemae.data.sampling import BatchPlan, seed_all
 from sparsemae.models.start import start_from
 from sparsemae.models.weights import save_model
 from sparsemae.options import TrainingConfig

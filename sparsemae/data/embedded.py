@@ -1,11 +1,13 @@
-"""Fashion-MNIST inside the package: real images for every command, with nothing to download.
+"""The embedded images, of Fashion-MNIST: real images for every command, with nothing to download.
 
-One xz file holds the labels, then the pixels, as bytes: the first 10,000 training images, then all 10,000 test
-images, in the original order. `tools/embed_fashion_mnist.py` makes it from the original IDX files.
+They are a distribution of their own, `sparsemae-images` (folder images/ of the repository), whose one xz file
+holds the labels, then the pixels, as bytes: the first 10,000 training images, then all 10,000 test images, in the
+original order. `tools/embed_fashion_mnist.py` makes it from the original IDX files.
 """
 
 import lzma
 from functools import cache
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,13 +24,23 @@ CLASS_NAMES = [
 SHA256 = "95a675888d4544fe4e273d9f70a7555accc103bc16ab8a3368ac0dc5169d6e06"
 """Of the xz file."""
 MASK_THRESHOLD = 12
-FILE = Path(__file__).parent / "fashion_mnist" / "images.xz"
+
+
+def file() -> Path:
+    """Where they lie. Raises ValueError if they are not installed."""
+    spec = find_spec("sparsemae_images")
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            "wanted the embedded images, which are a package of their own, sparsemae-images, got none: pip install "
+            "./images in a checkout of sparsemae, or name your own images"
+        )
+    return Path(next(iter(spec.submodule_search_locations))) / "images.xz"
 
 
 @cache
 def arrays() -> tuple[np.ndarray, np.ndarray]:
     """Labels uint8 ``[20000]`` and pixels uint8 ``[20000, 28, 28]``, training images first."""
-    content = np.frombuffer(lzma.decompress(FILE.read_bytes()), np.uint8)
+    content = np.frombuffer(lzma.decompress(file().read_bytes()), np.uint8)
     count = TRAIN_IMAGES + TEST_IMAGES
     return content[:count], content[count:].reshape(count, SIDE, SIDE)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,16 +20,10 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-# One stream per use, so that no two draws share their counters.
-ORDER, SAMPLE, STEP, INIT, HOLDOUT, PICTURE = range(6)
+from sparsemae.data.draws import ORDER, SAMPLE, stream
 
 Key = tuple[int, int]
 """(epoch, index) of one training sample."""
-
-
-def stream(seed: int, *counters: int) -> np.random.Generator:
-    """A generator that is a function of its arguments alone (counter-based Philox)."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, *counters))))
 
 
 @lru_cache(maxsize=2)
@@ -187,30 +181,3 @@ class EvaluationSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         for first in range(0, len(self.indices), self.batch):
             yield list(self.indices[first : first + self.batch])
-
-
-def held_out(images: int, rule: Mapping[str, Any], labels: np.ndarray | None = None) -> np.ndarray:
-    """Which of a split's images are kept for validation, in order: a share, the same every time.
-
-    With ``labels`` (class numbers, int64 ``[images]``) it has of each class of two images or more that share, one at
-    least; a single image stays in training.
-
-    Raises:
-        ValueError: an unknown rule, or nothing to hold out.
-    """
-    if rule["rule"] not in ("permutation", "stratified"):
-        raise ValueError(
-            f"held-out part: wanted the rule permutation or stratified, got {rule['rule']}: update sparsemae"
-        )
-    share, order = float(rule["share"]), stream(rule["seed"], HOLDOUT).permutation(images)
-    if labels is None:
-        held = order[: max(1, int(round(images * share, 6)))]
-    else:
-        counts = np.bincount(labels)
-        wanted = np.where(counts > 1, np.maximum(1, np.minimum(np.rint(counts * share), counts - 1)), 0).astype(int)
-        by_class = order[np.argsort(labels[order], kind="stable")]
-        rank = np.arange(images) - np.repeat(np.cumsum(counts) - counts, counts)
-        held = by_class[rank < np.repeat(wanted, counts)]
-    if not len(held):
-        raise ValueError("wanted a class of two images or more, one of them for validation, got none")
-    return np.sort(held)

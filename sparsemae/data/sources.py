@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 
 from sparsemae.data.embedded import EmbeddedReader
 from sparsemae.data.folders import Openers, open_folders
-from sparsemae.data.libraries import open_hfds, open_torchvision
 from sparsemae.data.shards import read_shards
 from sparsemae.data.splits import Source, Splits
 from sparsemae.data.tables import open_tables
@@ -89,10 +88,11 @@ def _openers(data: SourceConfig) -> Openers:
     if data.source == "embedded":
         return {split: (split, partial(EmbeddedReader, split)) for split in ("train", "val")}
     assert data.root is not None
-    if data.source == "fashion-mnist":
-        return open_torchvision(data.root, "FashionMNIST", download=True)
-    if data.source == "torchvision":
-        return open_torchvision(data.root, data.name, data.download)
+    if data.source in ("fashion-mnist", "torchvision"):
+        from sparsemae.data.libraries import open_torchvision
+
+        full = data.source == "fashion-mnist"
+        return open_torchvision(data.root, "FashionMNIST" if full else data.name, data.download or full)
     if "://" in data.root or data.root.startswith("pipe:"):
         raise ValueError(
             f"data.root: wanted a local path, got {data.root}: images are read in any order, each once an epoch, and a "
@@ -105,7 +105,11 @@ def _openers(data: SourceConfig) -> Openers:
         return open_tables(root, data.image_column, data.label_column)
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder")
-    return open_hfds(root, data.image_column, data.label_column) if data.source == "hfds" else open_folders(root)
+    if data.source == "hfds":
+        from sparsemae.data.libraries import open_hfds
+
+        return open_hfds(root, data.image_column, data.label_column)
+    return open_folders(root)
 
 
 def open_archives(root: str, source: str) -> Openers:

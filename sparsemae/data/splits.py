@@ -14,11 +14,11 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from sparsemae.data.draws import HOLDOUT, held_out, stream
 from sparsemae.data.exclude import read_exclude
 from sparsemae.data.folders import Openers
 from sparsemae.data.images import DEFAULT_RULES, PixelRules, decode_rgb, open_image, orientation, reason
 from sparsemae.data.masks import Legend, read_mask, turned_mask
-from sparsemae.data.sampling import HOLDOUT, held_out, stream
 from sparsemae.data.tree import Split
 from sparsemae.limits import MAX_PIXELS
 from sparsemae.options import SourceConfig

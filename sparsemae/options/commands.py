@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from sparsemae.limits import ABOVE_0, AT_LEAST_1, MAX_PIXELS, READ, Options, option
 from sparsemae.options.data import SourceConfig
@@ -26,6 +26,8 @@ class DemoConfig:
 @dataclass
 class EvaluateConfig:
     """Accuracy of a finetuned classifier or of a probe on a pretrained model, or mIoU of a segmenter."""
+
+    bare: ClassVar[bool] = True
 
     model: str = field(metadata=READ)
     """The model: a packed file, a run folder, or its model.safetensors."""
@@ -82,6 +84,8 @@ class ExportConfig:
 class WebConfig:
     """Write a static page that classifies photographs in the visitor's browser."""
 
+    bare: ClassVar[bool] = True
+
     model: str = field(metadata=READ)
     """The model: a packed file."""
     site: str
@@ -91,6 +95,8 @@ class WebConfig:
 @dataclass
 class PredictConfig(Options):
     """Classify images, or with a segmenter their pixels."""
+
+    bare: ClassVar[bool] = True
 
     model: str = field(metadata=READ)
     """The model: a packed file, a run folder, or its model.safetensors."""

@@ -109,6 +109,14 @@ def stored_shapes(config: PackedConfig) -> dict[str, tuple[tuple[int, ...], np.d
     return stored
 
 
+def to_bytes(model: PackedModel) -> bytes:
+    """A packed file's content. Raises ValueError if the tensors do not fit the metadata, or the metadata the format."""
+    _check(model)
+    metadata = write_metadata(model.config)
+    content: bytes = save({name: np.ascontiguousarray(one) for name, one in model.tensors.items()}, metadata)
+    return content
+
+
 def write(path: str | Path, model: PackedModel) -> None:
     """Write a packed file, whole or not at all.
 
@@ -116,9 +124,7 @@ def write(path: str | Path, model: PackedModel) -> None:
         ValueError: the tensors do not fit the metadata, or the metadata the format.
         OSError: it cannot be written.
     """
-    _check(model)
-    metadata = write_metadata(model.config)
-    write_atomic(path, save({name: np.ascontiguousarray(one) for name, one in model.tensors.items()}, metadata))
+    write_atomic(path, to_bytes(model))
 
 
 def read(path: str | Path) -> PackedModel:

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from sparsemae.data.draws import STEP
 from sparsemae.data.loader import UnreadableImages, batches
-from sparsemae.data.sampling import STEP, TrainingSampler, seed_all
+from sparsemae.data.sampling import TrainingSampler, seed_all
 from sparsemae.files import write_atomic
 from sparsemae.report.page import PREDICTIONS, RECORD, read_lines, write_page
 from sparsemae.sparsity import summarize

@@ -17,11 +17,11 @@ from PIL import Image
 
 from sparsemae.data.inputs import results_of
 from sparsemae.limits import MAX_PIXELS, whole_number
-from sparsemae.packing.format import PackedModel, dense_shapes, from_bf16, read
-from sparsemae.packing.metadata import PackedConfig, parse_pattern
+from sparsemae.packing.format import read
+from sparsemae.packing.metadata import PackedConfig
 from sparsemae.predictor import Inputs, Prediction, checked, raised, rank
 from sparsemae.processors import processors
-from sparsemae.runtime._native import Builder, Vit
+from sparsemae.runtime.native import Vit
 from sparsemae.runtime.preprocess import transform
 
 MAX_THREADS = 1024
@@ -138,31 +138,17 @@ def load(path: str | Path, threads: int | None = None, quantize: bool = True) ->
             `SPARSEMAE_ISA` cannot be had here.
         OSError: the file cannot be opened.
     """
-    packed = read(path)
+    config = read(path).config
     if threads is None:
-        threads = _default_threads(packed.config.vit.tokens)
+        threads = _default_threads(config.vit.tokens)
     threads = whole_number("threads", threads, 1, MAX_THREADS)
     try:
-        return Model(packed.config, _build(packed, threads, os.environ.get("SPARSEMAE_ISA", ""), bool(quantize)))
+        native = Vit(Path(path).read_bytes(), threads, os.environ.get("SPARSEMAE_ISA", ""), bool(quantize))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    return Model(config, native)
 
 
 def _default_threads(tokens: int) -> int:
     """The processors this process may use, within its cgroup's quota; no more than there are units of 16 tokens."""
     return min(processors(), -(-tokens // 16))
-
-
-def _build(packed: PackedModel, threads: int, isa: str, quantize: bool = True) -> Vit:
-    config, tensors = packed.config, packed.tensors
-    builder = Builder(config.vit)
-    for name, shape in dense_shapes(config.vit).items():
-        pattern = config.card.patterns.get(name.removesuffix(".weight"))
-        if pattern is not None:
-            values, scale = tensors[f"{name}.values"], tensors.get(f"{name}.scale")
-            builder.sparse(name, shape[1], *parse_pattern(pattern), tensors[f"{name}.codes"], values, scale, quantize)
-            continue
-        dense = tensors[name] if tensors[name].dtype == np.float32 else from_bf16(tensors[name])
-        is_matrix = name.endswith(".weight") and len(shape) > 1 and name != "head.weight"
-        (builder.dense if is_matrix else builder.vector)(name, dense)
-    return builder.build(threads, isa)

@@ -22,6 +22,7 @@ from sparsemae.data.splits import Part
 from sparsemae.models import build_vit, use_plain_attention
 from sparsemae.options import FinetuneConfig, SourceConfig
 from sparsemae.predictor import rank
+from sparsemae.tasks import class_figures
 from sparsemae.tasks.outcomes import ClassOutcomes, Shown
 from sparsemae.tasks.task import Network, Task, blank_images, encoder_of, picture, smallest_side
 from sparsemae.tasks.teacher import Teacher, distillation_loss, open_teacher
@@ -195,4 +196,4 @@ class Classification(Task[FinetuneConfig]):
 
     @classmethod
     def summary(cls, metrics: dict[str, float]) -> str:
-        return f"top-1 {metrics['top1']:.2%} ± {metrics['standard_error']:.2%}, top-5 {metrics['top5']:.2%}"
+        return class_figures.summary(metrics)

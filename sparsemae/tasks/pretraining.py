@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparsemae.card import ModelCard
 from sparsemae.costs.multiply_adds import Forward, count_forward
-from sparsemae.data import sampling
+from sparsemae.data import draws
 from sparsemae.data.dataset import ImageDataset
 from sparsemae.data.sources import find_source
 from sparsemae.data.splits import Part, Source
@@ -173,7 +173,7 @@ def reconstruct(
     pixels = torch.stack([transform(*source.read(index, rules=spec))[0] for index in indices]).to(weight.device)
     x = normalize(pixels, spec.mean, spec.std).to(weight.dtype)
     shape = len(x), model.encoder.patch_embed.num_patches
-    noise = torch.from_numpy(sampling.stream(seed, sampling.PICTURE).random(shape, np.float32)).to(weight.device)
+    noise = torch.from_numpy(draws.stream(seed, draws.PICTURE).random(shape, np.float32)).to(weight.device)
     with torch.inference_mode():
         sparse = model(x, ratio, noise)
         with dense_weights(model):

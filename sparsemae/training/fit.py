@@ -19,8 +19,9 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from sparsemae.data.draws import STEP
 from sparsemae.data.loader import UnreadableImages, batches
-from sparsemae.data.sampling import STEP, TrainingSampler, seed_all
+from sparsemae.data.sampling import TrainingSampler, seed_all
 from sparsemae.files import retried
 from sparsemae.sparsity import Topology, hold_masks, iter_sparse
 from sparsemae.training import checkpoint, feed, saver, signals

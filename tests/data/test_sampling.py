@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from sparsemae.data.sampling import BatchPlan, EvaluationSampler, TrainingSampler, seeding, stream
+from sparsemae.data.draws import stream
+from sparsemae.data.sampling import BatchPlan, EvaluationSampler, TrainingSampler, seeding
 
 
 def keys(plan: BatchPlan, rank: int, start: int, stop: int) -> list[list[tuple[int, int]]]:

@@ -21,7 +21,8 @@ from mutations import edit, scramble, tensors_of
 from watched import SMALLEST, Outcome, attempt
 
 from sparsemae.card import InputSpec, ModelCard
-from sparsemae.data.sampling import INIT, seed_all
+from sparsemae.data.draws import INIT
+from sparsemae.data.sampling import seed_all
 from sparsemae.models.start import start_from
 from sparsemae.models.weights import read_weights, save_model
 from sparsemae.options.data import ImageDataConfig

@@ -18,7 +18,7 @@ import sparsemae
 from sparsemae.cli import main
 from sparsemae.models.weights import read_weights
 from sparsemae.packing.format import read, write
-from sparsemae.runtime import _native, load
+from sparsemae.runtime import load, native
 from sparsemae.runtime.model import IMAGES_PER_THREAD, Model
 
 
@@ -157,5 +157,5 @@ def test_7_logits_that_are_not_finite_are_refused_with_the_files_name(
 
 def test_7_nothing_is_mapped(packed: Path) -> None:
     model = load(packed, 1)
-    assert isinstance(model._native, _native.Vit)
+    assert isinstance(model._native, native.Vit)
     assert str(packed) not in Path("/proc/self/maps").read_text()

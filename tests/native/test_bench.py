@@ -9,14 +9,14 @@ import reference
 from sparsemae.benchmark import kernels
 from sparsemae.benchmark.command import benchmark
 from sparsemae.options import BenchmarkConfig
-from sparsemae.runtime import _native
+from sparsemae.runtime import native
 
 SMALL = reference.vit_shape(depth=1)
 
 
 def test_every_table_is_measured() -> None:
     rows = kernels.measure(1, SMALL)
-    assert [row.isa for row in rows if row.weights == "2:32 bf16"] == _native.usable_isas()
+    assert [row.isa for row in rows if row.weights == "2:32 bf16"] == native.usable_isas()
     for row in rows:
         assert set(row.milliseconds) == {"norm", "qkv", "attention", "proj", "fc1", "fc2"}
         assert min(row.milliseconds.values()) > 0
@@ -52,7 +52,7 @@ def test_own_rows_are_replaced_and_others_stay(
 
 
 def test_processor_is_named_by_its_numbers() -> None:
-    name, features = _native.processor()
+    name, features = native.processor()
     assert name == "" or len(name.split()[1].split("/")) == 3
-    assert ("avx2" in features) == ("avx2" in _native.usable_isas())
+    assert ("avx2" in features) == ("avx2" in native.usable_isas())
     assert kernels.processor().endswith(" ".join(features) or "none by name")

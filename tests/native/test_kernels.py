@@ -10,10 +10,9 @@ import reference
 
 from sparsemae.packing.codec import decode_positions, encode_mask
 from sparsemae.packing.format import PackedModel
-from sparsemae.runtime import _native
-from sparsemae.runtime.model import _build
+from sparsemae.runtime import native
 
-ISAS = _native.usable_isas()
+ISAS = native.usable_isas()
 LIMIT = {"fp32": 2e-5, "bf16": 4e-2, "fp16": 4e-2}
 """Largest error over the standard deviation of the outputs. Narrow models average out little of bf16's rounding."""
 
@@ -64,50 +63,51 @@ def test_forward_agrees_with_the_twin(isa: str, kind: str) -> None:
         images = images_for(model, 3)
         wanted, tokens = reference.forward(model, images), reference.forward(model, images, features=True)
         for threads in (1, 2):
-            native = _build(model, threads, isa)
-            assert error(native(images, False), wanted) <= LIMIT[native.math]
-            assert error(native(images, True), tokens) <= 2 * LIMIT[native.math]
+            vit = reference.native(model, threads, isa)
+            assert error(vit(images, False), wanted) <= LIMIT[vit.math]
+            assert error(vit(images, True), tokens) <= 2 * LIMIT[vit.math]
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_any_batch_and_thread_count_gives_the_same_bits(isa: str) -> None:
     model = reference.random_model(reference.TINY)
     images = images_for(model, 7)
-    wanted = _build(model, 1, isa)(images, False)
+    wanted = reference.native(model, 1, isa)(images, False)
     for threads in (2, 3, 5):
-        native = _build(model, threads, isa)
+        vit = reference.native(model, threads, isa)
         for batch in (1, 2, 3, 7, 0):
-            assert (native(images[:batch], False) == wanted[:batch]).all()
+            assert (vit(images[:batch], False) == wanted[:batch]).all()
 
 
 def test_fp32_files_are_computed_in_fp32() -> None:
     for isa in ISAS:
-        assert _build(reference.random_model(reference.TINY, dtype="fp32"), 1, isa).math == "fp32"
+        assert reference.native(reference.random_model(reference.TINY, dtype="fp32"), 1, isa).math == "fp32"
 
 
 @pytest.mark.skipif("avx512fp16" not in ISAS, reason="needs AVX512-FP16")
 def test_fp16_is_taken_where_it_is_fastest_and_cannot_overflow() -> None:
     model = reference.random_model(reference.TINY)
     images = images_for(model, 2)
-    assert _build(model, 1, "").isa == "avx512fp16"
-    assert _build(reference.random_model(reference.TINY, "4:32"), 1, "").isa == "amx"
-    assert _build(reference.random_model(reference.TINY, dtype="int8"), 1, "").isa == "amxvnni"
-    assert _build(reference.random_model(reference.TINY, "4:32", dtype="int8"), 1, "").isa == "amx"
-    assert _build(reference.random_model(reference.TINY, dtype="int8"), 1, "", quantize=False).isa == "avx512fp16"
+    assert reference.native(model, 1, "").isa == "avx512fp16"
+    assert reference.native(reference.random_model(reference.TINY, "4:32"), 1, "").isa == "amx"
+    assert reference.native(reference.random_model(reference.TINY, dtype="int8"), 1, "").isa == "amxvnni"
+    assert reference.native(reference.random_model(reference.TINY, "4:32", dtype="int8"), 1, "").isa == "amx"
+    exact = reference.native(reference.random_model(reference.TINY, dtype="int8"), quantize=False)
+    assert exact.isa == "avx512fp16"
     for factor, isa in ((300.0, "avx512fp16"), (1e5, "amx")):
         outlier = reference.random_model(reference.TINY)
         outlier.tensors["blocks.0.norm2.weight"][3] = factor
         for name in ("", "avx512fp16"):
-            native = _build(outlier, 1, name)
-            assert native.isa == isa
-            assert error(native(images, False), reference.forward(outlier, images)) <= LIMIT[native.math]
+            vit = reference.native(outlier, 1, name)
+            assert vit.isa == isa
+            assert error(vit(images, False), reference.forward(outlier, images)) <= LIMIT[vit.math]
 
 
 def test_unknown_instruction_set_is_named() -> None:
     with pytest.raises(ValueError, match=r"instruction set must be one of .*portable.* got 'sse9'"):
-        _build(reference.random_model(reference.TINY), 1, "sse9")
+        reference.native(reference.random_model(reference.TINY), 1, "sse9")
     with pytest.raises(ValueError, match=r"threads must be in \[1, 1024\], got 0"):
-        _build(reference.random_model(reference.TINY), 0, "")
+        reference.native(reference.random_model(reference.TINY), 0, "")
 
 
 @pytest.mark.parametrize(
@@ -118,14 +118,14 @@ def test_codes_are_decoded_as_numpy_does(n: int, m: int) -> None:
     groups = 613
     order = np.argsort(np.random.default_rng(0).random((groups, m)), axis=1)
     codes = encode_mask((order < n).reshape(1, -1), n, m)
-    native = np.frombuffer(_native.decode_positions(codes, groups, n, m), np.uint8).reshape(groups, n)
-    assert (native == decode_positions(codes, groups, n, m)).all()
+    found = np.frombuffer(native.decode_positions(codes, groups, n, m), np.uint8).reshape(groups, n)
+    assert (found == decode_positions(codes, groups, n, m)).all()
     for bad in (codes[:-1], np.append(codes, np.uint8(0))):
-        for decode in (decode_positions, _native.decode_positions):
+        for decode in (decode_positions, native.decode_positions):
             with pytest.raises(ValueError, match="bytes"):
                 decode(bad, groups, n, m) if codes.size else decode(np.zeros(1, np.uint8), groups, n, m)
     for bad in (np.full_like(codes, 255), np.full_like(codes, 170)):
-        assert refused(decode_positions, bad, groups, n, m) == refused(_native.decode_positions, bad, groups, n, m)
+        assert refused(decode_positions, bad, groups, n, m) == refused(native.decode_positions, bad, groups, n, m)
 
 
 def refused(decode: Callable[..., Any], *args: Any) -> bool:
@@ -140,8 +140,8 @@ def refused(decode: Callable[..., Any], *args: Any) -> bool:
 def test_models_and_callers_in_parallel_do_not_mix() -> None:
     models = [reference.random_model(reference.TINY, seed=seed) for seed in range(3)]
     images = images_for(models[0], 5)
-    natives = [_build(model, 2, "") for model in models]
-    wanted = [native(images, False) for native in natives]
+    natives = [reference.native(model, 2, "") for model in models]
+    wanted = [vit(images, False) for vit in natives]
     failures: list[int] = []
 
     def call(i: int) -> None:

@@ -16,7 +16,7 @@ import reference
 from sparsemae import processors
 from sparsemae.packing.format import write
 from sparsemae.runtime import load
-from sparsemae.runtime._native import usable_isas
+from sparsemae.runtime.native import usable_isas
 
 ROOT = Path(__file__).parents[2]
 CHILDREN = 40

@@ -11,7 +11,7 @@ import reference
 from PIL import Image
 
 from sparsemae.packing.format import PackedModel, write
-from sparsemae.runtime import Prediction, _native, load
+from sparsemae.runtime import Prediction, load, native
 
 VIT_BASE = {
     "embed_dim": 768, "depth": 12, "num_heads": 12, "mlp_hidden": 3072, "patch_size": 16, "image_height": 224,
@@ -78,7 +78,7 @@ def test_encoder_has_no_classes(tmp_path: Path) -> None:
 
 @pytest.mark.holds("packed.5")
 def test_isa_is_forced(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for isa in _native.usable_isas():
+    for isa in native.usable_isas():
         monkeypatch.setenv("SPARSEMAE_ISA", isa)
         assert load(packed).isa == isa
     monkeypatch.setenv("SPARSEMAE_ISA", "sse9")
