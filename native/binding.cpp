@@ -14,6 +14,7 @@
 #include "codes.h"
 #include "dispatch.h"
 #include "processor.h"
+#include "segmenter.h"
 #include "vit.h"
 
 namespace nb = nanobind;
@@ -46,10 +47,19 @@ VitConfig read_config(const nb::object& shape) {
   return c;
 }
 
+// A segmenter's head: sparsemae.packing.segmenter.DenseHead.
+DenseHead read_head(const nb::object& head) {
+  DenseHead h;
+  h.fused = field<std::string>(head, "kind") == "segformer";
+  h.width = field<std::size_t>(head, "width"), h.classes = field<std::size_t>(head, "num_classes");
+  for (const nb::handle& tap : head.attr("out_indices")) h.taps.push_back(nb::cast<std::size_t>(tap));
+  return h;
+}
+
 // Collects the tensors of one model; build() lays them out and lets them go.
 class Builder {
  public:
-  explicit Builder(nb::object shape) : shape_(std::move(shape)) {}
+  Builder(nb::object shape, nb::object head) : shape_(std::move(shape)), head_(std::move(head)) {}
 
   void vector(const std::string& name, const Array<float>& values) {
     vectors_[name] = std::vector<float>(values.data(), values.data() + values.size());
@@ -100,7 +110,8 @@ class Builder {
   Vit* build(std::size_t threads, const std::string& isa) {
     if (threads < 1 || threads > 1024)
       throw std::invalid_argument("threads must be in [1, 1024], got " + std::to_string(threads));
-    const VitConfig config = read_config(shape_);
+    VitConfig config = read_config(shape_);
+    if (!head_.is_none()) config.head = read_head(head_);
     const nb::gil_scoped_release release;
     return new Vit(config, weights_, vectors_, threads, isa);
   }
@@ -112,11 +123,20 @@ class Builder {
     alive_.push_back(nb::cast(array));
   }
 
-  nb::object shape_;
+  nb::object shape_, head_;
   std::map<std::string, Weights> weights_;
   std::map<std::string, std::vector<float>> vectors_;
   std::vector<nb::object> alive_;
 };
+
+// A float array [shape] and its memory, which Python owns.
+std::pair<nb::object, float*> new_floats(const std::vector<std::size_t>& shape) {
+  std::size_t size = 1;
+  for (const std::size_t side : shape) size *= side;
+  auto* out = new float[size];
+  const nb::capsule owner(out, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+  return {nb::cast(nb::ndarray<nb::numpy, float>(out, shape.size(), shape.data(), owner)), out};
+}
 
 nb::object forward(Vit& model, const Array<float>& images, bool features) {
   const VitConfig& c = model.config();
@@ -131,22 +151,48 @@ nb::object forward(Vit& model, const Array<float>& images, bool features) {
     shape.insert(shape.end(), {model.tokens(), c.embed_dim});
   else
     shape.push_back(model.outputs());
-  std::size_t size = 1;
-  for (const std::size_t side : shape) size *= side;
-  auto* out = new float[size];
-  const nb::capsule owner(out, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+  const auto [array, out] = new_floats(shape);
   {
     const nb::gil_scoped_release release;
     model.forward(images.data(), batch, out, features);
   }
-  return nb::cast(nb::ndarray<nb::numpy, float>(out, shape.size(), shape.data(), owner));
+  return array;
+}
+
+// images [batch][channels][height][width], sides that are multiples of the patch.
+nb::object scores(Segmenter& segmenter, const Vit& model, const Array<float>& images) {
+  const VitConfig& c = model.config();
+  if (images.ndim() != 4 || images.shape(1) != c.in_chans || images.shape(2) % c.patch_size ||
+      images.shape(3) % c.patch_size || !images.size())
+    throw std::invalid_argument("images must be float32 [B, " + std::to_string(c.in_chans) +
+                                ", H, W] of whole patches");
+  const std::size_t batch = images.shape(0), height = images.shape(2), width = images.shape(3);
+  const auto [array, out] = new_floats({batch, height / c.patch_size, width / c.patch_size, c.head->classes});
+  {
+    const nb::gil_scoped_release release;
+    segmenter.scores(images.data(), batch, height, width, out);
+  }
+  return array;
+}
+
+nb::object classes(Segmenter& segmenter, const Array<std::uint8_t>& pixels) {
+  if (pixels.ndim() != 3 || pixels.shape(2) != 3 || !pixels.size())
+    throw std::invalid_argument("pixels must be uint8 [H, W, 3]");
+  const std::size_t shape[] = {pixels.shape(0), pixels.shape(1)};
+  auto* out = new std::uint8_t[shape[0] * shape[1]];
+  const nb::capsule owner(out, [](void* p) noexcept { delete[] static_cast<std::uint8_t*>(p); });
+  {
+    const nb::gil_scoped_release release;
+    segmenter.classes(pixels.data(), shape[1], shape[0], 3, out);
+  }
+  return nb::cast(nb::ndarray<nb::numpy, std::uint8_t>(out, 2, shape, owner));
 }
 
 }  // namespace
 
 NB_MODULE(_native, m) {
   nb::class_<Builder>(m, "Builder")
-      .def(nb::init<nb::object>(), nb::arg("shape"))
+      .def(nb::init<nb::object, nb::object>(), nb::arg("shape"), nb::arg("head").none() = nb::none())
       .def("vector", &Builder::vector)
       .def("dense", &Builder::dense)
       .def("sparse", &Builder::sparse, nb::arg("name"), nb::arg("columns"), nb::arg("n"), nb::arg("m"),
@@ -157,6 +203,18 @@ NB_MODULE(_native, m) {
       .def_prop_ro("isa", [](const Vit& v) { return v.kernels().name; })
       .def_prop_ro("math", [](const Vit& v) { return v.kernels().math; })
       .def_prop_ro("threads", &Vit::threads);
+  nb::class_<Segmenter>(m, "Segmenter")
+      .def(
+          "__init__",
+          [](Segmenter* at, Vit& model, const std::vector<float>& mean, const std::vector<float>& std,
+             double short_side, double long_side, bool slide, std::size_t stride, const std::vector<double>& scales,
+             bool flip) {
+            new (at) Segmenter(model, {mean, std, "", 1.0, {}}, {short_side, long_side, slide, flip, stride, scales});
+          },
+          nb::arg("model"), nb::arg("mean"), nb::arg("std"), nb::arg("short_side"), nb::arg("long_side"),
+          nb::arg("slide"), nb::arg("stride"), nb::arg("scales"), nb::arg("flip"), nb::keep_alive<1, 2>())
+      .def("scores", &scores, nb::arg("model"), nb::arg("images"))
+      .def("classes", &classes, nb::arg("pixels"));
   m.def("usable_isas", [] {
     std::vector<std::string> names;
     for (const Kernels* table : usable_kernels()) names.emplace_back(table->name);

@@ -1,14 +1,16 @@
 """The native library."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sparsemae.packing.metadata import VitShape
+from sparsemae.packing.segmenter import DenseHead
 
 class Builder:
-    def __init__(self, shape: VitShape) -> None: ...
+    def __init__(self, shape: VitShape, head: DenseHead | None = None) -> None: ...
     def vector(self, name: str, values: NDArray[np.float32]) -> None: ...
     def dense(self, name: str, values: NDArray[np.float32]) -> None: ...
     def sparse(
@@ -29,6 +31,22 @@ class Vit:
     math: str
     threads: int
     def __call__(self, images: NDArray[np.float32], features: bool) -> NDArray[np.float32]: ...
+
+class Segmenter:
+    def __init__(
+        self,
+        model: Vit,
+        mean: Sequence[float],
+        std: Sequence[float],
+        short_side: float,
+        long_side: float,
+        slide: bool,
+        stride: int,
+        scales: Sequence[float],
+        flip: bool,
+    ) -> None: ...
+    def scores(self, model: Vit, images: NDArray[np.float32]) -> NDArray[np.float32]: ...
+    def classes(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]: ...
 
 class KernelTiming:
     kernel: str

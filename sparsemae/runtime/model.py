@@ -21,7 +21,7 @@ from sparsemae.packing.format import PackedModel, dense_shapes, from_bf16, read
 from sparsemae.packing.metadata import PackedConfig, parse_pattern
 from sparsemae.predictor import Inputs, Prediction, checked, raised, rank
 from sparsemae.processors import processors
-from sparsemae.runtime._native import Builder, Vit
+from sparsemae.runtime._native import Builder, Segmenter, Vit
 from sparsemae.runtime.preprocess import transform
 
 MAX_THREADS = 1024
@@ -30,14 +30,20 @@ IMAGES_PER_THREAD = 4
 
 
 class Model:
-    """A packed vision transformer, as a `Predictor`.
+    """A packed vision transformer, or a segmenter made of one, as a `Predictor`.
 
     Safe to call from several threads: calls on one model are serialized, different models run in parallel.
     """
 
     def __init__(self, config: PackedConfig, native: Vit) -> None:
         self.card, self.vit = config.card, config.vit
-        self._native = native
+        self._native, self._segmenter = native, None
+        if config.head is not None:
+            spec, inference = self.card.input, self.card.settings["inference"]
+            self._segmenter = Segmenter(
+                native, spec.mean, spec.std, spec.short_side, spec.long_side, inference["mode"] == "slide",
+                inference["stride"], inference["scales"], inference["flip"],
+            )  # fmt: skip
 
     @property
     def isa(self) -> str:
@@ -53,15 +59,22 @@ class Model:
         """Logits of preprocessed images; of an encoder, its pooled features (all tokens where it pools none).
 
         Args:
-            images: float32 [B, 3, H, W].
+            images: float32 [B, 3, H, W]; of any size for a segmenter.
 
         Returns:
-            float32 [B, C], or [B, D] (or [B, L, D]) of an encoder.
+            float32 [B, C], or [B, D] (or [B, L, D]) of an encoder, or [B, C, H, W] of a segmenter.
 
         Raises:
             ValueError: another shape or type.
         """
-        return self._forward(images, features=False)
+        if self._segmenter is None:
+            return self._forward(images, features=False)
+        images, patch = checked(images, self.vit.in_chans, None), self.vit.patch_size
+        *_, height, width = images.shape
+        padding = ((0, 0), (0, 0), (0, -height % patch), (0, -width % patch))
+        scores = self._segmenter.scores(self._native, np.pad(images, padding))
+        rows, columns = (bilinear(side, patch)[:own] for side, own in zip(scores.shape[1:3], (height, width), strict=True))
+        return np.einsum("yr,brkc,xk->bcyx", rows, scores, columns, optimize=True)
 
     def features(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """All tokens after the last block and the final norm, as timm's `forward_features`: float32 [B, L, D]."""
@@ -76,8 +89,8 @@ class Model:
         """An RGB image as the model's input: float32 [3, H, W]."""
         return transform(image, self.card.input, self.vit.image_height, self.vit.image_width)
 
-    def predict(self, images: Inputs, top_k: int = 5, batch_size: int | None = None) -> list[list[Prediction]]:
-        """The `top_k` most probable classes of each image, best first.
+    def predict(self, images: Inputs, top_k: int = 5, batch_size: int | None = None) -> list[Any]:
+        """The `top_k` most probable classes of each image, best first; or a segmenter's uint8 [H, W] at its size.
 
         Args:
             batch_size: images in a call of the forward; None: as many as keep all threads busy.
@@ -92,6 +105,11 @@ class Model:
         self, images: Inputs, top_k: int = 5, max_pixels: int = MAX_PIXELS, batch_size: int | None = None
     ) -> Iterator[Any]:
         """As `predict`, each as soon as it is known; of an image that cannot be read, its ValueError."""
+        if self._segmenter is not None:
+            classes = self._segmenter.classes  # of one at a time, by all threads
+            return results_of(
+                images, self.card.input, np.asarray, lambda pixels: [classes(pixels[0])], 1, processors(), max_pixels
+            )
         self._require_classes()
 
         def run(prepared: list[NDArray[np.float32]]) -> list[list[Prediction]]:
@@ -121,6 +139,13 @@ class Model:
 
     def _checked(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         return checked(images, self.vit.in_chans, (self.vit.image_height, self.vit.image_width))
+
+
+def bilinear(tokens: int, patch: int) -> NDArray[np.float32]:
+    """What every pixel of a side is made of, [tokens * patch, tokens]: torch's resizing with align_corners=False."""
+    centers = (np.arange(tokens * patch) + 0.5) / patch - 0.5
+    weights = [np.interp(centers, np.arange(tokens), one) for one in np.eye(tokens)]
+    return np.stack(weights, axis=1).astype(np.float32)
 
 
 def load(path: str | Path, threads: int | None = None, quantize: bool = True) -> Model:
@@ -155,8 +180,8 @@ def _default_threads(tokens: int) -> int:
 
 def _build(packed: PackedModel, threads: int, isa: str, quantize: bool = True) -> Vit:
     config, tensors = packed.config, packed.tensors
-    builder = Builder(config.vit)
-    for name, shape in dense_shapes(config.vit).items():
+    builder = Builder(config.vit, config.head)
+    for name, shape in dense_shapes(config.vit, config.head).items():
         pattern = config.card.patterns.get(name.removesuffix(".weight"))
         if pattern is not None:
             values, scale = tensors[f"{name}.values"], tensors.get(f"{name}.scale")
