@@ -7,11 +7,15 @@
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
+#include <string>
 
 namespace sparsemae {
 namespace {
 
-constexpr std::size_t kTile = 64;  // columns of an image that a thread takes at a time
+constexpr std::size_t kMostPixels = std::size_t{1} << 26;  // of a resized image
+constexpr std::size_t kMostScores = std::size_t{1} << 28;  // of all its windows
+constexpr std::size_t kWindows = 8;                        // in a call of the forward, or one for each thread
+constexpr std::size_t kTile = 64;                          // columns of an image that a thread takes at a time
 
 // Starts of windows along a length; the last ends with it.
 std::vector<std::size_t> window_starts(std::size_t length, std::size_t window, std::size_t stride) {
@@ -137,6 +141,9 @@ Segmenter::View Segmenter::look(const std::uint8_t* pixels, std::size_t width, s
       std::min(inference_.short_side * scale / std::min(h, w), inference_.long_side * scale / std::max(h, w));
   const auto side = [&](double own) { return static_cast<std::size_t>(std::max(1.0, std::nearbyint(own * factor))); };
   const std::size_t to_width = side(w), to_height = side(h), patch = c.patch_size;
+  if (to_width > kMostPixels / to_height)
+    throw std::invalid_argument("wanted a resized image of at most 2^26 pixels, got " + std::to_string(to_width) +
+                                " x " + std::to_string(to_height));
   const auto rgb = resized_rgb(preprocess_, pixels, width, height, channels, to_width, to_height);
 
   const auto window_of = [&](std::size_t length, std::size_t most) {
@@ -154,11 +161,18 @@ Segmenter::View Segmenter::look(const std::uint8_t* pixels, std::size_t width, s
 
   const std::size_t padded_height = view.window_rows * patch, padded_width = view.window_columns * patch;
   const std::size_t plane = padded_height * padded_width, windows = tops.size() * lefts.size();
-  std::vector<float> images(windows * c.in_chans * plane);  // what is padded is 0
-  float* to = images.data();
-  for (const std::size_t top : tops)
-    for (const std::size_t left : lefts)
+  const std::size_t outputs = view.window_rows * view.window_columns * c.head->classes;
+  if (windows > kMostScores / outputs)
+    throw std::invalid_argument("wanted fewer windows (a larger inference.stride), got " + std::to_string(windows));
+  view.scores.resize(windows * outputs);
+  const std::size_t at_once = std::max(kWindows, vit_.threads());
+  std::vector<float> images(std::min(windows, at_once) * c.in_chans * plane);  // what is padded is 0
+  for (std::size_t first = 0; first < windows; first += at_once) {
+    const std::size_t count = std::min(at_once, windows - first);
+    float* to = images.data();
+    for (std::size_t i = first; i < first + count; ++i)
       for (std::size_t channel = 0; channel < c.in_chans; ++channel, to += plane) {
+        const std::size_t top = tops[i / lefts.size()], left = lefts[i % lefts.size()];
         const float mean = 255.0f * preprocess_.mean[channel], std = 255.0f * preprocess_.std[channel];
         for (std::size_t y = 0; y < window_height; ++y)
           for (std::size_t x = 0; x < window_width; ++x) {
@@ -167,8 +181,8 @@ Segmenter::View Segmenter::look(const std::uint8_t* pixels, std::size_t width, s
                 (static_cast<float>(rgb[((top + y) * to_width + column) * c.in_chans + channel]) - mean) / std;
           }
       }
-  view.scores.resize(windows * view.window_rows * view.window_columns * c.head->classes);
-  scores(images.data(), windows, padded_height, padded_width, view.scores.data());
+    scores(images.data(), count, padded_height, padded_width, view.scores.data() + first * outputs);
+  }
   if (!std::all_of(view.scores.begin(), view.scores.end(), [](float score) { return std::isfinite(score); }))
     throw std::invalid_argument("wanted finite logits, got NaN or infinite ones");
   return view;

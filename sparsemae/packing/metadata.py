@@ -112,7 +112,8 @@ def write_metadata(config: PackedConfig) -> dict[str, str]:
     """The configuration as a file's metadata. Raises ValueError if the format has no place for its card."""
     card, spec, height = config.card, config.card.input, config.vit.image_height
     if spec.img_size != height or (config.head is None) != (spec.short_side is None):
-        raise ValueError(f"card: wanted a {card.task} model's input with img_size={height}, got {spec}")
+        kind = "classifier" if config.head is None else "segmenter"
+        raise ValueError(f"card: wanted a {kind}'s input with img_size={height}, got {spec}")
     document: dict[str, Any] = {
         "architecture": card.architecture,
         "overrides": card.model_args,
@@ -161,8 +162,9 @@ def read_metadata(metadata: dict[str, str] | None) -> PackedConfig:
     head, settings = None, dict[str, Any]()
     if segmenter:
         head, settings = read_segment(document["segment"], vit.depth, vit.image_height)
-        if vit.num_classes or vit.global_pool or vit.fc_norm or vit.image_height != vit.image_width:
-            raise ValueError("vit: wanted a segmenter's encoder, square and without a pool and a head, got another")
+        plain = not (vit.num_classes or vit.global_pool or vit.fc_norm) and vit.image_height == vit.image_width
+        if not plain or vit.final_norm != (head.kind == "linear"):
+            raise ValueError(f"vit: wanted a segmenter's encoder, square and without a pool and a head, got {vit}")
     names, numbers = document["class_names"], (0, vit.num_classes) if head is None else (head.num_classes,)
     if len(names) not in numbers or not all(isinstance(name, str) for name in names):
         wanted = f"none or {vit.num_classes}" if head is None else str(head.num_classes)

@@ -86,8 +86,9 @@ def read_segment(document: Any, depth: int, window: int) -> tuple[DenseHead, dic
         raise ValueError(f"segment.inference.scales: wanted 1 to 16 numbers above 0 and up to 16, got {scales!r:.100}")
     if inference["mode"] not in ("slide", "whole"):
         raise ValueError(f"segment.inference.mode: wanted slide or whole, got {inference['mode']!r:.40}")
-    if inference["mode"] == "slide" and not 1 <= inference["stride"] <= window:
-        raise ValueError(f"segment.inference.stride: wanted 1 to the window's {window} px, got {inference['stride']}")
+    most = window if inference["mode"] == "slide" else 1 << 16
+    if not 1 <= inference["stride"] <= most:
+        raise ValueError(f"segment.inference.stride: wanted 1 to {most} px, got {inference['stride']}")
     colors = all(type(color) is list and len(color) == 3 for color in palette)
     if len(palette) != head.num_classes or not colors or not all(_is_byte(x) for color in palette for x in color):
         raise ValueError(f"segment.palette: wanted a color of three bytes for each of {head.num_classes} classes")
