@@ -73,8 +73,9 @@ def pack(
     if not patterns:
         raise ValueError("pack: wanted a model with N:M sparse layers, got none")
     card = card or ModelCard("classify", "", {}, _input_spec(model, vit))
-    if card.task != ("classify" if head is None else "segment"):
-        raise ValueError(f"pack: card.task: wanted that of {type(model).__name__}, got {card.task}")
+    task = "classify" if head is None else "segment"
+    if card.task != task:
+        raise ValueError(f"pack: card.task: wanted {task}, got {card.task}")
     masks = {
         name: module.weight_mask
         for name, module in encoder.named_modules()

@@ -73,7 +73,9 @@ class Model:
         *_, height, width = images.shape
         padding = ((0, 0), (0, 0), (0, -height % patch), (0, -width % patch))
         scores = self._segmenter.scores(self._native, np.pad(images, padding))
-        rows, columns = (bilinear(side, patch)[:own] for side, own in zip(scores.shape[1:3], (height, width), strict=True))
+        rows, columns = (
+            bilinear(side, patch)[:own] for side, own in zip(scores.shape[1:3], (height, width), strict=True)
+        )
         return np.einsum("yr,brkc,xk->bcyx", rows, scores, columns, optimize=True)
 
     def features(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
