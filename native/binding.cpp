@@ -160,8 +160,8 @@ nb::object forward(Vit& model, const Array<float>& images, bool features) {
 }
 
 // images [batch][channels][height][width], sides that are multiples of the patch.
-nb::object scores(Segmenter& segmenter, const Vit& model, const Array<float>& images) {
-  const VitConfig& c = model.config();
+nb::object scores(Segmenter& segmenter, const Array<float>& images) {
+  const VitConfig& c = segmenter.model().config();
   if (images.ndim() != 4 || images.shape(1) != c.in_chans || images.shape(2) % c.patch_size ||
       images.shape(3) % c.patch_size || !images.size())
     throw std::invalid_argument("images must be float32 [B, " + std::to_string(c.in_chans) +
@@ -213,7 +213,7 @@ NB_MODULE(_native, m) {
           },
           nb::arg("model"), nb::arg("mean"), nb::arg("std"), nb::arg("short_side"), nb::arg("long_side"),
           nb::arg("slide"), nb::arg("stride"), nb::arg("scales"), nb::arg("flip"), nb::keep_alive<1, 2>())
-      .def("scores", &scores, nb::arg("model"), nb::arg("images"))
+      .def("scores", &scores, nb::arg("images"))
       .def("classes", &classes, nb::arg("pixels"));
   m.def("usable_isas", [] {
     std::vector<std::string> names;

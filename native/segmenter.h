@@ -29,6 +29,7 @@ class Segmenter {
   Segmenter(Vit& vit, Preprocess preprocess, Inference inference)
       : vit_(vit), preprocess_(std::move(preprocess)), inference_(std::move(inference)) {}
 
+  const Vit& model() const { return vit_; }
   // Pixels as for prepare() of preprocess.h; out [height][width]. Throws std::invalid_argument on scores that are not
   // finite.
   void classes(const std::uint8_t* pixels, std::size_t width, std::size_t height, std::size_t channels,

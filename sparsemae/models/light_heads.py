@@ -27,7 +27,7 @@ class LinearHead(nn.Module):
 
 
 class SegFormerHead(nn.Module):
-    """Maps ``[B, D, h, w]`` to logits ``[B, C, h, w]``: each normalized and projected, their sum fused, then classified.
+    """Maps ``[B, D, h, w]`` to logits ``[B, C, h, w]``: normalized, projected, summed, fused, classified.
 
     ``classifier(gelu(fuse(norm(sum_k projection_k(norm_k(x_k))))))``, all of it for each token by itself.
     """

@@ -1,9 +1,9 @@
 """A segmenter: a ViT read at four depths, and a head over these maps: UperNet's over a pyramid, or a light one.
 
-UperNet: the ViT's four maps all have the patch's stride. Transposed convolutions bring the first two to a quarter and a half of
-it, max pooling the last to twice: strides 4, 8, 16, 32 for patches of 16 px (as BEiT and MAE do). The head is UperNet
-(Xiao et al., arXiv 1807.10221): pyramid pooling on the coarsest map, then a feature pyramid. An auxiliary FCN head on
-the third map helps training and is not run otherwise. The appendix names neither the head nor its channels.
+UperNet: the ViT's four maps all have the patch's stride. Transposed convolutions bring the first two to a quarter and
+a half of it, max pooling the last to twice: strides 4, 8, 16, 32 for patches of 16 px (as BEiT and MAE do). The head is
+UperNet (Xiao et al., arXiv 1807.10221): pyramid pooling on the coarsest map, then a feature pyramid. An auxiliary FCN
+head on the third map helps training and is not run otherwise. The appendix names neither the head nor its channels.
 
 The light ones (`light_heads`) read the same maps as they are.
 """

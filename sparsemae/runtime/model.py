@@ -40,6 +40,8 @@ class Model:
         self._native, self._segmenter = native, None
         if config.head is not None:
             spec, inference = self.card.input, self.card.settings["inference"]
+            assert spec.short_side is not None
+            assert spec.long_side is not None
             self._segmenter = Segmenter(
                 native, spec.mean, spec.std, spec.short_side, spec.long_side, inference["mode"] == "slide",
                 inference["stride"], inference["scales"], inference["flip"],
@@ -72,11 +74,12 @@ class Model:
         images, patch = checked(images, self.vit.in_chans, None), self.vit.patch_size
         *_, height, width = images.shape
         padding = ((0, 0), (0, 0), (0, -height % patch), (0, -width % patch))
-        scores = self._segmenter.scores(self._native, np.pad(images, padding))
+        scores = self._segmenter.scores(np.pad(images, padding))
         rows, columns = (
             bilinear(side, patch)[:own] for side, own in zip(scores.shape[1:3], (height, width), strict=True)
         )
-        return np.einsum("yr,brkc,xk->bcyx", rows, scores, columns, optimize=True)
+        logits: NDArray[np.float32] = np.einsum("yr,brkc,xk->bcyx", rows, scores, columns, optimize=True)
+        return logits
 
     def features(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """All tokens after the last block and the final norm, as timm's `forward_features`: float32 [B, L, D]."""

@@ -100,9 +100,10 @@ class Segmentation(Task[SegmentConfig]):
             if name != "encoder"
         )
         encoder, head = (forward.total for forward in self.forwards(meta_model(self)))
-        named = {"upernet": f"UperNet {self.config.head.width} wide", "linear": "linear head"}
+        wide = f"{self.config.head.width} wide"
+        named = {"upernet": f"UperNet {wide}", "segformer": f"SegFormer head {wide}", "linear": "linear head"}
         cost = (
-            f"{named.get(self.config.head.kind, f'SegFormer head {self.config.head.width} wide')}: {around} parameters, dense; multiply-adds per {side} px image: "
+            f"{named[self.config.head.kind]}: {around} parameters, dense; multiply-adds per {side} px image: "
             f"{(encoder.kept + head.kept) / 1e9:.1f} G with the kept weights, {(encoder.dense + head.dense) / 1e9:.1f} "
             f"G with all, of both {head.dense / 1e9:.1f} G in the head"
         )

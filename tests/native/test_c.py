@@ -177,6 +177,8 @@ def test_the_class_of_each_pixel_is_pythons(library: Path, tmp_path: Path) -> No
             assert len(np.unique(wanted)) > 2
             assert (sizes, said[:30]) == ("4 4 5 80", "wanted a classifier or an enco")
     Image.fromarray(pixels).save(tmp_path / "x.ppm")
-    done = subprocess.run([library / "sparsemae-run", file, tmp_path / "x.ppm"], capture_output=True, text=True)
+    done = subprocess.run(
+        [library / "sparsemae-run", file, tmp_path / "x.ppm"], capture_output=True, text=True, check=True
+    )
     best = int(np.bincount(wanted.ravel()).argmax())
     assert done.stdout.startswith(f"{tmp_path / 'x.ppm'}: class {best} {(wanted == best).mean():.1%}")

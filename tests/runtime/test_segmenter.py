@@ -1,7 +1,6 @@
 """Packed segmenters against torch: logits at any size, and the class of every pixel of an image, without torch."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -149,7 +148,7 @@ def test_the_class_of_every_pixel_is_torchs(look: str, files: Any, tmp_path: Pat
 
 def test_scores_by_hand(files: Any) -> None:
     """The native composition against the definition: windows made, averaged, resized."""
-    model, file = files("linear")
+    _, file = files("linear")
     pixels, predictor = pictures()[2], sparsemae.load(file)
 
     def network(images: torch.Tensor) -> torch.Tensor:
@@ -186,7 +185,7 @@ def test_without_torch(files: Any, tmp_path: Path) -> None:
     )
     words = ["predict", str(files("linear")[1]), str(tmp_path / "0.png"), str(tmp_path / "1.png"), "--format", "jsonl",
              "--pictures", str(tmp_path / "out")]  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=dict(os.environ))
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     for index, line in enumerate(lines):
@@ -200,9 +199,7 @@ def test_without_torch(files: Any, tmp_path: Path) -> None:
 
 def test_scores_that_are_not_finite(files: Any, tmp_path: Path) -> None:
     packed = read(files("linear")[1])
-    for value in packed.tensors.values():
-        if value.dtype == np.float32:
-            value *= np.float32(1e30)
+    packed.tensors["decode_head.classifier.weight"][:] = 3e38
     write(tmp_path / "m.safetensors", packed)
     with pytest.raises(ValueError, match="image 0: wanted finite logits, got NaN or infinite ones"):
         sparsemae.load(tmp_path / "m.safetensors").predict(pictures()[0])
