@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test check lint types fast holds bench gpu kernels fuzz lock reliability soak sanitize sbom format results segment wasm
+.PHONY: demo test check lint types fast holds bench gpu kernels fuzz lock reliability soak sanitize sbom format results segment heads wasm
 
 demo: $(STAMP)
 	$(BIN)/sparsemae demo
@@ -41,6 +41,11 @@ results: demo
 # the demo's segmentation again, its table into docs/
 segment: $(STAMP)
 	$(BIN)/sparsemae demo --task segment
+	$(BIN)/python docs/update.py
+
+# light heads against UperNet, the table into docs/
+heads: $(STAMP)
+	$(BIN)/sparsemae demo --task heads
 	$(BIN)/python docs/update.py
 
 # packed models against dense ViTs in torch, ONNX Runtime and OpenVINO (the extra `bench`); training against timm's;

@@ -18,8 +18,8 @@ zig() {
 build() {
   module=$1
   shift
-  for file in kernels_portable vit; do zig -O3 "$@" -c $file.cpp -o "$objects/$file.o"; done
-  for file in bounds c_api codes dispatch json packed_file preprocess processor vit_build; do
+  for file in kernels_portable segmenter vit; do zig -O3 "$@" -c $file.cpp -o "$objects/$file.o"; done
+  for file in bounds c_api codes dispatch json packed_file packed_segment preprocess processor vit_build; do
     zig -Oz "$@" -c $file.cpp -o "$objects/$file.o"
   done
   zig -O3 "$@" -s "$objects"/*.o -o "$folder/$module"

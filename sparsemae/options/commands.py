@@ -13,12 +13,13 @@ from sparsemae.options.model import InferenceChange
 class DemoConfig:
     """The whole chain on embedded real images."""
 
-    task: Literal["classify", "segment"] = "classify"
-    """What the pretrained encoder is finetuned for; segment has masks that are computed, not drawn by people."""
+    task: Literal["classify", "segment", "heads"] = "classify"
+    """What the pretrained encoder is finetuned for; segment has masks that are computed, not drawn by people; heads:
+    the same with each of a segmenter's heads."""
     out: str | None = None
-    """Folder of the demo's runs, emptied first; None: runs/demo, or runs/demo-segment."""
+    """Folder of the demo's runs, emptied first; None: runs/demo, runs/demo-segment or runs/demo-heads."""
     minutes: float | None = None
-    """Time limit: stages that would not end in time are left out; None: 6, or 12 for segment."""
+    """Time limit: stages that would not end in time are left out; None: 6, or 12 for segment and heads."""
     seed: int = 0
     """Seed of everything random."""
 

@@ -21,6 +21,7 @@ class _Description(ctypes.Structure):
     _fields_ = [
         ("channels", c_uint32), ("height", c_uint32), ("width", c_uint32), ("classes", c_uint32), ("outputs", c_uint32),
         ("threads", c_uint32), ("isa", c_char_p), ("class_names", c_void_p), ("config", c_char_p),
+        ("rows", c_uint32), ("columns", c_uint32),
     ]  # fmt: skip
 
 
@@ -30,11 +31,13 @@ class _Timing(ctypes.Structure):
     ]  # fmt: skip
 
 
-_FLOATS = POINTER(c_float)
+_FLOATS, _BYTES = POINTER(c_float), POINTER(c_uint8)
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "open_as": (c_void_p, [c_char_p, c_size_t, c_uint32, c_char_p, c_int]),
     "describe": (POINTER(_Description), [c_void_p]),
     "forward": (c_int, [c_void_p, _FLOATS, c_size_t, _FLOATS]),
+    "segment": (c_int, [c_void_p, _BYTES, c_uint32, c_uint32, c_uint32, _BYTES]),
+    "scores": (c_int, [c_void_p, _FLOATS, c_size_t, c_size_t, c_size_t, _FLOATS]),
     "features": (c_int, [c_void_p, _FLOATS, c_size_t, _FLOATS]),
     "features_shape": (None, [c_void_p, POINTER(c_uint32)]),
     "close": (None, [c_void_p]),
@@ -43,7 +46,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "isas": (c_char_p, []),
     "processor": (c_char_p, []),
     "time_kernels": (c_int, [c_void_p, c_size_t, POINTER(_Timing), c_int]),
-    "decode_positions": (c_int, [c_char_p, c_size_t, c_size_t, c_uint, c_uint, POINTER(c_uint8)]),
+    "decode_positions": (c_int, [c_char_p, c_size_t, c_size_t, c_uint, c_uint, _BYTES]),
 }
 
 
@@ -114,6 +117,27 @@ class Vit:
         images, out = np.ascontiguousarray(images), np.empty((len(images), *shape), np.float32)
         call = _LIBRARY.sparsemae_features if features else _LIBRARY.sparsemae_forward
         if call(self._model, images.ctypes.data_as(_FLOATS), len(images), out.ctypes.data_as(_FLOATS)):
+            _refuse()
+        return out
+
+    def scores(self, images: NDArray[np.float32], patch: int) -> NDArray[np.float32]:
+        """Of a segmenter, [B, rows, columns, classes] of float32 images [B, C, H, W] of whole patches."""
+        of, (batch, channels, height, width) = self._of, images.shape
+        if images.dtype != np.float32 or channels != of.channels or height % patch or width % patch or not images.size:
+            raise ValueError(f"images must be float32 [B, {of.channels}, H, W] of whole patches, got {images.dtype} "
+                             f"{list(images.shape)}")  # fmt: skip
+        out = np.empty((batch, height // patch, width // patch, of.classes), np.float32)
+        images, into = np.ascontiguousarray(images), out.ctypes.data_as(_FLOATS)
+        if _LIBRARY.sparsemae_scores(self._model, images.ctypes.data_as(_FLOATS), batch, height, width, into):
+            _refuse()
+        return out
+
+    def classes(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Of a segmenter, the class [H, W] of each pixel uint8 [H, W, 3], by windows as the file says."""
+        height, width, channels = pixels.shape
+        pixels, out = np.ascontiguousarray(pixels, np.uint8), np.empty((height, width), np.uint8)
+        at, into = pixels.ctypes.data_as(_BYTES), out.ctypes.data_as(_BYTES)
+        if _LIBRARY.sparsemae_segment(self._model, at, width, height, channels, into):
             _refuse()
         return out
 

@@ -159,3 +159,26 @@ def test_a_thousand_hostile_files_under_the_address_sanitizer(
             load(file, 1)
     assert len(files) * 0.5 < refused < len(files)
     figure(f"{len(files)} files, {refused} refused, the others run; no report of the sanitizers")
+
+
+@pytest.mark.holds("take.3")
+def test_the_class_of_each_pixel_is_pythons(library: Path, tmp_path: Path) -> None:
+    program = compiled(ROOT / "tests/native/segment.c", library)
+    for kind in ("linear", "segformer"):
+        file = tmp_path / f"{kind}.safetensors"
+        write(file, reference.random_segmenter(kind))
+        for width, height in ((16, 16), (40, 23), (9, 61)):
+            done = subprocess.run([program, file, str(width), str(height)], capture_output=True, text=True, check=True)
+            *rows, sizes, said = done.stdout.splitlines()
+            x, y, c = np.meshgrid(np.arange(width), np.arange(height), np.arange(3))
+            pixels = (x * 7 + y * 3 + c).astype(np.uint8)
+            (wanted,) = load(file).predict(pixels)
+            assert np.array_equal(np.array([row.split() for row in rows], np.uint8), wanted)
+            assert len(np.unique(wanted)) > 2
+            assert (sizes, said[:30]) == ("4 4 5 80", "wanted a classifier or an enco")
+    Image.fromarray(pixels).save(tmp_path / "x.ppm")
+    done = subprocess.run(
+        [library / "sparsemae-run", file, tmp_path / "x.ppm"], capture_output=True, text=True, check=True
+    )
+    best = int(np.bincount(wanted.ravel()).argmax())
+    assert done.stdout.startswith(f"{tmp_path / 'x.ppm'}: class {best} {(wanted == best).mean():.1%}")
