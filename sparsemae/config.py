@@ -129,13 +129,16 @@ def completion(shell: str, options: Mapping[str, type[Any]]) -> str:
     if find_spec("shtab") is None:
         raise ValueError("--completion: wanted the package shtab, which is not installed: pip install shtab")
     import shtab
+    from jsonargparse import ArgumentParser
+
+    from sparsemae.recipe_parser import recipe_parser
 
     if shell not in shtab.SUPPORTED_SHELLS:
         raise ValueError(f"--completion: wanted {', '.join(shtab.SUPPORTED_SHELLS)}, got {shell!r}")
     whole = ArgumentParser(prog="sparsemae")
     commands = whole.add_subcommands()
     for name, kind in options.items():
-        parser = _parser(kind, f"sparsemae {name}")
+        parser = recipe_parser(kind, f"sparsemae {name}", _positional(kind))
         if _takes_root(kind):
             parser.add_argument("root", nargs="?")
         for short in SHORT if _trains(kind) else ():
@@ -145,7 +148,7 @@ def completion(shell: str, options: Mapping[str, type[Any]]) -> str:
             if getattr(action, "_typehint", str) in (str, str | None, list[str]):
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
         commands.add_subcommand(name, parser)
-    return whole.get_completion_script(f"shtab-{shell}")
+    return str(whole.get_completion_script(f"shtab-{shell}"))
 
 
 def check_paths(config: Any) -> None:

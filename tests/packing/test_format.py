@@ -109,7 +109,7 @@ HOSTILE: dict[str, tuple[Callable[..., None], str]] = {
     ),
     "codes out of range": (
         fill("blocks.1.attn.qkv.weight.codes", 255),
-        r"blocks\.1\.attn\.qkv\.weight: code of group 0",
+        r"blocks\.1\.attn\.qkv\.weight\.codes: code of group 0",
     ),
     "NaN": (fill("head.weight", 0x7FC0), "head.weight: wanted finite values"),
     "infinite": (fill("blocks.0.mlp.fc1.weight.values", 0x7F80), "values: wanted finite values, got NaN or infinity"),
