@@ -10,6 +10,7 @@
 #include "bench.h"
 #include "codes.h"
 #include "dispatch.h"
+#include "masks.h"
 #include "packed_file.h"
 #include "processor.h"
 #include "sparsemae.h"
@@ -253,6 +254,22 @@ SPARSEMAE_API int sparsemae_time_kernels(sparsemae_model* m, size_t rounds, spar
       if (count < room) out[count++] = {t.kernel.c_str(), t.instructions.c_str(), t.seconds, t.peak, t.zeros};
     return count;
   });
+}
+
+// Of a training step: masks.h.
+SPARSEMAE_API int sparsemae_select_kept(const float* weights, size_t groups, size_t m, size_t n, size_t threads,
+                                        uint8_t* mask) {
+  return guarded(1, [&] { return select_kept(weights, groups, m, n, threads, mask), 0; });
+}
+
+SPARSEMAE_API int sparsemae_kept_bf16(const float* weights, const uint8_t* mask, size_t count, size_t threads,
+                                      uint16_t* out) {
+  return guarded(1, [&] { return kept_bf16(weights, mask, count, threads, out), 0; });
+}
+
+SPARSEMAE_API int sparsemae_pull_pruned(float* gradients, const float* weights, const uint8_t* mask, size_t count,
+                                        float strength, size_t threads) {
+  return guarded(1, [&] { return pull_pruned(gradients, weights, mask, count, strength, threads), 0; });
 }
 
 SPARSEMAE_API int sparsemae_decode_positions(const uint8_t* codes, size_t size, size_t groups, unsigned n, unsigned k,

@@ -46,6 +46,9 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "isas": (c_char_p, []),
     "processor": (c_char_p, []),
     "time_kernels": (c_int, [c_void_p, c_size_t, POINTER(_Timing), c_int]),
+    "select_kept": (c_int, [c_void_p, c_size_t, c_size_t, c_size_t, c_size_t, c_void_p]),
+    "kept_bf16": (c_int, [c_void_p, c_void_p, c_size_t, c_size_t, c_void_p]),
+    "pull_pruned": (c_int, [c_void_p, c_void_p, c_void_p, c_size_t, c_float, c_size_t]),
     "decode_positions": (c_int, [c_char_p, c_size_t, c_size_t, c_uint, c_uint, _BYTES]),
 }
 
@@ -175,3 +178,9 @@ def decode_positions(codes: NDArray[np.uint8], groups: int, n: int, k: int) -> b
     if _LIBRARY.sparsemae_decode_positions(content, len(content), groups, n, k, out):
         _refuse()
     return bytes(out)
+
+
+def run(function: str, *arguments: Any) -> None:
+    """Call one of native/masks.h, its arrays as addresses."""
+    if getattr(_LIBRARY, f"sparsemae_{function}")(*arguments):
+        _refuse()

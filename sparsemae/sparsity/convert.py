@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from sparsemae.sparsity import passes
 from sparsemae.sparsity.linear import NMLinear, divided, whole
 from sparsemae.sparsity.pattern import Criterion, NMPattern, check_divides, check_finite, magnitude, nm_mask
 
@@ -192,8 +193,12 @@ def add_srste_gradient(model: nn.Module, strength: float = 2e-4) -> None:
     not depend on the number of processes or of accumulation steps. A weight shared by layers gets it once.
     """
     for weight, mask in _moving_weights(model):
-        if weight.grad is not None:
-            with torch.no_grad():
+        if weight.grad is None:
+            continue
+        with torch.no_grad():
+            if passes.fits(weight, weight.grad) and mask.is_contiguous():
+                passes.pull_pruned(weight.grad, weight, mask, strength)
+            else:
                 weight.grad.add_(weight.masked_fill(mask, 0.0).to(weight.grad.dtype), alpha=strength)
 
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from sparsemae.sparsity import passes
 from sparsemae.sparsity.pattern import Criterion, NMPattern, check_finite, check_holds, magnitude, select_mask
 
 
@@ -34,6 +35,10 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, mask: Tensor, scale: Tensor | None) -> Tensor:
+        in_bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
+        if scale is None and in_bf16 and passes.fits(weight) and mask.is_contiguous():
+            kept: Tensor = passes.kept_bf16(weight, mask)  # what autocast would make of it, in one pass
+            return kept
         return torch.where(mask, weight, 0.0 if scale is None else weight * scale)
 
     @staticmethod

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsemae.sparsity import passes
+
 
 @dataclass(frozen=True)
 class NMPattern:
@@ -93,6 +95,9 @@ def nm_mask(weight: Tensor, pattern: NMPattern, name: str = "weight", criterion:
 def select_mask(weight: Tensor, pattern: NMPattern, criterion: Criterion = magnitude) -> Tensor:
     """`nm_mask` without its checks, for the training forward (a check for NaN would synchronize the device)."""
     n, m = pattern.n, pattern.m
+    if criterion is magnitude and n <= min(passes.MOST_KEPT, m - 1) and passes.fits(weight):
+        kept: Tensor = passes.select_kept(weight.detach(), n, m)
+        return kept
     scores = criterion(weight.detach())
     groups = (scores if criterion is magnitude else scores.clone()).reshape(-1, m)  # overwritten; might be the weight
     if n == m:

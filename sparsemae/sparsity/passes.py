@@ -1,0 +1,63 @@
+"""A training step's passes over the latent weights, on a CPU in one reading each: native/masks.h.
+
+As operators of torch, so that fake tensors and torch.compile know their shapes. Each gives the very bits of the torch
+operations it stands for, but for `pull_pruned`, whose product is rounded before it is added.
+"""
+
+import torch
+from torch import Tensor
+
+from sparsemae.runtime import native
+
+MOST_KEPT = 8
+"""Of a group; beyond it a sort is faster."""
+
+
+def fits(*tensors: Tensor) -> bool:
+    """Whether the passes take them: whole fp32 tensors in the CPU's memory."""
+    return all(
+        tensor.device.type == "cpu"
+        and tensor.dtype is torch.float32
+        and tensor.is_contiguous()
+        and not hasattr(tensor, "device_mesh")  # divided by FSDP2
+        for tensor in tensors
+    )
+
+
+@torch.library.custom_op("sparsemae::select_kept", mutates_args=())
+def select_kept(weight: Tensor, n: int, m: int) -> Tensor:
+    """Of every m the n of largest magnitude, of equal ones the first: bool, in the shape of ``weight``."""
+    mask = torch.empty(weight.shape, dtype=torch.bool)
+    native.run("select_kept", weight.data_ptr(), weight.numel() // m, m, n, torch.get_num_threads(), mask.data_ptr())
+    return mask
+
+
+@select_kept.register_fake
+def _(weight: Tensor, n: int, m: int) -> Tensor:
+    return torch.empty_like(weight, dtype=torch.bool)
+
+
+@torch.library.custom_op("sparsemae::kept_bf16", mutates_args=())
+def kept_bf16(weight: Tensor, mask: Tensor) -> Tensor:
+    """Kept weights in bf16, the others 0."""
+    kept = torch.empty(weight.shape, dtype=torch.bfloat16)
+    addresses = weight.data_ptr(), mask.data_ptr(), weight.numel()
+    native.run("kept_bf16", *addresses, torch.get_num_threads(), kept.data_ptr())
+    return kept
+
+
+@kept_bf16.register_fake
+def _(weight: Tensor, mask: Tensor) -> Tensor:
+    return torch.empty_like(weight, dtype=torch.bfloat16)
+
+
+@torch.library.custom_op("sparsemae::pull_pruned", mutates_args=("gradient",))
+def pull_pruned(gradient: Tensor, weight: Tensor, mask: Tensor, strength: float) -> None:
+    """Add ``strength`` times the pruned weights to their gradients."""
+    addresses = gradient.data_ptr(), weight.data_ptr(), mask.data_ptr(), weight.numel()
+    native.run("pull_pruned", *addresses, strength, torch.get_num_threads())
+
+
+@pull_pruned.register_fake
+def _(gradient: Tensor, weight: Tensor, mask: Tensor, strength: float) -> None:
+    return None
