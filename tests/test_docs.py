@@ -293,9 +293,10 @@ def test_a_model_goes_elsewhere_as_the_page_says(
         exec(compile(block, "docs/deploy.md", "exec"), names)
         assert capsys.readouterr().out.splitlines() == promised(block)
         app = names.get("app", app)
-    photograph, (best, *_) = (tmp_path / "photos/1.jpg").read_bytes(), sparsemae.load("small.safetensors").predict(
-        "photos/1.jpg", 3
-    )[0]
+    photograph, (best, *_) = (
+        (tmp_path / "photos/1.jpg").read_bytes(),
+        sparsemae.load("small.safetensors").predict("photos/1.jpg", 3)[0],
+    )
     found = [asyncio.run(answer(app, body)) for body in (photograph, b"no image")]
     assert [status for status, _ in found] == [200, 400]
     assert found[0][1][0] == {"label": best.label, "probability": best.probability}
