@@ -15,9 +15,7 @@ import reference
 from conftest import ROOT, Figure
 
 from sparsemae.commands.web import MODULES
-from sparsemae.packing.format import write
-
-sys.path.insert(0, str(ROOT / "tools"))
+from sparsemae.packing.format import PackedModel, write
 
 FOLDER = Path(os.environ.get("SPARSEMAE_TEST_WHEELS", ROOT / "build/wheels"))
 WHEELS = sorted(FOLDER.glob("sparsemae-*.whl"))
@@ -77,38 +75,65 @@ def test_auditwheel_accepts_the_linux_ones(wheel: Path, tmp_path: Path) -> None:
     assert wanted in tags or platform(wheel) in tags, said
 
 
+@pytest.fixture(scope="module")
+def aarch64(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Python for aarch64, fetched from Debian."""
+    if not shutil.which("qemu-aarch64") or not shutil.which("apt-get"):
+        pytest.skip("needs qemu-aarch64 (qemu-user) and apt-get")
+    if "SPARSEMAE_TEST_AARCH64" in os.environ:  # fetched before
+        return Path(os.environ["SPARSEMAE_TEST_AARCH64"])
+    folder = tmp_path_factory.mktemp("aarch64")
+    script = [ROOT / "tests/native/aarch64_python.sh", sys.executable, folder, ROOT / "constraints.txt"]
+    subprocess.run(script, check=True, capture_output=True)
+    return folder
+
+
+def native_and_wanted(model: PackedModel, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of this processor's portable kernels and of the float64 twin; model and images as files in a folder."""
+    images = np.random.default_rng(1).standard_normal((3, 3, 16, 16), np.float32)
+    write(folder / "model", model)
+    (folder / "images").write_bytes(images.tobytes())
+    return reference.native(model, 1, "portable")(images, False), reference.forward(model, images)
+
+
 @pytest.mark.holds("take.6")
-@pytest.mark.parametrize("wheel", [w for w in WHEELS if platform(w).endswith("aarch64")], ids=platform)
-def test_on_aarch64_the_portable_kernels_have_the_bits_of_x86(wheel: Path, tmp_path: Path, figure: Figure) -> None:
-    """The wheel's library, called by a C program under qemu; a Python for aarch64 is not to be had here."""
-    if not shutil.which("qemu-aarch64"):
-        pytest.skip("needs qemu-aarch64 (qemu-user)")
-    ziglang = pytest.importorskip("ziglang")
-    from wheels import PLATFORMS
-
-    target, *_ = PLATFORMS[platform(wheel)]
-    shared = library(wheel, tmp_path)
-    program, zig = tmp_path / "forward", Path(ziglang.__file__).with_name("zig")
-    subprocess.run(
-        [zig, "cc", "-target", target, "-I", ROOT / "include", ROOT / "tests/native/forward.c", shared, "-o", program,
-         f"-Wl,-rpath,{shared.parent}"], check=True, capture_output=True,
-    )  # fmt: skip
+@pytest.mark.parametrize("wheel", [w for w in WHEELS if platform(w) == "manylinux2014_aarch64"], ids=platform)
+def test_the_aarch64_wheel_in_python_under_qemu(wheel: Path, aarch64: Path, tmp_path: Path, figure: Figure) -> None:
+    """The portable kernels have the bits of x86, NEON's are within the bar of fp32."""
+    with zipfile.ZipFile(wheel) as content:
+        content.extractall(tmp_path / "site")
+    code = (
+        "import sys, numpy\nfrom sparsemae.runtime import load\nmodel = load('model', 2)\n"
+        "images = numpy.fromfile('images', numpy.float32).reshape(3, 3, 16, 16)\n"
+        "sys.stdout.buffer.write(model.isa.encode() + b' ' + model(images).tobytes())"
+    )
+    paths = f"{tmp_path / 'site'}:{aarch64 / 'site'}"
     for dtype in ("fp32", "bf16", "int8"):
-        model = reference.random_model(reference.TINY, dtype=dtype)
-        images = np.random.default_rng(1).standard_normal((3, 3, 16, 16), np.float32)
-        write(tmp_path / "model", model)
-        (tmp_path / "images").write_bytes(images.tobytes())
-        command = ["qemu-aarch64", *loader(target), program, tmp_path / "model", tmp_path / "images"]
-        found = {}
+        portable, wanted = native_and_wanted(reference.random_model(reference.TINY, dtype=dtype), tmp_path)
         for isa in ("portable", "neon"):
-            done = subprocess.run([*command, isa], capture_output=True, check=True)
-            found[isa] = np.frombuffer(done.stdout, np.float32).reshape(3, -1)
-        assert (found["portable"] == reference.native(model, 1, "portable")(images, False)).all()
-        wanted = reference.forward(model, images)
-        assert np.abs(found["neon"] - wanted).max() <= 2e-5 * max(float(wanted.std()), 0.3)
-    figure("3 types of weights, equal bits")
+            done = subprocess.run(
+                ["qemu-aarch64", "-L", aarch64 / "root", "-E", f"PYTHONPATH={paths}", "-E", f"SPARSEMAE_ISA={isa}",
+                 aarch64 / "root/usr/bin/python3.11", "-c", code], cwd=tmp_path, capture_output=True, check=True,
+            )  # fmt: skip
+            name, _, content_ = done.stdout.partition(b" ")
+            assert name.decode() == isa
+            got = np.frombuffer(content_, np.float32).reshape(3, -1)
+            if isa == "portable":
+                assert (got == portable).all()
+            assert np.abs(got - wanted).max() <= 2e-5 * max(float(wanted.std()), 0.3)
+    figure("3 types of weights: portable kernels have equal bits")
 
 
-def loader(target: str) -> list[str]:
-    """Where qemu finds the system's libraries of aarch64."""
-    return ["-L", "/usr/aarch64-linux-gnu"] if "gnu" in target else []
+@pytest.mark.holds("take.6")
+@pytest.mark.parametrize("wheel", [w for w in WHEELS if platform(w) == "musllinux_1_2_aarch64"], ids=platform)
+def test_the_musl_wheels_library_in_a_c_program_under_qemu(wheel: Path, aarch64: Path, tmp_path: Path) -> None:
+    shared, zig = library(wheel, tmp_path), Path(pytest.importorskip("ziglang").__file__).with_name("zig")
+    build: list[str | Path] = [
+        zig, "cc", "-target", "aarch64-linux-musl", "-dynamic", "-I", ROOT / "include",
+        ROOT / "tests/native/forward.c", shared, "-o", tmp_path / "forward", f"-Wl,-rpath,{shared.parent}",
+    ]  # fmt: skip
+    subprocess.run(build, check=True, capture_output=True)
+    portable, _ = native_and_wanted(reference.random_model(reference.TINY), tmp_path)
+    command: list[str | Path] = ["qemu-aarch64", "-L", aarch64 / "root", tmp_path / "forward", "model", "images"]
+    done = subprocess.run([*command, "portable"], cwd=tmp_path, capture_output=True, check=True)
+    assert (np.frombuffer(done.stdout, np.float32).reshape(3, -1) == portable).all()
