@@ -25,6 +25,8 @@ def main() -> None:
         put("bench: training", training_table(measured))
     if measured := read("docs/benchmark-saving.json"):
         put("bench: saving", saving_table(measured))
+    if measured := read("docs/browser.json"):
+        put("browser", browser_table(measured))
     if measured := read("docs/bare-install.json"):
         put("bare-install", bare_install_table(measured))
     if (lines := ROOT / "docs/gpu.jsonl").is_file():
@@ -59,6 +61,17 @@ def table(head: list[str], rows: list[list[str]], texts: int) -> str:
     """Markdown; the first ``texts`` columns hold words, the others numbers."""
     lines = [head, ["---" if i < texts else "---:" for i in range(len(head))], *rows]
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n" for cells in lines)
+
+
+def browser_table(measured: dict[str, Any]) -> str:
+    """Milliseconds of the page and of its rival in one browser."""
+    rows = [[name, f"{ms:.0f}"] for name, ms in measured["milliseconds"].items()]
+    ours, dense = measured["megabytes"]
+    busy = f"under load ({measured['load']:.0f}), " * (measured["load"] > 0.5 * measured["processors"])
+    return table(["in the browser", "ms"], rows, 1) + (
+        f"\n`make browser`: {measured['browser']}, {busy}medians of 9 runs of one photograph of 224 x 224 px after the "
+        f"crop; models of {ours:.0f} and {dense:.0f} MB.\n"
+    )
 
 
 def bare_install_table(measured: dict[str, Any]) -> str:
