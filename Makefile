@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test check lint types fast holds bench gpu kernels fuzz lock reliability soak sanitize sbom format results segment heads wasm
+.PHONY: demo test check lint types fast holds bench gpu kernels fuzz lock reliability soak sanitize sbom format results segment heads wasm wheels bare-install browser
 
 demo: $(STAMP)
 	$(BIN)/sparsemae demo
@@ -69,6 +69,23 @@ gpu:
 wasm: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt ziglang
 	native/build_wasm.sh $(CURDIR)/$(BIN)/python $(CURDIR)/sparsemae/web
+
+# wheels for Linux, macOS and Windows, with the page's modules, by the same clang; the Linux ones pass auditwheel's check
+wheels: wasm
+	$(BIN)/pip install --quiet --constraint constraints.txt auditwheel wheel
+	$(BIN)/python tools/wheels.py build/wheels $(PLATFORMS)
+	SPARSEMAE_TEST_WHEELS=build/wheels $(TESTS) -m "" tests/native/test_wheels.py
+
+# size and import time of the install without extras, into docs/results.md; best on an idle machine
+bare-install: $(STAMP)
+	$(BIN)/python tools/bare_install.py docs/bare-install.json
+	$(BIN)/python docs/update.py
+
+# the page beside onnxruntime-web (from npm, into build/ort) in headless Chromium, into docs/results.md; needs node and chromium
+browser: wasm
+	npm install --silent --prefix build/ort onnxruntime-web@1.30.0
+	$(BIN)/python tools/browser.py build/ort docs/browser.json
+	$(BIN)/python docs/update.py
 
 # every instruction set's kernels, into the table of native/README.md; best on an idle machine
 kernels: $(STAMP)

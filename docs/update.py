@@ -25,6 +25,10 @@ def main() -> None:
         put("bench: training", training_table(measured))
     if measured := read("docs/benchmark-saving.json"):
         put("bench: saving", saving_table(measured))
+    if measured := read("docs/browser.json"):
+        put("browser", browser_table(measured))
+    if measured := read("docs/bare-install.json"):
+        put("bare-install", bare_install_table(measured))
     if (lines := ROOT / "docs/gpu.jsonl").is_file():
         put("gpu", gpu_table([json.loads(line) for line in lines.read_text().splitlines()]))
     if told := read("runs/reliability.json"):
@@ -57,6 +61,30 @@ def table(head: list[str], rows: list[list[str]], texts: int) -> str:
     """Markdown; the first ``texts`` columns hold words, the others numbers."""
     lines = [head, ["---" if i < texts else "---:" for i in range(len(head))], *rows]
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n" for cells in lines)
+
+
+def browser_table(measured: dict[str, Any]) -> str:
+    """Milliseconds of the page and of its rival in one browser."""
+    rows = [[name, f"{ms:.0f}"] for name, ms in measured["milliseconds"].items()]
+    ours, dense = measured["megabytes"]
+    busy = f"under load ({measured['load']:.0f}), " * (measured["load"] > 0.5 * measured["processors"])
+    return table(["in the browser", "ms"], rows, 1) + (
+        f"\n`make browser`: {measured['browser']}, {busy}medians of 9 runs of one photograph of 224 x 224 px after the "
+        f"crop; models of {ours:.0f} and {dense:.0f} MB.\n"
+    )
+
+
+def bare_install_table(measured: dict[str, Any]) -> str:
+    """MB of each package, and what importing takes."""
+    sizes, times = measured["megabytes"], measured["import_seconds"]
+    rows = [[name, f"{size:.1f}"] for name, size in sorted(sizes.items(), key=lambda one: -one[1])]
+    rows.append(["all", f"{sum(sizes.values()):.1f}"])
+    ours = times["sparsemae.runtime"]
+    busy = "under load, " * (measured["load"] > 0.5 * measured["processors"])
+    return table(["package", "MB"], rows, 1) + (
+        f"\n`import sparsemae.runtime`: {1e3 * ours:.0f} ms beside Python's own start; `import numpy` alone "
+        f"{1e3 * times['numpy']:.0f} ms. `make bare-install`: {busy}medians of fresh processes.\n"
+    )
 
 
 def gpu_table(lines: list[dict[str, Any]]) -> str:

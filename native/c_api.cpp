@@ -299,3 +299,8 @@ void __cxa_free_exception(void*) {}
 #endif
 
 }  // extern "C"
+
+#if defined(__wasm__)
+// What the C++ library would print when it ends brings 16 KB along, and nobody reads it.
+[[noreturn]] void std::__libcpp_verbose_abort(const char*, ...) noexcept { __builtin_trap(); }
+#endif

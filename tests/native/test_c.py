@@ -32,7 +32,7 @@ KINDS = {
 
 
 def build(folder: Path, *options: str) -> Path:
-    configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-DSPARSEMAE_C=ON", *options]
+    configure = ["cmake", "-S", str(ROOT), "-B", str(folder), *options]
     subprocess.run(configure, check=True, capture_output=True)
     subprocess.run(["cmake", "--build", str(folder), "-j2"], check=True, capture_output=True)
     return folder

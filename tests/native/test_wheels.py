@@ -1,0 +1,139 @@
+"""The wheels of `make wheels`: held to their platforms' rules, and those for aarch64 run under qemu."""
+
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference
+from conftest import ROOT, Figure
+
+from sparsemae.commands.web import MODULES
+from sparsemae.packing.format import PackedModel, write
+
+FOLDER = Path(os.environ.get("SPARSEMAE_TEST_WHEELS", ROOT / "build/wheels"))
+WHEELS = sorted(FOLDER.glob("sparsemae-*.whl"))
+FUNCTIONS = ("open", "open_memory", "describe", "prepare", "forward", "close", "error", "open_as", "time_kernels")
+LIBRARIES = {
+    "manylinux2014_x86_64": (b"\x7fELF", 18, 62),
+    "manylinux2014_aarch64": (b"\x7fELF", 18, 183),
+    "musllinux_1_2_x86_64": (b"\x7fELF", 18, 62),
+    "musllinux_1_2_aarch64": (b"\x7fELF", 18, 183),
+    "macosx_11_0_arm64": (b"\xcf\xfa\xed\xfe", 4, 0x000C),
+    "macosx_11_0_x86_64": (b"\xcf\xfa\xed\xfe", 4, 0x0007),
+    "win_amd64": (b"MZ", None, 0x8664),
+}
+"""Of each platform: how its library begins, where its processor's number is, and the number."""
+
+pytestmark = [pytest.mark.holds_only, pytest.mark.skipif(not WHEELS, reason="needs make wheels")]
+
+
+def platform(wheel: Path) -> str:
+    return wheel.stem.split("-")[-1]
+
+
+def library(wheel: Path, folder: Path) -> Path:
+    with zipfile.ZipFile(wheel) as content:
+        (name,) = [name for name in content.namelist() if "/libsparsemae." in name]
+        return Path(content.extract(name, folder))
+
+
+@pytest.mark.holds("take.6")
+@pytest.mark.parametrize("wheel", WHEELS, ids=platform)
+def test_a_wheel_has_what_its_tag_says(wheel: Path, tmp_path: Path, figure: Figure) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert wheel.name.split("-")[2:4] == ["py3", "none"]
+    assert {f"sparsemae/web/{name}" for name in MODULES} <= set(names)
+    assert not [name for name in names if name.endswith((".cpp", ".h", ".xz"))]
+    content = library(wheel, tmp_path).read_bytes()
+    begins, at, machine = LIBRARIES[platform(wheel)]
+    assert content.startswith(begins)
+    at = struct.unpack_from("<I", content, 60)[0] + 4 if at is None else at
+    assert struct.unpack_from("<H", content, at)[0] == machine
+    for name in FUNCTIONS:
+        assert f"sparsemae_{name}\0".encode() in content, name
+    assert b"GLIBCXX" not in content
+    if begins.startswith(b"\xcf"):  # macOS: of other libraries the system's alone
+        assert set(re.findall(rb"/[\w./+-]+\.dylib", content)) <= {b"/usr/lib/libSystem.B.dylib"}
+    figure(f"{wheel.name}: {wheel.stat().st_size / 1e6:.2f} MB")
+
+
+@pytest.mark.holds("take.6")
+@pytest.mark.parametrize("wheel", [w for w in WHEELS if "linux" in platform(w)], ids=platform)
+def test_auditwheel_accepts_the_linux_ones(wheel: Path, tmp_path: Path) -> None:
+    pytest.importorskip("auditwheel")
+    command = [sys.executable, "-m", "auditwheel", "show", str(wheel)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    tags = {tag for tag in re.findall(r'"(\w+)"', said) if tag.endswith(platform(wheel).split("_", 1)[1][-6:])}
+    wanted = platform(wheel).replace("manylinux2014", "manylinux_2_17")
+    assert wanted in tags or platform(wheel) in tags, said
+
+
+@pytest.fixture(scope="module")
+def aarch64(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Python for aarch64, fetched from Debian."""
+    if not shutil.which("qemu-aarch64") or not shutil.which("apt-get"):
+        pytest.skip("needs qemu-aarch64 (qemu-user) and apt-get")
+    if "SPARSEMAE_TEST_AARCH64" in os.environ:  # fetched before
+        return Path(os.environ["SPARSEMAE_TEST_AARCH64"])
+    folder = tmp_path_factory.mktemp("aarch64")
+    script = [ROOT / "tests/native/aarch64_python.sh", sys.executable, folder, ROOT / "constraints.txt"]
+    subprocess.run(script, check=True, capture_output=True)
+    return folder
+
+
+def native_and_wanted(model: PackedModel, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of this processor's portable kernels and of the float64 twin; model and images as files in a folder."""
+    images = np.random.default_rng(1).standard_normal((3, 3, 16, 16), np.float32)
+    write(folder / "model", model)
+    (folder / "images").write_bytes(images.tobytes())
+    return reference.native(model, 1, "portable")(images, False), reference.forward(model, images)
+
+
+@pytest.mark.holds("take.6")
+@pytest.mark.parametrize("wheel", [w for w in WHEELS if platform(w) == "manylinux2014_aarch64"], ids=platform)
+def test_the_aarch64_wheel_in_python_under_qemu(wheel: Path, aarch64: Path, tmp_path: Path, figure: Figure) -> None:
+    """The portable kernels have the bits of x86, NEON's are within the bar of fp32."""
+    with zipfile.ZipFile(wheel) as content:
+        content.extractall(tmp_path / "site")
+    code = (
+        "import sys, numpy\nfrom sparsemae.runtime import load\nmodel = load('model', 2)\n"
+        "images = numpy.fromfile('images', numpy.float32).reshape(3, 3, 16, 16)\n"
+        "sys.stdout.buffer.write(model.isa.encode() + b' ' + model(images).tobytes())"
+    )
+    paths = f"{tmp_path / 'site'}:{aarch64 / 'site'}"
+    for dtype in ("fp32", "bf16", "int8"):
+        portable, wanted = native_and_wanted(reference.random_model(reference.TINY, dtype=dtype), tmp_path)
+        for isa in ("portable", "neon"):
+            done = subprocess.run(
+                ["qemu-aarch64", "-L", aarch64 / "root", "-E", f"PYTHONPATH={paths}", "-E", f"SPARSEMAE_ISA={isa}",
+                 aarch64 / "root/usr/bin/python3.11", "-c", code], cwd=tmp_path, capture_output=True, check=True,
+            )  # fmt: skip
+            name, _, content_ = done.stdout.partition(b" ")
+            assert name.decode() == isa
+            got = np.frombuffer(content_, np.float32).reshape(3, -1)
+            if isa == "portable":
+                assert (got == portable).all()
+            assert np.abs(got - wanted).max() <= 2e-5 * max(float(wanted.std()), 0.3)
+    figure("3 types of weights: portable kernels have equal bits")
+
+
+@pytest.mark.holds("take.6")
+@pytest.mark.parametrize("wheel", [w for w in WHEELS if platform(w) == "musllinux_1_2_aarch64"], ids=platform)
+def test_the_musl_wheels_library_in_a_c_program_under_qemu(wheel: Path, aarch64: Path, tmp_path: Path) -> None:
+    shared, zig = library(wheel, tmp_path), Path(pytest.importorskip("ziglang").__file__).with_name("zig")
+    build: list[str | Path] = [
+        zig, "cc", "-target", "aarch64-linux-musl", "-dynamic", "-I", ROOT / "include",
+        ROOT / "tests/native/forward.c", shared, "-o", tmp_path / "forward", f"-Wl,-rpath,{shared.parent}",
+    ]  # fmt: skip
+    subprocess.run(build, check=True, capture_output=True)
+    portable, _ = native_and_wanted(reference.random_model(reference.TINY), tmp_path)
+    command: list[str | Path] = ["qemu-aarch64", "-L", aarch64 / "root", tmp_path / "forward", "model", "images"]
+    done = subprocess.run([*command, "portable"], cwd=tmp_path, capture_output=True, check=True)
+    assert (np.frombuffer(done.stdout, np.float32).reshape(3, -1) == portable).all()
