@@ -70,13 +70,16 @@ def _export(engine: str, folder: str, threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    model = _model()
 
     class ClassMap(torch.nn.Module):
         """A segmenter between bytes and classes."""
 
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = _model()
+
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-            return model((pixels - 127.5) / 63.75).logits.argmax(dim=1).to(torch.uint8)  # type: ignore[no-any-return]
+            return self.model((pixels - 127.5) / 63.75).logits.argmax(dim=1).to(torch.uint8)  # type: ignore[no-any-return]
 
     example = torch.rand(1, 3, SIDE, SIDE) * 255
     converted = openvino.convert_model(ClassMap().eval(), example_input=example, input=[1, 3, SIDE, SIDE])
