@@ -128,7 +128,7 @@ def test_the_program_of_the_page_runs(library: Path, tmp_path: Path) -> None:
 
 def hostile_files(folder: Path, count: int) -> list[Path]:
     """Of a classifier and of segmenters, damaged."""
-    rng, kinds = np.random.default_rng(0), []
+    rng, kinds = np.random.default_rng(0), list[Callable[[], bytes]]()
     originals = [packed(folder / "model").read_bytes()]
     for kind in ("linear", "segformer"):
         write(folder / kind, reference.random_segmenter(kind))
