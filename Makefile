@@ -53,6 +53,7 @@ heads: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/sparsemae benchmark --batches "[1,8]" --json docs/benchmark.json
+	$(BIN)/sparsemae benchmark --section segmentation --json docs/benchmark-segmentation.json
 	$(BIN)/python tests/photographs.py runs/photographs
 	$(BIN)/sparsemae benchmark --section training --images runs/photographs/folder --json docs/benchmark-training.json
 	$(BIN)/sparsemae benchmark --section saving --json docs/benchmark-saving.json

@@ -21,6 +21,8 @@ def main() -> None:
             put(target, f"{rows}\n`make {target}`: {measured['seconds']:.0f} s on 2 cores.\n")
     if measured := read("docs/benchmark.json"):
         put("bench", benchmark_table(measured))
+    if measured := read("docs/benchmark-segmentation.json"):
+        put("bench: segmentation", benchmark_table(measured | {"config": measured["config"] | {"batches": [1]}}))
     if measured := read("docs/benchmark-training.json"):
         put("bench: training", training_table(measured))
     if measured := read("docs/benchmark-saving.json"):

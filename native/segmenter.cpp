@@ -12,7 +12,8 @@
 namespace sparsemae {
 namespace {
 
-constexpr std::size_t kMostPixels = std::size_t{1} << 26;  // of a resized image
+constexpr std::size_t kMostPixels = std::size_t{1} << 25;  // of a resized image, and how many windows it may have
+constexpr std::size_t kMostWindows = std::size_t{1} << 14;
 constexpr std::size_t kMostScores = std::size_t{1} << 28;  // of all its windows
 constexpr std::size_t kWindows = 8;                        // in a call of the forward, or one for each thread
 constexpr std::size_t kTile = 64;                          // columns of an image that a thread takes at a time
@@ -142,7 +143,7 @@ Segmenter::View Segmenter::look(const std::uint8_t* pixels, std::size_t width, s
   const auto side = [&](double own) { return static_cast<std::size_t>(std::max(1.0, std::nearbyint(own * factor))); };
   const std::size_t to_width = side(w), to_height = side(h), patch = c.patch_size;
   if (to_width > kMostPixels / to_height)
-    throw std::invalid_argument("wanted a resized image of at most 2^26 pixels, got " + std::to_string(to_width) +
+    throw std::invalid_argument("wanted a resized image of at most 2^25 pixels, got " + std::to_string(to_width) +
                                 " x " + std::to_string(to_height));
   const auto rgb = resized_rgb(preprocess_, pixels, width, height, channels, to_width, to_height);
 
@@ -162,7 +163,7 @@ Segmenter::View Segmenter::look(const std::uint8_t* pixels, std::size_t width, s
   const std::size_t padded_height = view.window_rows * patch, padded_width = view.window_columns * patch;
   const std::size_t plane = padded_height * padded_width, windows = tops.size() * lefts.size();
   const std::size_t outputs = view.window_rows * view.window_columns * c.head->classes;
-  if (windows > kMostScores / outputs)
+  if (windows > kMostWindows || windows > kMostScores / outputs)
     throw std::invalid_argument("wanted fewer windows (a larger inference.stride), got " + std::to_string(windows));
   view.scores.resize(windows * outputs);
   const std::size_t at_once = std::max(kWindows, vit_.threads());

@@ -174,8 +174,9 @@ class ReportConfig:
 class BenchmarkConfig:
     """Measure packed models against dense ones in other engines, training against timm's, or what saving costs."""
 
-    section: Literal["packed", "training", "saving", "kernels"] = "packed"
-    """packed: latency, throughput, memory and cold start of packed files and their rivals; training: images per second
+    section: Literal["packed", "segmentation", "training", "saving", "kernels"] = "packed"
+    """packed: latency, throughput, memory and cold start of packed files and their rivals; segmentation: a
+    photograph through packed segmenters, and through a dense ViT-B in OpenVINO; training: images per second
     of the input pipeline and of optimizer steps, beside timm's loader and its dense ViT-B; saving: what a checkpoint of
     ViT-B with AdamW's state costs the loop, beside a save that blocks it; kernels: every instruction set's linear
     layers, attention and norm, one by one, on one thread."""

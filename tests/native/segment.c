@@ -12,7 +12,8 @@ int main(int argc, char** argv) {
   }
   const unsigned width = (unsigned)atoi(argv[2]), height = (unsigned)atoi(argv[3]);
   uint8_t *pixels = malloc(3 * width * height), *classes = malloc(width * height);
-  for (unsigned i = 0; i < 3 * width * height; ++i) pixels[i] = (uint8_t)(i / 3 % width * 7 + i / 3 / width * 3 + i % 3);
+  for (unsigned i = 0; i < 3 * width * height; ++i)
+    pixels[i] = (uint8_t)(i / 3 % width * 7 + i / 3 / width * 3 + i % 3);
   if (sparsemae_segment(model, pixels, width, height, 3, classes)) {
     fprintf(stderr, "%s\n", sparsemae_error());
     return 1;

@@ -127,12 +127,19 @@ def test_the_program_of_the_page_runs(library: Path, tmp_path: Path) -> None:
 
 
 def hostile_files(folder: Path, count: int) -> list[Path]:
-    original, rng = packed(folder / "model").read_bytes(), np.random.default_rng(0)
-    header = 8 + int.from_bytes(original[:8], "little")
-    kinds = [
-        lambda: scramble(rng, original, header), lambda: scramble(rng, original, len(original)),
-        *(lambda where=where: edit(rng, original, where) for where in ("header", "config", "values")),
-    ]  # fmt: skip
+    """Of a classifier and of segmenters, damaged."""
+    rng, kinds = np.random.default_rng(0), list[Callable[[], bytes]]()
+    originals = [packed(folder / "model").read_bytes()]
+    for kind in ("linear", "segformer"):
+        write(folder / kind, reference.random_segmenter(kind))
+        originals.append((folder / kind).read_bytes())
+    for whole in originals:
+        header = 8 + int.from_bytes(whole[:8], "little")
+        kinds += [
+            lambda whole=whole, header=header: scramble(rng, whole, header),
+            lambda whole=whole: scramble(rng, whole, len(whole)),
+            *(lambda where=where, whole=whole: edit(rng, whole, where) for where in ("header", "config", "values")),
+        ]
     files = [folder / f"{i:04d}" for i in range(count)]
     for i, file in enumerate(files):
         file.write_bytes(kinds[i % len(kinds)]())

@@ -94,6 +94,7 @@ def test_logits_of_any_size_are_torchs(kind: str, dtype: str, files: Any, figure
     figure(f"{kind}, {dtype}: largest difference of a logit {largest:.1e} of the spread, bar {BARS[dtype]:g}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
 def test_every_instruction_set_has_the_head(
@@ -125,6 +126,7 @@ LOOKS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.holds("take.3")
 @pytest.mark.parametrize("look", LOOKS)
 def test_the_class_of_every_pixel_is_torchs(look: str, files: Any, tmp_path: Path, figure: Figure) -> None:
@@ -162,6 +164,7 @@ def test_scores_by_hand(files: Any) -> None:
     assert (best - chosen).max() < 0.05 * scores.std()
 
 
+@pytest.mark.slow
 def test_it_is_a_torch_model_again(files: Any) -> None:
     for kind in ("linear", "segformer"):
         model, file = files(kind)
@@ -173,6 +176,7 @@ def test_it_is_a_torch_model_again(files: Any) -> None:
         assert again_card.settings == sparsemae.load(file).card.settings
 
 
+@pytest.mark.slow
 def test_without_torch(files: Any, tmp_path: Path) -> None:
     """The class map, masks and overlays by the command line, torch, torchvision and timm being out of reach."""
     for index, pixels in enumerate(pictures()[:2]):
