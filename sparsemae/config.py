@@ -29,6 +29,7 @@ SHORT = {
     "lr": "optim.lr",
     "model": "model.name",
     "img_size": "data.img_size",
+    "keep": "trainer.keep",
 }
 """Short names of options of the jobs that train."""
 _ALONE = ("help", "help_all", "print_config")
