@@ -148,6 +148,7 @@ def _random_files(folder: Path) -> list[str]:
         freeze(model)
         for dtype in ("bf16", "int8"):
             files.append(str(folder / f"{name} {dtype}.safetensors"))
+            print(f"packing {name} {dtype}, random weights", file=sys.stderr, flush=True)
             pack(model, files[-1], dtype=dtype)
     return files
 
