@@ -225,7 +225,9 @@ def _load_torch(engine: str, model: str, threads: int) -> Runner:
 def _serve(engine: str, model: str, folder: str, threads: int) -> None:
     """The worker: one line when the first result is there, then the seconds of a run for every batch size read."""
     run = _load(engine, model, folder, threads)
-    images = np.random.default_rng(0).standard_normal((1, 3, 224, 224), np.float32)
+    card = getattr(run, "card", None)  # a packed file has a size of its own
+    side = card.input.img_size if card else 224
+    images = np.random.default_rng(0).standard_normal((1, 3, side, side), np.float32)
     run(images)
     with open("/proc/self/stat") as stat:
         started = int(stat.read().rsplit(")", 1)[1].split()[19]) / os.sysconf("SC_CLK_TCK")
@@ -234,7 +236,7 @@ def _serve(engine: str, model: str, folder: str, threads: int) -> None:
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     print("=", cold_start, int(peak.split()[1]) * 1024 / 1e6, flush=True)
     for line in sys.stdin:
-        images = np.random.default_rng(0).standard_normal((int(line), 3, 224, 224), np.float32)
+        images = np.random.default_rng(0).standard_normal((int(line), 3, side, side), np.float32)
         warm = time.perf_counter() + _WARM_SECONDS  # wakes the threads and refills the caches after the others' turns
         while time.perf_counter() < warm:
             run(images)
