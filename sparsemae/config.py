@@ -134,12 +134,12 @@ def completion(shell: str, options: Mapping[str, type[Any]]) -> str:
     whole = ArgumentParser(prog="sparsemae")
     commands = whole.add_subcommands()
     for name, kind in options.items():
-        parser = _parser(kind, f"sparsemae {name}")
+        parser = _parser.__wrapped__(kind, f"sparsemae {name}")  # one of its own, which shtab changes
         if _takes_root(kind):
             parser.add_argument("root", nargs="?")
-        for short in SHORT if _trains(kind) else ():
+        for short, dotted in SHORT.items() if _trains(kind) else ():
             if f"--{short}" not in parser._option_string_actions:
-                parser.add_argument(f"--{short}")
+                parser._option_string_actions[f"--{dotted}"].option_strings += [f"--{short}"]  # type: ignore[operator]
         for action in parser._actions:
             if getattr(action, "_typehint", str) in (str, str | None, list[str]):
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
