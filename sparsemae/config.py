@@ -24,6 +24,7 @@ SHORT = {
     "lr": "optim.lr",
     "model": "model.name",
     "img_size": "data.img_size",
+    "keep": "trainer.keep",
 }
 """Short names of options of the jobs that train."""
 _ALONE = ("help", "help_all", "print_config")
@@ -141,9 +142,9 @@ def completion(shell: str, options: Mapping[str, type[Any]]) -> str:
         parser = recipe_parser(kind, f"sparsemae {name}", _positional(kind))
         if _takes_root(kind):
             parser.add_argument("root", nargs="?")
-        for short in SHORT if _trains(kind) else ():
+        for short, dotted in SHORT.items() if _trains(kind) else ():
             if f"--{short}" not in parser._option_string_actions:
-                parser.add_argument(f"--{short}")
+                parser._option_string_actions[f"--{dotted}"].option_strings += [f"--{short}"]  # type: ignore[operator]
         for action in parser._actions:
             if getattr(action, "_typehint", str) in (str, str | None, list[str]):
                 action.complete = shtab.FILE  # type: ignore[attr-defined]

@@ -23,6 +23,7 @@ def make_safe() -> None:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     warnings.formatwarning = _one_line
+    warnings.filterwarnings("ignore", "Image size .* exceeds limit")  # Pillow's; ours names the file
 
 
 def _one_line(message: Warning | str, *_: Any, **__: Any) -> str:

@@ -21,7 +21,7 @@ from sparsemae.packing.format import write
 from sparsemae.tasks.sparse import make_sparse
 from sparsemae.training.optim import make_optimizer
 
-SHAPE = {"patch_size": 16, "image_height": 224, "image_width": 224, "depth": 1}
+SHAPE = {"patch_size": 16, "image_height": 64, "image_width": 64, "depth": 1}
 
 
 @pytest.mark.slow

@@ -203,7 +203,17 @@ def option_names(kind: Any, prefix: str = "") -> set[str]:
 def test_options_and_commands_in_the_text_exist() -> None:
     kinds = {name: resolve(job.options) for name, job in JOBS.items()}
     options: set[str] = {name for kind in kinds.values() for name in option_names(kind)}
-    options |= {"config", "print_config", "debug", "help", "help_all", "version", "data.root", *SHORT_NAMES}
+    options |= {
+        "config",
+        "print_config",
+        "debug",
+        "help",
+        "help_all",
+        "version",
+        "completion",
+        "data.root",
+        *SHORT_NAMES,
+    }
     groups = {name.split(".")[0] for name in options if "." in name}
     foreign = {"holds", "index_url", "kill_on_bad_exit", "signal"}  # pytest's, pip's and Slurm's
     for page in DOCUMENTS:

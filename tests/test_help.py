@@ -121,6 +121,7 @@ def test_a_shell_completes(tmp_path: Path, capsys: pytest.CaptureFixture[str], r
         "finetune --trainer.keep_": {"--trainer.keep_checkpoints"},
         "finetune --ep": {"--epochs"},
         "finetune --trainer.keep ": {"best", "last"},
+        "finetune --keep ": {"best", "last"},
         "finetune pho": {"photo.jpg"},
         "predict photo.jpg pho": {"photo.jpg"},
         "pack photo.jpg --dtype ": {"bf16", "fp32", "int8"},

@@ -158,6 +158,7 @@ def _random_files(folder: Path) -> list[str]:
         freeze(model)
         for dtype in ("bf16", "int8"):
             files.append(str(folder / f"{name} {dtype}.safetensors"))
+            print(f"packing {name} {dtype}, random weights", file=sys.stderr, flush=True)
             pack(model, files[-1], dtype=dtype)
     return files
 
@@ -254,10 +255,14 @@ def serve(run: Runner, example: Callable[[int], NDArray[Any]]) -> None:
 
 
 def _serve(engine: str, model: str, folder: str, threads: int) -> None:
-    def example(batch: int) -> NDArray[np.float32]:
-        return np.random.default_rng(0).standard_normal((batch, 3, 224, 224), np.float32)
+    run = _load(engine, model, folder, threads)
+    card = getattr(run, "card", None)  # a packed file has a size of its own
+    side = card.input.img_size if card else 224
 
-    serve(_load(engine, model, folder, threads), example)
+    def example(batch: int) -> NDArray[np.float32]:
+        return np.random.default_rng(0).standard_normal((batch, 3, side, side), np.float32)
+
+    serve(run, example)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def measured(run: Run, task: Task[Any], model: nn.Module, fitted: Fitted) -> Res
     metrics = metrics | task.guess(looks if chosen else 1)
     notes = [said] if (said := warning(metrics)) else []
     if best is not None and kept != best:
-        notes.append(f"the best was epoch {best:g} of {epochs:g}: --trainer.keep best writes that one")
+        notes.append(f"the best was epoch {best:g} of {epochs:g}: --keep best writes that one")
     return Result(kept, epochs, best, metrics, fitted.metrics, None, notes)
 
 

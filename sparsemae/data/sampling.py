@@ -135,10 +135,10 @@ class BatchPlan:
 
     def __str__(self) -> str:
         left = self.images - self.steps_per_epoch * self.global_batch
+        cut = f"; {self.world} processes x {self.micro_batch} x {self.accumulate} accumulation"
         return (
             f"{self.images:,} images: {self.steps_per_epoch:,} steps of {self.global_batch:,} in an epoch, "
-            f"{left:,} left over, others each time; {self.world} processes x {self.micro_batch} x "
-            f"{self.accumulate} accumulation"
+            f"{left:,} left over, others each time" + cut * (self.micro_batch < self.global_batch)
         )
 
     def micro_batch_number(self, accumulation: int, rank: int) -> int:

@@ -81,7 +81,8 @@ def _fetching(source: str) -> Iterator[None]:
     except Exception as error:  # the client's own, of whatever library it is built on, and damaged files
         raise ValueError(
             f"{source}: its weights cannot be fetched from the hub: {error or type(error).__name__} (wanted a "
-            "connection, HF_ENDPOINT of a mirror, HF_HOME of a filled cache, or the file itself: --init FILE)"
+            "connection, HF_ENDPOINT of a mirror, HF_HOME of a filled cache, the file itself (--init FILE), or a "
+            "pretraining of your own images)"
         ) from error
 
 

@@ -1,12 +1,12 @@
 """The options of the commands that train nothing."""
 
-import os
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from sparsemae.limits import ABOVE_0, AT_LEAST_1, MAX_PIXELS, READ, Options, option
 from sparsemae.options.data import SourceConfig
 from sparsemae.options.model import InferenceChange
+from sparsemae.processors import processors
 
 
 @dataclass
@@ -122,7 +122,7 @@ class PredictConfig(Options):
 class CheckConfig(Options):
     """Read every image of a data set; exit status 2 if something would break a run."""
 
-    data: SourceConfig = field(default_factory=lambda: SourceConfig(workers=os.cpu_count() or 1))
+    data: SourceConfig = field(default_factory=lambda: SourceConfig(workers=processors()))
     """The data set; workers: processes that read, 0 for none but this one."""
     task: Literal["pretrain", "classify", "segment"] | None = None
     """What the images are for; pretrain: one class is enough; None: segment where `images` lies beside `masks`,

@@ -139,8 +139,9 @@ def _batch_and_length(choice: _Choice, rule: Rule) -> None:
     else:
         total = trainer.steps or round(trainer.epochs * steps)
     started = facts.start != "random"
-    rate = (rule.rate_started if started else rule.rate) * batch / RATE_BATCH
-    rate = choice.pick("optim.lr", float(f"{rate:.3g}"), f"lr {rate:.3g} (linear rule: {rule.rate:g} for {RATE_BATCH})")
+    base = rule.rate_started if started else rule.rate
+    rate = float(f"{base * batch / RATE_BATCH:.3g}")
+    rate = choice.pick("optim.lr", rate, f"lr {rate:g} (linear rule: {base:g} for {RATE_BATCH})")
     choice.pick("optim.min_lr", float(f"{rate / 100:.3g}"))
     choice.pick("optim.layer_decay", 0.75 if started and choice.config.task != "pretrain" else 1.0)
     if choice.open("optim.warmup_steps", "optim.warmup_epochs"):

@@ -104,7 +104,7 @@ def _encoded(shown: Shown, root: str | None) -> dict[str, Any]:
     return {
         "picture": f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}",
         "width": image.width,
-        "height": image.height,
+        "wide": image.mode == "RGBA",  # several `beside` one another
         "file": shown.title,
         "title": _short(shown.title, root),
         "note": shown.note,

@@ -33,7 +33,7 @@ def details(title: str, content: str) -> str:
 
 
 def pictures(shown: Sequence[Mapping[str, Any]]) -> str:
-    """Figures of ``picture`` (a data URI), ``width``, ``title``, ``file`` and ``note``, wide ones in wider columns."""
+    """Figures of ``picture`` (a data URI), ``width``, ``title``, ``file``, ``note``; ``wide`` ones in wider columns."""
     figures = []
     for one in shown:
         name = escaped(one["title"]).replace("/", "/<wbr>")
@@ -43,5 +43,5 @@ def pictures(shown: Sequence[Mapping[str, Any]]) -> str:
         alt = escaped(f"{one['title']} {one['note']}".strip())
         caption = f"<figcaption>{title}{note}</figcaption>" if title or note else ""
         figures.append(f'<figure><img{small} src="{escaped(one["picture"])}" alt="{alt}">{caption}</figure>')
-    wide = " wide" if any(one["width"] > 1.2 * one["height"] for one in shown) else ""  # what a model sees is square
+    wide = " wide" if any(one.get("wide") for one in shown) else ""
     return f'<div class="pictures{wide}">{"".join(figures)}</div>' if figures else ""

@@ -139,7 +139,8 @@ class Classification(Task[FinetuneConfig]):
         return {"images": images, "guess": max(1 / len(self.class_names), float(most)), "looks": looks}
 
     def result(self, metrics: dict[str, float]) -> str:
-        return f"top-1 {metrics['top1']:.2%} on {len(self.validation):,} images"
+        error = metrics["standard_error"]
+        return f"top-1 {metrics['top1']:.2%} ± {error:.2%} on {len(self.validation):,} images"
 
     @classmethod
     def build(cls, card: ModelCard, drop_path: float = 0.0) -> VisionTransformer:

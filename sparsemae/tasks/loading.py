@@ -1,6 +1,5 @@
 """Models from their files: built as the card says, filled, and ready to be used."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from sparsemae.models.weights import card_of, find_weights, load_weights, read_w
 from sparsemae.packing.format import is_packed, read, unpack
 from sparsemae.packing.pack import build_vit
 from sparsemae.predictor import Inputs, checked, raised
+from sparsemae.processors import processors
 from sparsemae.sparsity import densify, freeze, iter_sparse, sparsify
 from sparsemae.tasks import task_class
 from sparsemae.tasks.task import encoder_of, smallest_side
@@ -64,7 +64,7 @@ class TorchPredictor:
         def run(batch: list[Any]) -> list[Any]:
             return task.predict(self.model, self.card, batch, top_k)
 
-        threads = os.cpu_count() or 1
+        threads = processors()
         return results_of(images, self.card.input, lambda image: image, run, task.at_once, threads, max_pixels)
 
     def _input(self, images: NDArray[np.float32]) -> Tensor:

@@ -5,16 +5,22 @@ The whole trainings are of photographs that scikit-image ships: separable sets o
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import yaml
 from conftest import Figure, metrics, tiny
+from hub_standin import hub
 from photographs import PHOTOGRAPHS, class_folders
+from safetensors.torch import save
 
 from sparsemae.card import ModelCard
 from sparsemae.cli import main
@@ -71,7 +77,7 @@ def test_the_peak_is_written_packed_and_evaluated(
 ) -> None:
     run = tmp_path / "run"
     scripted(0.3, 0.6, 0.5)
-    main(by_recipe(run, forty, "--trainer.keep", "best"))
+    main(by_recipe(run, forty, "--keep", "best"))
     shown = capsys.readouterr().err
     assert epochs_of(run) == [0.3, 0.6, 0.5]
     assert "model.safetensors: epoch 2 of 3, the best: top-1 " in shown
@@ -102,7 +108,7 @@ def test_the_last_is_written_where_a_recipe_is_named_and_the_best_is_said(
     scripted(0.3, 0.6, 0.5)
     main(by_recipe(tmp_path / "run", forty))
     assert json.loads((tmp_path / "run" / "result.json").read_text())["kept"] == 3
-    assert "the best was epoch 2 of 3: --trainer.keep best writes that one" in capsys.readouterr().err
+    assert "the best was epoch 2 of 3: --keep best writes that one" in capsys.readouterr().err
     scripted()
     main(by_recipe(tmp_path / "run", forty, "--trainer.keep", "best"))  # continued, with nothing left to do
     assert json.loads((tmp_path / "run" / "result.json").read_text())["kept"] == 2
@@ -190,10 +196,43 @@ def test_evaluate_takes_the_runs_own_data(
         assert f"top-1 {wanted}%" in said.out
         assert "on 4 images" in said.out
         assert "its held-out part, which the model was not trained on" in said.err
+    named = refused("evaluate", str(tmp_path / "run"), "--data.source", "embedded")
+    assert "class" in named, named
     image_folder.rename(tmp_path / "moved")
     assert "its images are no longer in" in refused("evaluate", str(tmp_path / "run"))
     main(["evaluate", str(tmp_path / "run"), str(tmp_path / "moved" / "train"), "--data.workers", "0"])
     assert "on 4 images" in capsys.readouterr().out
+
+
+@pytest.mark.holds("own.7")
+@pytest.mark.holds_only
+def test_init_auto_is_timms_weights_for_the_chosen_model(tmp_path: Path, forty: Path, figure: Figure) -> None:
+    """Out of a stand-in of the hub that has them; where nobody answers it is one line with the ways out."""
+    name = "vit_tiny_patch16_224"
+    found, source = timm.get_pretrained_cfg(name), timm.create_model(name)
+    words = ["finetune", str(forty), "--init", "auto", "--trainer.max_steps", "1", "--lr", "1e-12",
+             "--data.workers", "0", "--trainer.accelerator", "cpu"]  # fmt: skip
+
+    def started(endpoint: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf")}
+        command = [sys.executable, "-m", "sparsemae", *words, "--out", str(tmp_path / "run")]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+    with hub() as server:
+        refused = started("http://127.0.0.1:9")  # nobody listens there
+        server.repositories[found.hf_hub_id] = {"model.safetensors": save(source.state_dict())}
+        done = started(server.endpoint)
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
+    assert f"--init timm:{name}: its weights cannot be fetched from the hub" in refused.stderr
+    assert "a pretraining of your own images" in refused.stderr
+    assert done.returncode == 0, done.stderr
+    assert f"--init auto: timm:{name}" in done.stderr
+    assert "--data.mean '[0.5, 0.5, 0.5]'" in done.stderr
+    assert card(tmp_path / "run").input.mean == found.mean == (0.5, 0.5, 0.5)
+    assert card(tmp_path / "run").input.interpolation == found.interpolation
+    written = read_weights(tmp_path / "run")[0]
+    assert torch.allclose(written["patch_embed.proj.weight"], source.patch_embed.proj.weight, atol=1e-6)
+    figure(f"{len(server.asked)} requests; refused by: {refused.stderr.strip()}")
 
 
 def fresh_accuracy(run: Path, fresh: Path, capsys: pytest.CaptureFixture[str]) -> float:

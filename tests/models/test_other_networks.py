@@ -233,7 +233,8 @@ def test_item_16_an_unreachable_hub_is_asked_once(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(timm, "create_model", lambda *args, **options: pytest.fail("tried to download"))
     wanted = (
         r"^--init timm:vit_base_patch16_224\.mae: its weights cannot be fetched from the hub: \[Errno -2\] Name or .*"
-        r"wanted a connection, HF_ENDPOINT of a mirror, HF_HOME of a filled cache, or the file itself: --init FILE\)$"
+        r"wanted a connection, HF_ENDPOINT of a mirror, HF_HOME of a filled cache, the file itself \(--init FILE\), or "
+        r"a pretraining of your own images\)$"
     )
     with pytest.raises(ValueError, match=wanted):
         start_from(model, "timm:vit_base_patch16_224.mae")

@@ -49,7 +49,7 @@ def test_the_rule(task: str, images: int, start: Any, gpu: bool) -> None:
         assert config.data.short_side >= config.data.img_size
     assert config.trainer.keep == ("last" if task == "pretrain" else "best")
     assert config.sparse.schedule == ("gradual" if start == "dense" else "constant")
-    for shown in (f"{images:,} images", f"batch {batch} ", f"lr {config.optim.lr:.3g} "):
+    for shown in (f"{images:,} images", f"batch {batch} ", f"lr {config.optim.lr:.3g} (linear rule: {rate:g} "):
         assert shown in said
     assert "\n" not in said
 

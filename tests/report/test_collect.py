@@ -78,6 +78,7 @@ def test_swapped_labels_lead_the_gallery_in_order(swapped: Path) -> None:
     shown = [one["file"] for one in worst["pictures"]]
     assert shown == sorted(wrong, key=lambda file: given[file])
     assert all("planted" in file for file in shown[: len(PLANTED)])
+    assert 'class="pictures wide"' not in (swapped / "run/report.html").read_text()  # a thumbnail is one picture
     assert worst["pictures"][0]["note"].startswith(f"labeled {Path(shown[0]).parent.name}, predicted ")
     for one in worst["pictures"]:
         picture = Image.open(io.BytesIO(base64.b64decode(one["picture"].split(",")[1]))).convert("RGB")
@@ -214,7 +215,9 @@ def test_a_pretraining_shows_its_own_images(runs: Path) -> None:
     assert shown["title"] == "Reconstructions"
     assert len(shown["pictures"]) == 8
     assert not (runs / "pretrain/predictions.csv").exists()
-    assert "Reconstructions" in Page((runs / "pretrain/report.html").read_text()).words
+    page = (runs / "pretrain/report.html").read_text()
+    assert "Reconstructions" in Page(page).words
+    assert page.count('class="pictures wide"') == 1
 
 
 @pytest.mark.slow

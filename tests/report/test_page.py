@@ -42,7 +42,7 @@ def record(classes: int, text: str, pictures: int = 1) -> dict[str, Any]:
     one = {
         "picture": "data:image/png;base64,AAAA",
         "width": 28,
-        "height": 28,
+        "wide": False,
         "file": text,
         "title": text,
         "note": text,
