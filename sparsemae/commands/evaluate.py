@@ -12,7 +12,7 @@ from sparsemae.commands.probe import probe
 from sparsemae.limits import with_values
 from sparsemae.options import EvaluateConfig, InferenceConfig, SourceConfig
 from sparsemae.packing.format import is_packed
-from sparsemae.plain_yaml import read_yaml
+from sparsemae.plain_yaml import read_mapping
 from sparsemae.predictor import Predictor
 from sparsemae.renamed import OPTIONS, renamed
 from sparsemae.tasks import task_class
@@ -61,7 +61,9 @@ def own_data(model: str, data: SourceConfig) -> SourceConfig:
     path = Path(model)
     for folder in (path, *path.absolute().parents[:3]):  # of a file, or of a checkpoint
         if (folder / "config.yaml").is_file() and (folder / "environment.json").is_file():
-            kept = renamed(read_yaml(folder / "config.yaml"), OPTIONS).get("data", {})
+            kept = renamed(read_mapping(folder / "config.yaml"), OPTIONS).get("data", {})
+            if not isinstance(kept, dict):
+                raise ValueError(f"{folder}/config.yaml: data: wanted names and values, got {type(kept).__name__}")
             own = {f"data.{f.name}": kept[f.name] for f in fields(SourceConfig) if f.name in kept} | {
                 "data.workers": data.workers, "data.exif": data.exif, "data.download": data.download,
             }  # fmt: skip
