@@ -94,7 +94,8 @@ inline size_t pack_block(const RowSource& source, const Linear& l, size_t block,
   Row rows[kRowBlock];
   for (size_t r = 0; r < kRowBlock; ++r) rows[r] = source.row(source.context, block * kRowBlock + r);
   auto* counts = static_cast<std::uint16_t*>(out);
-  auto* step = reinterpret_cast<Step<Kept>*>(static_cast<char*>(out) + header_bytes(columns));
+  Step<Kept>* step = nullptr;
+  if (out) step = reinterpret_cast<Step<Kept>*>(static_cast<char*>(out) + header_bytes(columns));
   size_t total = 0;
   size_t cursor[kRowBlock] = {};
   for (size_t s = 0; s < slabs_of(columns); ++s)

@@ -53,11 +53,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if debug or error.name is None or error.name.startswith("sparsemae"):
             raise
         fail(program, f"wanted the package {error.name}, which is not installed: pip install 'sparsemae[train]'")
-    except (ValueError, OSError) as error:
-        if debug:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if debug or (isinstance(error, RuntimeError) and not _is_for_want_of_memory(error)):
             raise
         if not (isinstance(error, BrokenPipeError) and _reader_has_left()):
-            fail(program, str(error))
+            fail(program, str(error) or "out of memory")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the end of python would say so
 
 
@@ -85,6 +85,11 @@ def _print_completion(shell: str) -> None:
         print(completion(shell, {name: resolve(job.options) for name, job in JOBS.items()}))
     except ValueError as error:
         fail("sparsemae", str(error))
+
+
+def _is_for_want_of_memory(error: RuntimeError) -> bool:
+    """In torch's words, on a CPU or a GPU; or of what is nested too deeply."""
+    return isinstance(error, RecursionError) or "allocate" in str(error)
 
 
 def _reader_has_left() -> bool:

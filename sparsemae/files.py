@@ -11,6 +11,12 @@ T = TypeVar("T")
 RETRY_PAUSES_SECONDS = (1.0, 2.0, 4.0)
 
 
+class NoFileError(ValueError):
+    """A path is of a device or a pipe, which need have no end."""
+
+    strerror = "wanted a file, got a device or pipe"
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A name beside ``path`` to write to; what was written there takes the place of ``path`` if nothing is raised.
@@ -24,8 +30,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name}.tmp")
     try:
-        if target.exists() and not target.is_file():
-            raise ValueError(f"{path}: wanted a file, got a {'folder' if target.is_dir() else 'device or pipe'}")
+        if existing(path).is_dir():
+            raise ValueError(f"{path}: wanted a file, got a folder")
         temporary.unlink(missing_ok=True)  # of a process that was killed, or somebody's link to elsewhere
         temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode
@@ -68,13 +74,13 @@ def retried(action: Callable[[], T], info: Callable[[str], None]) -> T:
 def existing(path: Any) -> Path:
     """A path from outside, of a file or a folder, if it is there.
 
-    Raises ValueError, naming it, if it is of a device or a pipe, which need have no end, or no path at all.
+    Raises ValueError, naming it, if it is of a device or a pipe, or no path at all.
     """
     if not isinstance(path, str | os.PathLike):
         raise ValueError(f"wanted a path, got {path!r:.40}")
     found = Path(path)
     if found.exists() and not found.is_file() and not found.is_dir():
-        raise ValueError(f"{path}: wanted a file, got a device or pipe")
+        raise NoFileError(f"{path}: {NoFileError.strerror}")
     return found
 
 

@@ -13,6 +13,8 @@ ABOVE_0 = (math.ulp(0.0), math.inf)
 UP_TO_1 = (math.ulp(0.0), 1.0)
 BETWEEN_0_AND_1 = (math.ulp(0.0), math.nextafter(1.0, 0.0))
 BELOW_1 = (0.0, math.nextafter(1.0, 0.0))
+MOST_PROCESSES = 1024
+"""That one process starts at the wish of an option."""
 MAX_PIXELS = 178_956_970
 """Of an image, where nothing else is said: what Pillow itself takes, and so all of ImageNet-1K and ADE20K."""
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from sparsemae.files import existing
+
 MOST_BYTES = 1 << 18
 MOST_VALUES = 100_000
 
@@ -17,10 +19,10 @@ def read_yaml(path: Path) -> Any:
     """What a YAML file says.
 
     Raises:
-        ValueError: it is no YAML, too large, or not of plain values; one line that names it.
+        ValueError: it is no file, no YAML, too large, or not of plain values; one line that names it.
         OSError: it cannot be read.
     """
-    with path.open("rb") as stream:
+    with existing(path).open("rb") as stream:
         content = stream.read(MOST_BYTES + 1)
     try:
         if len(content) > MOST_BYTES:
@@ -33,6 +35,14 @@ def read_yaml(path: Path) -> Any:
     except Exception as error:  # on odd numbers, dates and keys PyYAML raises what comes
         said = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path}: wanted a YAML file of plain values: {said:.300}") from error
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Names and values of a YAML file, which JSON is, too. Raises as `read_yaml`, and ValueError on anything else."""
+    values = read_yaml(path)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: wanted names and values, got {type(values).__name__}")
+    return values
 
 
 def _unfolded(node: Any, known: dict[int, int]) -> int:

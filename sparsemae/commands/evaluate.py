@@ -95,9 +95,11 @@ def own_data(model: str, data: SourceConfig) -> SourceConfig:
     path, plain = Path(model), SourceConfig()
     for folder in (path, *path.absolute().parents[:3]):  # of a file, or of a checkpoint
         if (folder / "config.yaml").is_file() and (folder / "environment.json").is_file():
-            from sparsemae.plain_yaml import read_yaml
+            from sparsemae.plain_yaml import read_mapping
 
-            kept = renamed(read_yaml(folder / "config.yaml"), OPTIONS).get("data", {})
+            kept = renamed(read_mapping(folder / "config.yaml"), OPTIONS).get("data", {})
+            if not isinstance(kept, dict):
+                raise ValueError(f"{folder}/config.yaml: data: wanted names and values, got {type(kept).__name__}")
             names = ({f.name for f in fields(SourceConfig)} & kept.keys()) - {"workers", "exif", "download"}
             own = {f"data.{name}": kept[name] for name in names if getattr(data, name) == getattr(plain, name)}
             found = with_values(EvaluateConfig(model, data), own).data

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from sparsemae.card import ModelCard
+from sparsemae.files import existing
 from sparsemae.models.weights import find_weights
 from sparsemae.options import ExportConfig
 from sparsemae.packing.pack import pack
+from sparsemae.plain_yaml import read_mapping
 from sparsemae.runtime import load, native
 from sparsemae.sparsity import iter_sparse
 from sparsemae.tasks import task_class
@@ -34,14 +35,12 @@ def model_card(model: Any, card: ModelCard, config: ExportConfig) -> str:
 
     What is not known of the model is left out. Speed is measured here and now, of the packed file.
     """
-    run = find_weights(config.model).parent
-    kept = _read(run / "config.yaml")
+    data, start, command = _of_run(find_weights(config.model).parent)
     name = config.push or Path(config.folder).name
-    data = Path(str(kept.get("data", {}).get("root") or kept.get("data", {}).get("source", "unknown"))).name
     kind, error = KINDS.get(card.task, card.task), card.metrics.get("standard_error")
     patterns = Counter(card.patterns.values()).items()
     found = [
-        EvalResult(kind, data, data, METRICS[key], value, metric_name=key, task_name=kind)
+        EvalResult(kind, data or "unknown", data or "unknown", METRICS[key], value, metric_name=key, task_name=kind)
         for key, value in card.metrics.items()
         if key in METRICS
     ]
@@ -51,17 +50,16 @@ def model_card(model: Any, card: ModelCard, config: ExportConfig) -> str:
         license=card.license or None, library_name=library, pipeline_tag=kind, tags=tags, model_name=name,
         eval_results=found or None,
     )  # fmt: skip
-    command = _read(run / "environment.json").get("command", [])
     rows = {
         "task": card.task + f", {len(card.class_names):,} classes" * bool(card.class_names),
         "architecture": f"{card.architecture} {json.dumps(card.model_args)}",
         "sparsity": ", ".join(f"{pattern} in {layers} layers" for pattern, layers in patterns),
-        "data": data if kept else "",
+        "data": data,
         "metrics": task_class(card.task).summary(card.metrics) if card.metrics else "",
         "standard error of top-1": "" if error is None else f"{error:.2%}",
-        "started from": str(kept.get("init") or "") or "random weights" * bool(kept),
+        "started from": start,
         "license of the weights": card.license or "not known",
-        "command": shlex.join(["sparsemae", *map(str, command[1:])]) if command else "",
+        "command": shlex.join(["sparsemae", *command]) if command else "",
         "size and speed": _size_and_speed(model, card),
     }
     table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items() if value)
@@ -89,10 +87,18 @@ def _size_and_speed(model: Any, card: ModelCard) -> str:
         return f"packed {size / 1e6:.2f} MB; {median * 1e3:.1f} ms an image with {packed.threads} threads of {name}"
 
 
-def _read(file: Path) -> dict[str, Any]:
-    """A run's own file, JSON being YAML; empty where there is none."""
-    values = yaml.safe_load(file.read_text()) if file.is_file() else {}
-    return values if isinstance(values, dict) else {}
+def _of_run(folder: Path) -> tuple[str, str, list[str]]:
+    """What a model was trained on, what it started from, and by which words, as its run's folder says; or nothing."""
+    config, machine = folder / "config.yaml", folder / "environment.json"
+    try:
+        kept = read_mapping(config) if config.exists() else {}
+        words = json.loads(existing(machine).read_text())["command"][1:] if machine.exists() else []
+        data = kept.get("data", {})
+        name = Path(str(data.get("root") or data.get("source", "unknown"))).name if kept else ""
+        start = str(kept.get("init") or "") or "random weights" * bool(kept)
+        return name, start, [str(word) for word in words]
+    except Exception as error:  # they may hold anything
+        raise ValueError(f"{folder}: wanted the files of a run: {error}") from error
 
 
 def _cell(text: str) -> str:

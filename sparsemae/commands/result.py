@@ -11,7 +11,7 @@ from sparsemae.card import ModelCard
 from sparsemae.commands.probe import probe_network
 from sparsemae.data.draws import INIT
 from sparsemae.data.sampling import seed_all
-from sparsemae.files import write_atomic
+from sparsemae.files import existing, write_atomic
 from sparsemae.tasks.guessing import warning
 from sparsemae.tasks.sparse import make_sparse
 from sparsemae.tasks.task import Task, smallest_side
@@ -101,4 +101,4 @@ def helped(run: Run, task: Task[Any], model: nn.Module, card: ModelCard) -> list
 def _evaluations(run: Run, metric: str) -> int:
     """How many a run has had, whatever its interruptions."""
     file = run.folder / "metrics.jsonl"
-    return sum(metric in json.loads(line) for line in file.read_text().splitlines())
+    return sum(metric in json.loads(line) for line in existing(file).read_text().splitlines())

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from sparsemae.files import write_atomic
+from sparsemae.files import existing, write_atomic
 
 
 def read_exclude(file: str, root: Path) -> dict[str, str]:
@@ -13,7 +13,7 @@ def read_exclude(file: str, root: Path) -> dict[str, str]:
     Raises ValueError, naming the file, if it cannot be read as lines of paths.
     """
     try:
-        lines = os.fsdecode(Path(file).read_bytes()).split("\n")
+        lines = os.fsdecode(existing(file).read_bytes()).split("\n")
     except OSError as error:
         raise ValueError(f"data.exclude: {file}: wanted a file with one path a line: {error.strerror}") from error
     if any("\0" in line for line in lines):

@@ -10,6 +10,7 @@ import numpy as np
 
 from sparsemae.data.images import SUFFIXES
 from sparsemae.data.tree import Split, by_class, find_splits, holds_images, list_folder, subfolders
+from sparsemae.files import existing
 
 Openers = dict[Split, tuple[str, Callable[[], Any]]]
 """What each split there is is called, and how to open a reader of it."""
@@ -32,7 +33,7 @@ class FolderReader:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return open(self.filename(index), "rb"), int(self.labels[index])
+        return existing(self.filename(index)).open("rb"), int(self.labels[index])
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         """Its path."""

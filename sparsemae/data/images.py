@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from sparsemae.files import existing
 from sparsemae.limits import MAX_PIXELS
 
 AVIF = find_spec("PIL.AvifImagePlugin") is not None
@@ -65,7 +66,7 @@ def open_image(file: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow warns above it, and raises above twice as many
     try:
-        image = Image.open(file, formats=FORMATS)
+        image = Image.open(existing(file) if isinstance(file, str | Path) else file, formats=FORMATS)
     except Image.DecompressionBombError as error:  # its text has the number of pixels first
         pixels = f"{int(found[0]):,}" if (found := re.search(r"\d+", str(error))) else "more"
         raise ValueError(f"wanted at most max_pixels={max_pixels:,}, got {pixels} px") from error

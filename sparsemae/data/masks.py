@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from sparsemae.data.images import open_image, reason
+from sparsemae.files import existing
 from sparsemae.limits import MAX_PIXELS
 
 IGNORED = 255
@@ -112,7 +113,7 @@ def read_classes(file: str | Path) -> tuple[list[str], dict[tuple[int, int, int]
     The color of a line named "ignore" is ignored. Raises ValueError, naming file and line, if it is not such a file.
     """
     try:
-        lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in existing(file).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"data.classes: {file}: wanted a text file with one class a line: {error}") from error
     table = [_color_line(line) for line in lines]

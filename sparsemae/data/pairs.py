@@ -19,6 +19,7 @@ from sparsemae.data.masks import IGNORED, SCENEPARSE150, Legend, read_classes, r
 from sparsemae.data.sources import check_options
 from sparsemae.data.splits import Source, Splits
 from sparsemae.data.tree import Split, list_folder, natural_order, said_of_others
+from sparsemae.files import existing
 from sparsemae.options import SourceConfig
 
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm", ".ppm")
@@ -60,7 +61,7 @@ class PairReader:
 
     def __getitem__(self, index: int) -> tuple[Any, Path]:
         image, mask = self.pairs[index]
-        return image.open("rb"), mask
+        return existing(image).open("rb"), mask
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         """Of the image."""

@@ -15,6 +15,7 @@ import numpy as np
 from sparsemae.data.folders import Openers
 from sparsemae.data.images import SUFFIXES
 from sparsemae.data.tree import find_splits, natural_order
+from sparsemae.files import existing
 
 ENDINGS = (".csv", ".tsv")
 IMAGE_COLUMNS = ("image", "file", "filename", "file_name", "path", "image_id", "id")
@@ -66,11 +67,11 @@ class TableReader:
 def _rows(table: Path, image_column: str | None, label_column: str | None) -> list[tuple[int, str, str]]:
     """Line, file and class of each row below the header; a first line that names an image is no header."""
     try:
-        text = table.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
+        text = existing(table).read_text("utf-8-sig")
+        first = text.partition("\n")[0]
+        lines = list(csv.reader(text.splitlines(), delimiter=max("\t;,", key=first.count), strict=True))
+    except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{table}: wanted a table in UTF-8: {error}") from error
-    first = text.partition("\n")[0]
-    lines = list(csv.reader(text.splitlines(), delimiter=max("\t;,", key=first.count), strict=True))
     if len(lines) < 2 or len(lines[0]) < 2:
         raise ValueError(f"{table}: wanted a header and rows of a file and its class, got {first!r:.80}")
     header = [name.strip() for name in lines[0]]
@@ -95,7 +96,7 @@ def _file(table: Path, name: str) -> Path | None:
     """The file of a name, which may lack its ending, beside the table or in a folder that is called so."""
     folders = (table.parent, table.parent / table.stem, table.parent / "images", table.parent / "train")
     for folder, ending in product(folders, ("", *SUFFIXES)):
-        if (file := folder / f"{name}{ending}").is_file():
+        if os.path.isfile(file := folder / f"{name}{ending}"):  # of a name too long, too
             return file
     return None
 
@@ -111,5 +112,5 @@ def open_tables(root: Path, image_column: str | None, label_column: str | None) 
     return {
         split: (tables[name].name, partial(TableReader, tables[name], image_column, label_column))
         for split, name in found.items()
-        if split != "test" or len(tables[name].read_text("utf-8-sig").partition("\n")[0].split(",")) > 1
+        if split != "test" or len(existing(tables[name]).read_text("utf-8-sig").partition("\n")[0].split(",")) > 1
     }

@@ -28,11 +28,11 @@ import numpy as np
 from sparsemae.data.images import SUFFIXES, reason
 from sparsemae.data.tree import below_shared, by_class, is_hidden, is_image, natural_order, said_of_others
 from sparsemae.files import fsync
+from sparsemae.options.data import LARGEST_HEADER
 
 CACHE_SECONDS = 1.0
 """A scan that took longer is kept for the next time."""
 _CACHE_VERSION = 3
-_LARGEST_HEADER = 1 << 20
 _DEEPEST = 8
 
 
@@ -192,8 +192,8 @@ class _Headers:
         self.stream, self.begin, self.length, self.at = stream, begin, size, 0
 
     def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= _LARGEST_HEADER:
-            raise tarfile.ReadError(f"wanted a header of 0 to {_LARGEST_HEADER:,} bytes, got {size:,}")
+        if not 0 <= size <= LARGEST_HEADER:
+            raise tarfile.ReadError(f"wanted a header of 0 to {LARGEST_HEADER:,} bytes, got {size:,}")
         self.stream.seek(self.begin + self.at)
         content = self.stream.read(max(0, min(size, self.length - self.at)))
         self.at += len(content)

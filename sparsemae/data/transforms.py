@@ -30,13 +30,16 @@ class ImageTransform:
 
 
 def training_transform(options: ImageDataConfig) -> ImageTransform:
-    """To ``img_size`` px, drawing from the global generators."""
+    """To ``img_size`` px, drawing from the global generators. Raises ValueError on an unknown policy."""
     if options.crop == "resized":
-        steps = create_transform(
-            options.img_size, is_training=True, scale=options.crop_scale, hflip=options.hflip, color_jitter=0.0,
-            auto_augment=options.auto_augment, interpolation=options.interpolation, mean=options.mean,
-            use_prefetcher=True,
-        )  # fmt: skip
+        try:
+            steps = create_transform(
+                options.img_size, is_training=True, scale=options.crop_scale, hflip=options.hflip, color_jitter=0.0,
+                auto_augment=options.auto_augment, interpolation=options.interpolation, mean=options.mean,
+                use_prefetcher=True,
+            )  # fmt: skip
+        except Exception as error:  # timm reads its policy with assertions, and as numbers what follows a letter
+            raise ValueError(f"data.auto_augment: wanted a policy of timm's, got {options.auto_augment!r}") from error
         _patch_posterize(steps)
         return ImageTransform(steps)
     size, interpolation = (options.img_size, options.img_size), transforms.InterpolationMode(options.interpolation)

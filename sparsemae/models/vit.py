@@ -9,8 +9,11 @@ from timm.models import is_model_in_modules
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-ARGUMENTS = inspect.signature(VisionTransformer).parameters.keys()
-"""What ``model.args`` may name; timm's factory would take more, and read or fetch weights."""
+ARGUMENTS = inspect.signature(VisionTransformer).parameters.keys() - {
+    "img_size", "in_chans", "num_classes", "drop_path_rate", "device", "dtype",
+}  # fmt: skip
+"""What ``model.args`` may name, which a file's card has too: not what follows from other options, and nothing more of
+timm's factory, which would read or fetch weights."""
 
 
 def build_vit(
@@ -27,18 +30,21 @@ def build_vit(
         raise ValueError(f"model.name: wanted a timm VisionTransformer, got {name}")
     if foreign := sorted(model_args.keys() - ARGUMENTS):
         raise ValueError(f"model.args: {name} does not take {model_args}: has no {', '.join(foreign)}")
+    patch = model_args.get("patch_size", _patch_size(name))
+    numbers = [patch, *(value for value in model_args.values() if isinstance(value, int | float))]
+    if not isinstance(patch, int | None) or any(number is not None and number < 0 for number in numbers):
+        raise ValueError(f"model.args: {name} does not take {model_args}: wanted sides and sizes of 0 or more")
     args = {"img_size": img_size, "drop_path_rate": drop_path, **model_args}
-    patch = args.get("patch_size") or _patch_size(name)
-    if patch is not None and img_size < patch:
+    if patch and img_size < patch:
         raise ValueError(f"data.img_size: wanted at least one patch of {patch} px, got {img_size} px")
-    if patch is not None and img_size % patch:
+    if patch and img_size % patch:
         raise ValueError(f"data.img_size: wanted a multiple of the patch, {patch} px, got {img_size} px")
-    if num_classes:
-        args.setdefault("global_pool", "avg")
+    if num_classes and not args.setdefault("global_pool", "avg"):
+        raise ValueError("model.args: global_pool: wanted one for a classifier, got none")
     try:
         vit = timm.create_model(name, num_classes=num_classes, **args)
-    except (TypeError, AssertionError) as error:
-        raise ValueError(f"model.args: {name} does not take {model_args}: {error}") from error
+    except Exception as error:  # of wrong ones timm and torch raise what comes
+        raise ValueError(f"model.args: {name} does not take {model_args}: {error or type(error).__name__}") from error
     assert isinstance(vit, VisionTransformer)
     if num_classes:
         nn.init.trunc_normal_(vit.head.weight, std=2e-5)

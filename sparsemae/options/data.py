@@ -3,6 +3,7 @@
 import re
 import tarfile
 from dataclasses import dataclass
+from io import FileIO
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,7 @@ from sparsemae.limits import (
     BELOW_1,
     BETWEEN_0_AND_1,
     MAX_PIXELS,
+    MOST_PROCESSES,
     UNIT_INTERVAL,
     UP_TO_1,
     Options,
@@ -22,6 +24,8 @@ from sparsemae.limits import (
 
 WITHOUT_ROOT = ("embedded", "torchvision", "fashion-mnist")
 """Sources that have no root, or may make it."""
+LARGEST_HEADER = 1 << 20
+"""Bytes of a header in a tar: one that says more is not believed."""
 
 
 @dataclass
@@ -52,7 +56,7 @@ class SourceConfig(Options):
     """torchvision's name of the set, for example CIFAR10."""
     download: bool = option(False, may_change=True)
     """Let torchvision fetch the set to data.root if it is not there."""
-    workers: int = option(2, AT_LEAST_0, may_change=True, from_data=True)
+    workers: int = option(2, (0, MOST_PROCESSES), may_change=True, from_data=True)
     """Loader processes per device; 0 loads in the process that computes."""
     val_share: float = option(0.1, BETWEEN_0_AND_1)
     """Fraction of the only split that is held out for validation, of each class at least one image where it has two."""
@@ -112,10 +116,19 @@ def source_of(root: str | None) -> Literal["embedded", "folder", "csv", "tar", "
 def _has_class_numbers(file: Path) -> bool:
     """Whether a tar's first members are a shard's."""
     try:
-        with tarfile.open(file) as archive:
+        with _SmallReads(file) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             return any(member.name.endswith(".cls") for member in islice(archive, 8))
-    except (tarfile.TarError, OSError):
+    except Exception:
         return False  # its reader says why
+
+
+class _SmallReads(FileIO):
+    """A file of which no large part is read at a time."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= LARGEST_HEADER:
+            raise ValueError(f"wanted at most {LARGEST_HEADER:,} bytes, got {size}")
+        return super().read(size)
 
 
 @dataclass

@@ -23,14 +23,16 @@ class ModelConfig(Options):
 
 
 @dataclass
-class DecoderConfig:
+class DecoderConfig(Options):
     """MAE's decoder, dense, used in pretraining only."""
 
-    embed_dim: int = option(512, from_data=True)
+    prefix = "decoder."
+
+    embed_dim: int = option(512, AT_LEAST_1, from_data=True)
     """Embedding dimension of the decoder."""
-    depth: int = option(8, from_data=True)
+    depth: int = option(8, AT_LEAST_0, from_data=True)
     """Blocks of the decoder."""
-    num_heads: int = option(16, from_data=True)
+    num_heads: int = option(16, AT_LEAST_1, from_data=True)
     """Attention heads of the decoder."""
 
 

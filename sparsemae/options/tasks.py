@@ -62,7 +62,7 @@ class PretrainConfig(TrainingConfig):
 
     out: str = option("runs/pretrain", may_change=True)
     """The run's folder."""
-    mask_ratio: float = 0.25
+    mask_ratio: float = option(0.25, UNIT_INTERVAL)
     """Fraction of the patches that is masked."""
     norm_pix_loss: bool = True
     """Normalize each target patch by its own mean and variance."""

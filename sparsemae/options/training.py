@@ -3,7 +3,17 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from sparsemae.limits import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, UNIT_INTERVAL, UP_TO_1, Options, option
+from sparsemae.limits import (
+    ABOVE_0,
+    AT_LEAST_0,
+    AT_LEAST_1,
+    BELOW_1,
+    MOST_PROCESSES,
+    UNIT_INTERVAL,
+    UP_TO_1,
+    Options,
+    option,
+)  # fmt: skip
 
 LOGGERS = ("tensorboard", "csv", "wandb")
 """What `TrainingConfig.log` may name."""
@@ -63,7 +73,7 @@ class TrainerConfig(Options):
     that is continued what it was, on any number of devices."""
     scale_lr: bool = False
     """Scale optim.lr by global_batch / optim.lr_batch (the linear rule)."""
-    devices: int = option(1, AT_LEAST_1, may_change=True)
+    devices: int = option(1, (1, MOST_PROCESSES), may_change=True)
     """Processes per machine, one device each."""
     num_nodes: int = option(1, AT_LEAST_1, may_change=True)
     """Machines."""

@@ -50,7 +50,7 @@ def collect(run: Run, subject: Subject) -> None:
         root = task.config.data.root
         found: dict[str, Any] = {
             "version": 1,
-            "step": read_lines(run.folder / METRICS)[-1]["step"],
+            "step": next((row["step"] for row in reversed(read_lines(run.folder / METRICS))), None),
             "title": task.title,
             "layers": vars(summarize(model)),
             "batch": [_encoded(shown, root) for shown in seen],
@@ -66,7 +66,7 @@ def collect(run: Run, subject: Subject) -> None:
             write_atomic(run.folder / PREDICTIONS, rows.getvalue().encode(errors="surrogateescape"))
         write_atomic(run.folder / RECORD, json.dumps(found))
         run.log.info(f"wrote {write_page([run.folder])}")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, LookupError, TypeError) as error:  # its texts may hold anything
         run.log.info(f"warning: no report: {' '.join(str(error).split())}")
 
 

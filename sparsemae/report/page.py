@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from sparsemae.files import write_atomic
+from sparsemae.files import existing, write_atomic
 from sparsemae.limits import flatten
 from sparsemae.options import ReportConfig
-from sparsemae.plain_yaml import read_yaml
+from sparsemae.plain_yaml import read_mapping
 from sparsemae.report.charts import heat_map, line_chart
 from sparsemae.report.markup import details, escaped, pictures, section, table
 from sparsemae.report.tables import MATRIX_CLASSES, class_table, confusion_table, layer_table, settings_table
@@ -68,7 +68,8 @@ def write_page(folders: Sequence[Path], out: str | Path | None = None) -> Path:
             runs[str(folder)] = _Run(folder)
             body = _one(runs[str(folder)])
         except Exception as error:  # they may hold anything
-            raise ValueError(f"{folder}: wanted the files of a run: {error!r:.200}") from error
+            why = f"{error}" if isinstance(error, ValueError | OSError) else f"{error!r}"
+            raise ValueError(f"{folder}: wanted the files of a run: {why:.200}") from error
     if len(folders) > 1:
         body = _comparison(runs)
     title = escaped(", ".join(folder.name for folder in folders))
@@ -89,8 +90,8 @@ class _Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.metrics, self.topology = read_lines(folder / "metrics.jsonl"), read_lines(folder / "topology.jsonl")
-        self.settings = flatten(read_yaml(folder / "config.yaml"))
-        self.machine = flatten(json.loads((folder / "environment.json").read_text()))
+        self.settings = flatten(read_mapping(folder / "config.yaml"))
+        self.machine = flatten(json.loads(existing(folder / "environment.json").read_text()))
         self.record, self.result = (
             json.loads((folder / name).read_text()) if (folder / name).is_file() else {} for name in (RECORD, RESULT)
         )

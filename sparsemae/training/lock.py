@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from sparsemae.files import existing
+
 LOCK_FILE = ".lock"
 
 
@@ -19,7 +21,7 @@ LOCK_FILE = ".lock"
 def run_lock(folder: Path, info: Callable[[str], None]) -> Iterator[Callable[[], str]]:
     """Hold the lock of a run's folder; gives a function that says what became of it, nothing while it is there.
 
-    Raises ValueError, naming process and host, if another run holds it.
+    Raises ValueError, naming process and host, if another run holds it, or naming the file if it is none.
     """
 
     def lost() -> str:
@@ -28,7 +30,7 @@ def run_lock(folder: Path, info: Callable[[str], None]) -> Iterator[Callable[[],
                 return ""
         return "renamed" if os.fstat(home).st_nlink else "deleted"
 
-    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(existing(folder / LOCK_FILE), os.O_RDWR | os.O_CREAT, 0o644)
     home = os.open(folder, os.O_RDONLY)
     try:
         try:

@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sparsemae.files import write_atomic
+from sparsemae.files import existing, write_atomic
 from sparsemae.terminal import printable
 from sparsemae.training.mirrors import Mirror, mirrored, open_mirrors
 
@@ -58,7 +58,7 @@ class RunLog:
         path = self.folder / file
         size = path.stat().st_size if path.is_file() else 0
         try:
-            with path.open("a") as stream:
+            with existing(path).open("a") as stream:
                 stream.write(lines)
         except OSError as error:
             if path.is_file():

@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import reference
 import torch
+from conftest import tiny
 from harness import SERVER
 from safetensors.torch import save_file
 
 import sparsemae
 from sparsemae.cli import main
+from sparsemae.commands import predict
+from sparsemae.models.vit import build_vit
 from sparsemae.models.weights import read_weights
 from sparsemae.packing.format import read, write
 from sparsemae.runtime import load, native
@@ -159,3 +162,67 @@ def test_7_nothing_is_mapped(packed: Path) -> None:
     model = load(packed, 1)
     assert isinstance(model._native, native.Vit)
     assert str(packed) not in Path("/proc/self/maps").read_text()
+
+
+NETWORKS: list[dict[str, Any]] = [
+    {"img_size": 7}, {"in_chans": 1}, {"drop_path_rate": 2}, {"device": "x"}, {"global_pool": ""}, {"patch_size": 0},
+    {"patch_size": -8}, {"patch_size": [8, 4]}, {"patch_size": "8"}, {"embed_dim": 0}, {"embed_dim": -4}, {"depth": -1},
+    {"depth": 1.5}, {"num_heads": 0}, {"num_heads": -2}, {"num_heads": 3}, {"mlp_ratio": -1}, {"mlp_ratio": 1e15},
+    {"mlp_ratio": "a"}, {"norm_layer": "x"}, {"act_layer": "x"}, {"reg_tokens": -1}, {"pos_embed": "x"}, {"nothing": 1},
+]  # fmt: skip
+
+
+@pytest.mark.holds("held.1")
+def test_7_no_network_of_a_card_or_an_option_is_a_traceback(came_out: Any) -> None:
+    small = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    for args in NETWORKS:
+        with pytest.raises(ValueError, match=r"model\.args: ") as caught:
+            build_vit("vit_tiny_patch16_224", small | args, 32, 2)
+    assert build_vit("vit_tiny_patch16_224", small, 32, 2)(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
+    came_out("impossible network", "; ".join(map(str, NETWORKS)), 2, str(caught.value), times=len(NETWORKS))
+
+
+@pytest.mark.holds("held.1")
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (["--data.workers", "100000"], "data.workers: wanted at least 0 and at most 1024, got 100000"),
+        (["--trainer.devices", "100000"], "trainer.devices: wanted at least 1 and at most 1024, got 100000"),
+        (["--decoder.num_heads", "0"], "decoder.num_heads: wanted at least 1, got 0"),
+        (["--decoder.depth", "-1"], "decoder.depth: wanted at least 0, got -1"),
+        (["--mask_ratio", "-1"], "mask_ratio: wanted at least 0 and at most 1, got -1"),
+        (["--data.auto_augment", "__import__"], "data.auto_augment: wanted a policy of timm's, got '__import__'"),
+        (["--data.auto_augment", "rand-mx"], "data.auto_augment: wanted a policy of timm's, got 'rand-mx'"),
+    ],
+)
+def test_7_options_that_would_start_or_build_what_cannot_be(
+    tmp_path: Path, refused: Callable[..., str], options: list[str], wanted: str
+) -> None:
+    assert wanted in refused(*tiny("pretrain", tmp_path / "run", "--data.crop", "resized", *options))
+
+
+@pytest.mark.holds("held.1")
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (MemoryError(), "out of memory"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to\nallocate 9 bytes"),
+            "tried to allocate 9",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), "CUDA out of memory"),
+        (RecursionError("maximum recursion depth exceeded"), "maximum recursion depth exceeded"),
+    ],
+    ids=repr,
+)
+def test_7_no_memory_is_one_line(
+    packed: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str], error: Exception, line: str
+) -> None:
+    def raises(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(predict, "image_files", raises)
+    assert line in refused("predict", str(packed), str(packed.parent))
+    monkeypatch.setattr(predict, "image_files", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["predict", str(packed), str(packed.parent)])

@@ -19,6 +19,7 @@ from sparsemae.commands.check import examine
 from sparsemae.commands.overlays import overlay_image
 from sparsemae.data import images
 from sparsemae.data.images import as_rgb, center_crop, decode_rgb
+from sparsemae.data.masks import read_mask
 from sparsemae.data.sources import open_source
 from sparsemae.data.survey import survey
 from sparsemae.data.transforms import evaluation_transform
@@ -162,3 +163,25 @@ def test_8_an_image_of_too_many_pixels_is_refused_by_its_header(
             as_rgb(tmp_path / "bomb.png")
     assert memory_peak() - before < 8 * MEGABYTE
     came_out("image of more pixels than data.max_pixels", "50 x 41 px, of at most 2,049", 2, line)
+
+
+@pytest.mark.holds("held.1")
+def test_8_a_pipe_or_a_device_is_no_image_and_nothing_waits_for_it(
+    tmp_path: Path, image_folder: Path, refused: Callable[..., str], came_out: Any
+) -> None:
+    pipe = image_folder / "train" / "cat" / "0.png"
+    pipe.unlink()
+    os.mkfifo(pipe)
+    wanted = "0.png: unreadable image: wanted a file, got a device or pipe"
+    where = ["--data.root", str(image_folder), "--data.workers", "0"]
+    line = refused("check", *where)
+    assert f"unusable: 1 ({pipe.parent}/{wanted})" in line
+    words = tiny("pretrain", tmp_path / "run", "--data.source", "folder", *where)
+    at = words.index("--data.train_images")
+    assert wanted in refused(*words[:at], *words[at + 2 :])
+    for path in (pipe, str(pipe), "/dev/zero"):
+        with pytest.raises(ValueError, match="wanted a file, got a device or pipe"):
+            as_rgb(path)
+    with pytest.raises(ValueError, match="unreadable mask: wanted a file, got a device or pipe"):
+        read_mask(pipe)
+    came_out("pipe in place of an image", "that nobody writes to; check, training, predict and masks alike", 2, line)

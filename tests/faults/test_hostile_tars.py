@@ -1,5 +1,6 @@
 """Tars that are damaged or hostile: refused in one line that names the file, in little time and memory."""
 
+import gzip
 import io
 import os
 import tarfile
@@ -10,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import tiny
+from watched import memory_now, memory_peak
 
 from sparsemae.data import tars
 from sparsemae.data.shards import read_shards
 from sparsemae.data.tars import read_tars, scan
+from sparsemae.options.data import source_of
 
 BLOCK = tarfile.BLOCKSIZE
 END = bytes(20 * BLOCK)
@@ -175,3 +178,18 @@ def test_the_command_line_says_it_in_one_line(refused: Callable[..., str], tmp_p
     words = tiny("pretrain", tmp_path / "run", "--data.source", "tar", "--data.root", str(tmp_path / "train.tar"))
     at = words.index("--data.train_images")
     assert "train.tar: wanted a whole, uncompressed tar file" in refused(*words[:at], *words[at + 2 :])
+
+
+def test_a_look_at_the_first_members_believes_no_size(tmp_path: Path) -> None:
+    """As it is taken to tell shards from tars of folders, before anything is scanned."""
+    file = tmp_path / "set.tar"
+    file.write_bytes(member("1.jpg", b"x") + member("1.cls", b"0") + END)
+    assert source_of(str(file)) == "wds"
+    file.write_bytes(header("x", 1 << 30, tarfile.XHDTYPE))
+    os.truncate(file, (1 << 30) + len(END))  # a hole
+    before = memory_now()
+    assert source_of(str(file)) == "tar"
+    assert memory_peak() - before < 8 << 20
+    with gzip.open(file, "wb") as stream:
+        stream.write(member("1.jpg", b"x") + member("1.cls", b"0") + END)
+    assert source_of(str(file)) == "tar"

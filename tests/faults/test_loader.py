@@ -15,6 +15,7 @@ from conftest import tiny
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparsemae.cli import main
+from sparsemae.data.folders import FolderReader
 from sparsemae.models.weights import read_weights
 from sparsemae.training import feed
 from sparsemae.training.checkpoint import list_checkpoints, load_checkpoint
@@ -75,19 +76,23 @@ def test_a_worker_that_dies_or_stops(
 @pytest.mark.slow
 @pytest.mark.holds("survive.4")
 def test_a_worker_that_hangs(
-    tmp_path: Path, image_folder: Path, capfd: pytest.CaptureFixture[str], came_out: Any
-) -> None:
-    """A loader worker hangs in opening a file (a pipe nobody writes to): started again, the same weights."""
-    words = on(image_folder, "1")
+    tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    came_out: Any,
+) -> None:  # fmt: skip
+    """A loader worker hangs in opening a file, as on a file system that does not answer: started again."""
+    words, hanging, read = on(image_folder, "1"), tmp_path / "hanging", FolderReader.__getitem__
     main(words(tmp_path / "whole"))
-    file = image_folder / "train" / "cat" / "0.png"
-    away = file.with_suffix(".away")
+
+    def open_(reader: FolderReader, index: int) -> Any:
+        while hanging.exists():
+            time.sleep(0.1)
+        return read(reader, index)
 
     def strike() -> None:
-        file.rename(away)
-        os.mkfifo(file)
-        threading.Timer(3.0, lambda: away.replace(file)).start()
+        hanging.touch()
+        threading.Timer(3.0, hanging.unlink).start()
 
+    monkeypatch.setattr(FolderReader, "__getitem__", open_)
     hook = after_step(4, strike)
     main([*words(tmp_path / "run"), "--trainer.loader_timeout_seconds", "2"])
     hook.remove()
@@ -95,7 +100,7 @@ def test_a_worker_that_hangs(
     assert "DataLoader timed out after 2.0 seconds; trying again in 1 s (1 of 6)" in errors
     assert equal(tmp_path / "whole", tmp_path / "run")
     said = next(line for line in errors.splitlines() if "trying again" in line)
-    came_out("loader process that hangs", "a pipe that nobody writes to in place of an image", 0, said, equal=True)
+    came_out("loader process that hangs", "opening an image does not return for 3 s", 0, said, equal=True)
 
 
 @pytest.mark.slow
