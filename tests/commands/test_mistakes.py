@@ -46,7 +46,7 @@ def test_data(refused: Callable[..., str], tmp_path: Path, image_folder: Path, j
         (["--sparse.pattern", "33:32"], "wanted 1 <= n <= m (n kept of every m), got n=33, m=32"),
         (["--sparse.pattern", "half"], 'wanted "n:m"'),
         (["--data.img_size", "6"], "data.img_size: wanted at least one patch of 7 px, got 6 px"),
-        (["--trainer.precision", "fp16"], "wanted auto, bf16, fp32, fp64, got fp16 (fp16's loss scale"),
+        (["--trainer.precision", "fp16"], "wanted auto, bf16, fp32, tf32, fp64, got fp16 (fp16's loss scale"),
         (["--model.name", "resnet18"], "model.name: wanted a timm VisionTransformer, got resnet18"),
         (["--model.name", "vit_huge_patch1"], "model.name: wanted a timm model, got 'vit_huge_patch1'"),
         (["--model.args", "{embed_dimm: 3, patch_size: 7}"], "model.args: vit_base_patch16_224 does not take"),
