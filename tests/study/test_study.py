@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.stats
+import yaml
 from PIL import Image
 
 from sparsemae.cli import main
 from sparsemae.config import read_config
+from sparsemae.demo.stages import SMALL as RIVAL
 from sparsemae.options import ArmConfig, FinetuneConfig, PretrainConfig, SettingConfig, StudyConfig
 from sparsemae.sparsity import summarize
 from sparsemae.study.plan import choose, final, selection, stages_of
@@ -115,6 +117,8 @@ def test_small_networks_are_matched_within_a_hundredth() -> None:
     assert sizes["small dense with MAE, equal kept parameters"][0] == pytest.approx(ours[0], rel=0.01)
     assert sizes["small dense with MAE, equal multiply-adds"][1] == pytest.approx(ours[1], rel=0.01)
     assert sizes["dense MAE -> SR-STE"] == ours == sizes["sparse from scratch"]
+    kept = study.arms["small dense with MAE, equal kept parameters"].finetune["model.args"]
+    assert yaml.safe_load(RIVAL[-1]) == kept, "the demo's rival is the same"
 
 
 SMALL = {
