@@ -85,7 +85,9 @@ def check(config: CheckConfig) -> Report:
     leaks = sum(len({file.split for file in group}) > 1 for group in report.duplicates)
     spoiling = f"{len(report.duplicates):,} groups of duplicates, {leaks:,} across train and val"
     if report.near_duplicates:
-        spoiling += f", and {len(report.near_duplicates):,} near-duplicates (the same picture saved again) across them"
+        spoiling += (
+            f", and {len(report.near_duplicates):,} near-duplicates (the same picture in gray, or nearly) across them"
+        )
     if report.breaking:
         raise ValueError(f"{report.root}: would break a run: {'; '.join(report.breaking)}; also {spoiling}; {hint}")
     print(printable(f"{report.root}: nothing would break a run; {spoiling}"))

@@ -179,7 +179,7 @@ class Report:
         if len(self.duplicates) > LISTED:
             yield f"... and {len(self.duplicates) - LISTED:,} more such groups"
         for val, train, bits in self.near_duplicates[:LISTED]:
-            yield f"the same picture in validation and training: {val.path} ~ {train.path} ({bits} of 256 bits differ)"
+            yield f"near-duplicate in validation and training: {val.path} ~ {train.path} ({bits} of 256 bits differ)"
         if len(self.near_duplicates) > LISTED:
             yield f"... and {len(self.near_duplicates) - LISTED:,} more such pairs"
 

@@ -5,8 +5,10 @@ from pathlib import Path
 
 from sparsemae.commands.result import measured, tested
 from sparsemae.data.draws import INIT
+from sparsemae.data.loader import UnreadableImages
 from sparsemae.data.record import record
 from sparsemae.data.sampling import BatchPlan, seed_all
+from sparsemae.data.survey import unusable
 from sparsemae.models.start import start_from
 from sparsemae.models.weights import save_model
 from sparsemae.options import TrainingConfig
@@ -38,11 +40,15 @@ def _train(config: TrainingConfig, group: Group) -> Path:
     card, sparse = task.card(), config.sparse
     seed_all(config.seed, INIT)
     model = task.build(card, config.model.drop_path)
-    dataset, _ = task.datasets(model)
+    dataset, held_out = task.datasets(model)
 
     run = start(config, group)
     images = record(task.sources, config.data.root)
     run.compare_images(images)
+    if held_out is not None:  # each is to count
+        unreadable = UnreadableImages(len(held_out), 0.0, at_end=True)
+        unreadable.add(list(unusable(held_out.source, held_out.smallest)) if run.fabric.is_global_zero else [])
+        unreadable.synchronize()
     trainer = run.trainer  # device_batch resolved
     plan = BatchPlan.make(len(dataset), trainer.global_batch, trainer.device_batch, run.fabric.world_size)
     if config.init is not None:

@@ -1,17 +1,19 @@
 """What the headers of some images say of all: turned pictures, and 16-bit gray that does not use its range."""
 
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from sparsemae.data.images import PixelRules, is_16_bit, open_image, orientation
+from sparsemae.data.images import PixelRules, is_16_bit, open_image, orientation, reason
 from sparsemae.data.splits import Source
 
 LOOKED_AT = 1000
 """Images, spread over the set."""
 SIDES_LOOKED_AT = 200
+VALIDATION_LOOKED_AT = 10_000
 
 
 @dataclass
@@ -78,6 +80,29 @@ def survey(source: Source, rules: PixelRules) -> list[str]:
             "orientation (true turns an image and its mask, false neither)"
         )
     return traits.notes(rules)
+
+
+def unusable(source: Source, smallest: int) -> Iterator[str]:
+    """Why an evaluation could not read images of a source, by the headers of all or many, each in a line that names it.
+
+    Known before a training begins, not an epoch later; what is damaged behind its header is found then.
+    """
+    for index in np.unique(np.linspace(0, len(source) - 1, min(len(source), VALIDATION_LOOKED_AT)).round().astype(int)):
+        name = source.filename(int(index))
+        try:
+            file, _ = source.open(int(index))
+            with file:
+                if isinstance(file, Image.Image):
+                    return  # a set that is decoded by its library
+                with open_image(file, source.max_pixels) as image:
+                    size = image.size
+        except ConnectionError:
+            return  # the source is gone, for a while
+        except Exception as error:
+            yield str(error) if str(error).startswith(name) else f"{name}: unreadable image: {reason(error)}"
+            continue
+        if min(size) < smallest:
+            yield f"{name}: wanted at least one patch of {smallest} px, got {size[0]} x {size[1]} px"
 
 
 def median_side(source: Source) -> int:

@@ -11,6 +11,7 @@ from conftest import metrics, tiny
 from PIL import Image
 
 from sparsemae.cli import main
+from sparsemae.commands import check_records
 from sparsemae.commands.check import ClassReport, examine
 from sparsemae.options.data import SourceConfig
 from sparsemae.training import logs
@@ -51,7 +52,7 @@ def spoiled(image_folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_every_fault_is_named_and_nothing_else(spoiled: Path, workers: int) -> None:
+def test_every_fault_is_named_and_nothing_else(spoiled: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     report = found(spoiled, workers)
     faults = {str(Path(file.path).relative_to(spoiled / "train")): file.fault for file in report.faulty}
     assert faults == {
@@ -72,6 +73,10 @@ def test_every_fault_is_named_and_nothing_else(spoiled: Path, workers: int) -> N
     assert report.counts == {"cat": {"train": 6, "val": 3}, "dog": {"train": 8, "val": 3}}
     assert "folders without images: horse" in page
     assert "2 files are not read: 1 .txt, 1 .heic" in page or "2 files are not read: 1 .heic, 1 .txt" in page
+    monkeypatch.setattr(check_records, "LISTED", 1)  # what leaks is shown first
+    shown = [line for line in str(report).splitlines() if line.startswith(("duplicate", "..."))]
+    assert shown[0].startswith("duplicate (leaks from validation")
+    assert shown[1:] == ["... and 1 more such groups"]
     assert len(found(spoiled, smallest=8).faulty) == 4
 
 

@@ -72,8 +72,8 @@ def test_check_names_the_pair_and_ends_with_the_command_to_run(
     saved(pictures[0], 60).save(tmp_path / "my images" / "val" / "dog" / "b.jpg", quality=90)
     main(["check", str(tmp_path / "my images"), "--data.workers", "0"])
     lines = capsys.readouterr().out.splitlines()
-    (pair,) = (line for line in lines if line.startswith("the same picture in validation and training: "))
+    (pair,) = (line for line in lines if line.startswith("near-duplicate in validation and training: "))
     assert "val/dog/b.jpg ~ " in pair
     assert "train/cat/a.png (" in pair
-    assert "1 near-duplicates (the same picture saved again) across them" in lines[-2]
+    assert "1 near-duplicates (the same picture in gray, or nearly) across them" in lines[-2]
     assert lines[-1] == f"next: sparsemae finetune '{tmp_path}/my images' --out runs/finetune"

@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import metrics, tiny
+from PIL import Image
 
 from sparsemae.cli import main
 
@@ -39,6 +41,21 @@ def test_a_run_names_each_unreadable_image_once_and_goes_on(
     main(words("pretrain", broken, tmp_path / "parts", "--data.max_unreadable", "0.2", "--data.workers", "2"))
     whole, parts = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("run", "parts"))
     assert whole == parts
+
+
+def test_validation_images_that_cannot_be_used_are_named_before_the_first_step(
+    image_folder: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    """By their headers: an evaluation counts each, and would end the run after an epoch."""
+    Image.new("RGB", (6, 3)).save(image_folder / "val" / "cat" / "0.png")
+    (image_folder / "val" / "dog" / "1.png").write_text("no image")
+    line = refused(*words("finetune", image_folder, tmp_path / "run"))
+    assert "cat/0.png: wanted at least one patch of 7 px, got 6 x 3 px (2 of 6 images cannot be used" in line
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    (image_folder / "val" / "cat" / "0.png").unlink()
+    assert "dog/1.png: unreadable image: not an image in a known format (1 of 5" in refused(
+        *words("finetune", image_folder, tmp_path / "run")
+    )
 
 
 def on_two_processes(*own: str) -> subprocess.CompletedProcess[str]:
