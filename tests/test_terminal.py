@@ -42,6 +42,16 @@ def test_what_an_encoding_lacks_is_escaped(monkeypatch: pytest.MonkeyPatch) -> N
     assert sys.stdout.buffer.getvalue() == b"\\xe9 \\udcff\n"  # type: ignore[attr-defined, union-attr]
 
 
+def test_an_output_that_is_closed_is_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    make_safe()
+    assert sys.stdout.write("x\udcff") == 2
+    assert sys.stderr.fileno() > 2
+    for stream in (sys.stdout, sys.stderr):
+        stream.close()
+
+
 def folder(root: Path) -> Path:
     generator = np.random.default_rng(0)
     for split in ("train", "val"):
