@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsemae.benchmark.timing import aligned, seconds
+from sparsemae.terminal import printable
 
 DENSE = {"B": "vit_base_patch16_224", "S": "vit_small_patch16_224", "T": "vit_tiny_patch16_224"}
 _WARM_SECONDS = 0.2
@@ -67,7 +68,10 @@ def measure(
                         times[worker] += worker.ask(f"{batch}\n")
                         time.sleep(_PAUSE_SECONDS)
                         said = f"batch {batch}, run {run + 1} of {runs}: {worker.row.engine}, {worker.row.model}"
-                        print(f"{said}: {1e3 * times[worker][-1]:.2f} ms" * bool(times[worker]), file=sys.stderr)
+                        print(
+                            printable(f"{said}: {1e3 * times[worker][-1]:.2f} ms" * bool(times[worker])),
+                            file=sys.stderr,
+                        )
                 for worker, taken in times.items():
                     if not worker.row.error:
                         worker.row.milliseconds[batch] = 1e3 * median(taken)
@@ -93,7 +97,7 @@ class _Worker:
 
     def __init__(self, stack: ExitStack, engine: str, model: str, folder: Path, threads: int) -> None:
         self.row = Measurement(engine, Path(model).stem if engine == "packed" else model)
-        print(f"starting {engine}, {self.row.model}", file=sys.stderr, flush=True)
+        print(printable(f"starting {engine}, {self.row.model}"), file=sys.stderr, flush=True)
         exported = engine.startswith(("packed", "torch")) or any(folder.glob(f"{model} {engine}.*"))
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         answer: list[float] = []
