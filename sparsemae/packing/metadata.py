@@ -10,13 +10,12 @@ from dataclasses import asdict, dataclass
 from types import NoneType
 from typing import Any, get_type_hints
 
-from sparsemae.card import InputSpec, ModelCard
+from sparsemae.card import INTERPOLATIONS, InputSpec, ModelCard
 from sparsemae.limits import ABOVE_0, BELOW_1, check_limits
 from sparsemae.packing.codec import MAX_GROUP
 
 FORMAT = "sparsemae-packed"
 VERSION = 2
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ from conftest import tiny
 from sparsemae.cli import main
 
 FILES = ("config.yaml", "environment.json", "metrics.jsonl", "topology.jsonl", "report.json", "result.json", ".lock")
-MAKE: dict[str, Callable[[Path], None]] = {
+MAKE: dict[str, Callable[[Path], object]] = {
     "a pipe": os.mkfifo,
     "a folder": os.mkdir,
     "a link to /dev/zero": lambda path: path.symlink_to("/dev/zero"),
-    "100,000 brackets": lambda path: path.write_text("[" * 100_000 + "\n") and None,
-    "a list": lambda path: path.write_text("[1, 2]\n") and None,
-    "settings that are none": lambda path: path.write_text("{data: 3, init: [], command: 7}\n") and None,
+    "100,000 brackets": lambda path: path.write_text("[" * 100_000 + "\n"),
+    "a list": lambda path: path.write_text("[1, 2]\n"),
+    "settings that are none": lambda path: path.write_text("{data: 3, init: [], command: 7}\n"),
 }
 SECONDS = 100
 
