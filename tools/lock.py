@@ -2,9 +2,9 @@
 
     python tools/lock.py > requirements.lock
 
-pip resolves, within constraints.txt, for this machine and each Python below, and says which file it would install (for
-another machine it cannot: it takes the markers of this one); the hashes are those of its index, and of what it downloaded to look inside. No address of an index is written. Some
-gigabytes are downloaded.
+pip resolves, within constraints.txt, for this machine and each Python below, and says which file it would install; for
+another machine it cannot, since it takes the markers of its own. The hashes are those of its index, and of what it
+downloaded to look inside. No address of an index is written. Some gigabytes are downloaded.
 """
 
 import json
