@@ -34,8 +34,8 @@ def pack(config: PackConfig) -> PackReport:
         print(printable(said))
         freeze(model)
         card = replace(card, frozen=True)
-    if said := warning(card.metrics):
-        print(printable(said), file=sys.stderr)
+    if doubt := warning(card.metrics):
+        print(printable(doubt), file=sys.stderr)
     card = replace(card, source=str(config.checkpoint), license=config.license or card.license)
     report = pack_model(model, config.out, card, config.dtype)
     print(*map(printable, str(report).splitlines()), sep="\n")
