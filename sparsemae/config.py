@@ -75,7 +75,14 @@ def read_config(
     parser = _parser(kind, program)  # type: ignore[arg-type]
     # recipes before what is named, which they must not override; what they name themselves counts more than auto
     first = ["--data.source=auto"] * ("data.root" in named) + [w for path in recipes for w in ("--config", path)]
-    parsed: Any = parser.instantiate(parser.parse_args(first + ["--help" if w == "--help_all" else w for w in words]))
+    try:
+        given = first + ["--help" if word == "--help_all" else word for word in words]
+        parsed: Any = parser.instantiate(parser.parse_args(given))
+    except ValueError as error:
+        said, files = " ".join(str(error).split()), [path for path in recipes if "\n" not in path]
+        if files and said.startswith(("Parser key", "Group")) and not any(name in said for name in named - {"config"}):
+            said = f"--config: {', '.join(files)}: {said}"
+        raise ValueError(said) from error
     config = kind(**{member.name: getattr(parsed, member.name) for member in fields(kind)})  # type: ignore[arg-type]
     if not recipes and not getattr(config, "from_data", True):
         open_ones = [name for name, _ in marked(config, "from_data") if name not in named]

@@ -231,7 +231,7 @@ def test_7_no_memory_is_one_line(
 
 def edits(card: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """A card with one of its values, or of its input's, replaced by what JSON can say."""
-    odd = [None, -1, 0, 1e308, math.nan, "x", "", [], {}, [1], True, 2**70, "\x1b[2J\n", ["a"] * 3, [[]]]
+    odd: list[Any] = [None, -1, 0, 1e308, math.nan, "x", "", [], {}, [1], True, 2**70, "\x1b[2J\n", ["a"] * 3, [[]]]
     for name, value in itertools.product(card, odd):
         yield f"{name}: {value!r}", {**card, name: value}
     for name, value in itertools.product(card["input"], odd):

@@ -122,3 +122,12 @@ def test_7_a_table_that_is_no_table_is_named(tmp_path: Path, refused: Callable[.
     ):
         table.write_text(text)
         assert "t.csv: wanted " in refused("check", str(table))
+
+
+def test_10_a_recipe_with_a_wrong_value_or_name_is_named(tmp_path: Path, refused: Callable[..., str]) -> None:
+    recipe = tmp_path / "x.yaml"
+    for text in ("cutmix: x", "cutmix: {a: 1}", "trainer: {nothing: 1}"):
+        recipe.write_text(text)
+        assert f"error: --config: {recipe}: " in refused("finetune", "--config", str(recipe))
+    recipe.write_text("cutmix: 0.5")
+    assert "error: Parser key" in refused("finetune", "--config", str(recipe), "--mixup", "x")
