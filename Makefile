@@ -96,7 +96,7 @@ kernels: $(STAMP)
 reliability: $(STAMP)
 	mkdir -p runs
 	SPARSEMAE_TEST_FUZZ=10000 SPARSEMAE_TEST_FUZZ_SHARE=1 $(TESTS) -m "" --rows runs/reliability.json tests/faults \
-	  tests/test_terminal.py tests/test_plain_yaml.py
+	  tests/test_terminal.py tests/test_plain_yaml.py tests/native/test_threads.py
 	$(BIN)/python docs/update.py
 
 # half an hour of a server's load, and 3,000 training steps: what stays flat, into docs/reliability.md

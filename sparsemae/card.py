@@ -6,8 +6,10 @@ prepared for it, from the card alone; nothing here imports torch.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from types import NoneType
 from typing import Any
 
+from sparsemae.limits import AT_LEAST_1, UP_TO_1, check_limits
 from sparsemae.renamed import CARD, renamed
 
 VERSION = 3
@@ -107,9 +109,35 @@ class ModelCard:
         for name, kind in _KINDS.items():
             if not isinstance(getattr(card, name), kind):
                 raise ValueError(f"card: {name}: wanted {kind.__name__}, got {getattr(card, name)!r:.60}")
+        _check_input(card.input)
         return card
 
 
+def _check_input(spec: InputSpec) -> None:
+    for name, kinds in _INPUT_KINDS.items():
+        value = getattr(spec, name)
+        three = not isinstance(value, tuple) or [isinstance(part, int | float) for part in value] == [True] * 3
+        if not isinstance(value, kinds) or not three:
+            wanted = " or ".join("three numbers" if kind is tuple else kind.__name__ for kind in kinds)
+            raise ValueError(f"card: input.{name}: wanted {wanted}, got {value!r:.60}")
+    if spec.interpolation not in INTERPOLATIONS:
+        raise ValueError(
+            f"card: input.interpolation: wanted one of {', '.join(INTERPOLATIONS)}, got {spec.interpolation!r:.60}"
+        )
+    check_limits(spec, "card: input.", **_INPUT_LIMITS)
+
+
+INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+"""Pillow's."""
+_INPUT_KINDS: dict[str, tuple[type, ...]] = {
+    "img_size": (int,), "mean": (tuple,), "std": (tuple,), "interpolation": (str,), "crop_pct": (int, float),
+    "short_side": (int, NoneType), "long_side": (int, NoneType), "exif": (bool, NoneType),
+    "background": (tuple, NoneType), "bits": (int, NoneType),
+}  # fmt: skip
+_INPUT_LIMITS = {
+    "img_size": (1, 1 << 14), "mean": (-1e6, 1e6), "std": (1e-6, 1e6), "crop_pct": UP_TO_1, "short_side": AT_LEAST_1,
+    "long_side": AT_LEAST_1, "background": (0, 255), "bits": (9, 16),
+}  # fmt: skip
 _KINDS: dict[str, type] = {
     "task": str, "architecture": str, "model_args": dict, "patterns": dict, "settings": dict, "frozen": bool,
     "metrics": dict, "source": str, "license": str, "data": dict,

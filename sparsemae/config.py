@@ -74,7 +74,13 @@ def _with_recipes(
     """By jsonargparse."""
     # recipes before what is named, which they must not override; what they name themselves counts more than auto
     first = ["--data.source=auto"] * _takes_root(kind) + [w for path in recipes for w in ("--config", path)]
-    parsed: Any = parser.instantiate(parser.parse_args([*first, *words]))
+    try:
+        parsed: Any = parser.instantiate(parser.parse_args([*first, *words]))
+    except ValueError as error:
+        said, files = " ".join(str(error).split()), [path for path in recipes if "\n" not in path]
+        if files and said.startswith(("Parser key", "Group")) and not any(name in said for name in named - {"config"}):
+            said = f"--config: {', '.join(files)}: {said}"
+        raise ValueError(said) from error
     config = kind(**{member.name: getattr(parsed, member.name) for member in fields(kind)})  # type: ignore[arg-type]
     if not recipes and not getattr(config, "from_data", True):
         open_ones = [name for name, _ in marked(config, "from_data") if name not in named]

@@ -1,5 +1,6 @@
 """What reaches a terminal: text of names, files and foreign messages is shown, and never acts on it."""
 
+import os
 import sys
 import unicodedata
 import warnings
@@ -18,9 +19,14 @@ _ACTING = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 
 
 def make_safe() -> None:
-    """Escape what an output's encoding lacks, where Python would stop, and give warnings one line each."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
+    """Escape what an output's encoding lacks, where Python would stop, and give warnings one line each.
+
+    An output that was closed before Python began is nowhere.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        if isinstance(stream := getattr(sys, name), TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     warnings.formatwarning = _one_line
     warnings.filterwarnings("ignore", "Image size .* exceeds limit")  # Pillow's; ours names the file

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from conftest import tiny
 from PIL import Image
 
@@ -40,6 +41,16 @@ def test_what_an_encoding_lacks_is_escaped(monkeypatch: pytest.MonkeyPatch) -> N
     assert message == "warning: two lines \\x1b\n"
     sys.stdout.flush()
     assert sys.stdout.buffer.getvalue() == b"\\xe9 \\udcff\n"  # type: ignore[attr-defined, union-attr]
+
+
+def test_an_output_that_is_closed_is_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    make_safe()
+    assert sys.stdout.write("x\udcff") == 2
+    assert sys.stderr.fileno() > 2
+    for stream in (sys.stdout, sys.stderr):
+        stream.close()
 
 
 def folder(root: Path) -> Path:
@@ -78,6 +89,8 @@ def test_11_every_command_on_hostile_names(tmp_path: Path, capfd: pytest.Capture
     assert (out / "model.safetensors").is_file()
     broken = next((root / "val").iterdir()) / f"broken{HOSTILE}.png"
     broken.write_bytes(b"GIF89a\x1b[2J")
+    study = tmp_path / "study.yaml"
+    study.write_text(yaml.safe_dump({"out": str(tmp_path / "study"), "arms": {HOSTILE: {}}, "root": str(root)}))
     for command in (
         ["predict", str(out), str(root / "val")],
         ["predict", str(out), str(broken)],
@@ -88,6 +101,10 @@ def test_11_every_command_on_hostile_names(tmp_path: Path, capfd: pytest.Capture
         ["report", str(out)],
         ["report", str(root)],
         ["plan", HOSTILE],
+        ["plan", "finetune", *words[1:]],
+        ["export", str(out), str(tmp_path / f"for{HOSTILE}timm")],
+        ["study", "--config", str(study), "--plan", "true"],
+        ["study", "--config", str(study), "--print-commands", "lines"],
         ["pack", str(out), str(tmp_path / f"packed{HOSTILE}")],
         [HOSTILE],
         ["finetune", f"--{HOSTILE}", "1"],

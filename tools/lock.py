@@ -2,12 +2,13 @@
 
     python tools/lock.py > requirements.lock
 
-pip resolves, within constraints.txt, for x86-64 Linux and each Python below, and says which file it would install; the
-hashes are those of its index, and of what it downloaded to look inside. No address of an index is written. Some
-gigabytes are downloaded.
+pip resolves, within constraints.txt, for this machine and each Python below, and says which file it would install; for
+another machine it cannot, since it takes the markers of its own. The hashes are those of its index, and of what it
+downloaded to look inside. No address of an index is written. Some gigabytes are downloaded.
 """
 
 import json
+import platform
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PYTHONS = ("3.11", "3.12", "3.13")
 HEAD = """\
-# Every package that sparsemae[train] and its build need, for x86-64 Linux and Python {pythons}, by tools/lock.py.
+# Every package that sparsemae[train] and its build need, for Linux on {machine} and Python {pythons}, by tools/lock.py.
 #   pip install --require-hashes -r requirements.lock
 #   pip install --no-deps --no-build-isolation .
 """
@@ -66,7 +67,7 @@ def main() -> None:
                 )
             hashes[name].add(digest)
             pythons[name].add(python)
-    print(HEAD.format(pythons=", ".join(PYTHONS)), end="")
+    print(HEAD.format(machine=platform.machine(), pythons=", ".join(PYTHONS)), end="")
     for name in sorted(versions):
         only = [f'python_version == "{python}"' for python in PYTHONS if python in pythons[name]]
         marker = "" if len(only) == len(PYTHONS) else f" ; {' or '.join(only)}"

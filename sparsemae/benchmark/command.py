@@ -9,6 +9,7 @@ from typing import Any
 
 from sparsemae.files import write_atomic
 from sparsemae.options import BenchmarkConfig
+from sparsemae.terminal import printable
 
 QUICK = ("torch fp32", "torch bf16")
 """Rivals that need no export and no compiler."""
@@ -29,7 +30,7 @@ def benchmark(config: BenchmarkConfig) -> Sequence[Any]:
     }
     section = resolve_name(f"sparsemae.benchmark.{config.section}")  # only now: it may load torch
     rows: Sequence[Any] = section.measure(*arguments[config.section])
-    print(section.table(rows))
+    print(*map(printable, section.table(rows).splitlines()), sep="\n")
     if config.readme and config.section == "kernels":
         section.refresh(Path(config.readme), rows)
     if config.json:

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsemae.benchmark.timing import aligned, seconds
+from sparsemae.terminal import printable
 
 DENSE = {"B": "vit_base_patch16_224", "S": "vit_small_patch16_224", "T": "vit_tiny_patch16_224"}
 _WARM_SECONDS = 0.2
@@ -77,7 +78,7 @@ def compare(
                         times[worker] += taken
                         worker.row.milliseconds[batch] = 1e3 * median(times[worker])
                         said = f"batch {batch}, run {run + 1} of {runs}: {worker.row.engine}, {worker.row.model}"
-                        print(f"{said}: {1e3 * taken[0]:.2f} ms", file=sys.stderr, flush=True)
+                        print(printable(f"{said}: {1e3 * taken[0]:.2f} ms"), file=sys.stderr, flush=True)
                         time.sleep(_PAUSE_SECONDS)
         return [worker.row for worker in workers if worker.row.error or worker.row.milliseconds]
 
@@ -103,7 +104,7 @@ class _Worker:
         self, stack: ExitStack, module: str, engine: str, model: str, folder: Path, threads: int
     ) -> None:  # fmt: skip
         self.row = Measurement(engine, Path(model).stem if engine == "packed" else model)
-        print(f"starting {engine}, {self.row.model}", file=sys.stderr, flush=True)
+        print(printable(f"starting {engine}, {self.row.model}"), file=sys.stderr, flush=True)
         exported = engine.startswith(("packed", "torch")) or any(folder.glob(f"{model} {engine}.*"))
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         answer: list[float] = []

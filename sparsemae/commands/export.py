@@ -25,6 +25,7 @@ from sparsemae.options import ExportConfig
 from sparsemae.sparsity import dense_weights, densify, freeze, iter_sparse
 from sparsemae.tasks.loading import load_model
 from sparsemae.tasks.task import encoder_of
+from sparsemae.terminal import printable
 
 Writer = Callable[[Any, ModelCard, Path], str]
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -50,9 +51,9 @@ def export(config: ExportConfig) -> Path:
     with _appearing(Path(config.folder)) as folder, dense_weights(model):
         said = writer(model, card, folder)
         (folder / "README.md").write_text(text, encoding="utf-8")
-    print(f"{config.folder}: {said}")
+    print(printable(f"{config.folder}: {said}"))
     if config.push is not None:
-        print(f"{config.push}: {push(Path(config.folder), config.push)}")
+        print(printable(f"{config.push}: {push(Path(config.folder), config.push)}"))
     return Path(config.folder)
 
 

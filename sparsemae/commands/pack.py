@@ -36,14 +36,15 @@ def pack(config: PackConfig) -> PackReport:
         if config.data is not None:
             raise ValueError("data: wanted none for a segmenter, whose packed file sparsemae evaluate measures")
     if not card.frozen and any(iter_sparse(model)):
-        print(f"{config.checkpoint}: a checkpoint, whose masks are frozen as they are at step {card.step}")
+        said = f"{config.checkpoint}: a checkpoint, whose masks are frozen as they are at step {card.step}"
+        print(printable(said))
         freeze(model)
         card = replace(card, frozen=True)
-    if said := warning(card.metrics):
-        print(said, file=sys.stderr)
+    if doubt := warning(card.metrics):
+        print(printable(doubt), file=sys.stderr)
     card = replace(card, source=str(config.checkpoint), license=config.license or card.license)
     report = pack_model(model, config.out, card, config.dtype)
-    print(report)
+    print(*map(printable, str(report).splitlines()), sep="\n")
     agreement = compare(model, load(config.out), checked_images(config.data, card))
     kind = "random images" if config.data is None else "images"
     print(printable(f"{config.out}: against the masked dense model on {agreement.images} {kind}: {agreement}"))

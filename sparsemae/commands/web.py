@@ -6,6 +6,7 @@ from pathlib import Path
 from sparsemae.files import replacing
 from sparsemae.options import WebConfig
 from sparsemae.packing.format import read
+from sparsemae.terminal import printable
 
 PAGE = Path(__file__).parents[1] / "web"
 FILES = ("index.html", "page.css", "page.js", "worker.js")
@@ -28,5 +29,6 @@ def web(config: WebConfig) -> Path:
         with replacing(site / name) as temporary:
             shutil.copyfile(source, temporary)
     size = sum((site / name).stat().st_size for name in sources)
-    print(f"{site}: {len(sources)} files, {size / 1e6:.1f} MB; for a look: python -m http.server -d {site}")
+    said = f"{site}: {len(sources)} files, {size / 1e6:.1f} MB; for a look: python -m http.server -d {site}"
+    print(printable(said))
     return site

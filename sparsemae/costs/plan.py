@@ -23,6 +23,7 @@ from sparsemae.tasks import task_class
 from sparsemae.tasks.derived import settle
 from sparsemae.tasks.sparse import meta_model
 from sparsemae.tasks.task import encoder_of
+from sparsemae.terminal import printable
 from sparsemae.training.device import resolved_precision
 
 
@@ -143,7 +144,7 @@ def plan(config: PlanConfig) -> Plan:
     if config.measure:
         rate, machine = measured_rate(task, batches, precision)
         result = replace(result, images_per_second=rate, machine=f" ({machine}, measured)")
-    print(*notes, result, sep="\n")
+    print(*map(printable, [*notes, *str(result).splitlines()]), sep="\n")
     return result
 
 

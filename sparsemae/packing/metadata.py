@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from types import NoneType
 from typing import Any, get_type_hints
 
-from sparsemae.card import InputSpec, ModelCard
+from sparsemae.card import INTERPOLATIONS, InputSpec, ModelCard
 from sparsemae.limits import ABOVE_0, BELOW_1, check_limits
 from sparsemae.packing.codec import MAX_GROUP
 from sparsemae.packing.segmenter import DenseHead, check_fields, read_segment, write_segment
@@ -17,7 +17,6 @@ from sparsemae.packing.segmenter import DenseHead, check_fields, read_segment, w
 FORMAT = "sparsemae-packed"
 VERSION = 3
 """The newest that is read. A classifier's file is of version 2, which earlier readers know; 3 has segmenters, too."""
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 
 
 @dataclass(frozen=True)

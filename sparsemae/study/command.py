@@ -20,6 +20,7 @@ from sparsemae.study.page import write_page
 from sparsemae.study.plan import Trial, choose, final, pairs, selection, stages_of
 from sparsemae.study.results import Results, result, tested
 from sparsemae.study.stages import Stage, run_stages
+from sparsemae.terminal import printable
 
 HELD_OUT = 2000
 """Of the embedded training images, the last ones."""
@@ -80,7 +81,7 @@ def _plan(config: StudyConfig, root: Path, results: Results, console: Console) -
     for alike in kinds.values():
         each = _seconds(alike[0], out)
         seconds += each * len(alike)
-        console.print(f"{len(alike):4} x {each:6,.0f} s  {alike[0].title}")
+        console.print(printable(f"{len(alike):4} x {each:6,.0f} s  {alike[0].title}"), markup=False)
     cores = config.at_a_time or min(processors(), 4)
     console.print(
         f"{sum(map(len, kinds.values()))} trainings: {seconds / 3600:.1f} core-hours without evaluations, "

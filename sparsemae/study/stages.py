@@ -18,11 +18,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from sparsemae.config import read_config
 from sparsemae.data.loader import end_with_parent
 from sparsemae.jobs import JOBS, resolve
 from sparsemae.processors import processors
+from sparsemae.terminal import printable
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,10 @@ def run_stages(
                 longest = max((done[s.name] for s in stages if s.job == stage.job and s.name in done), default=0.0)
                 if stage.required or time.monotonic() + stage.cost * longest < until:
                     argv = stage.argv(out, seed)
-                    console.print(f"$ sparsemae {stage.job} {shlex.join(argv)}", style="dim")
+                    console.print(printable(f"$ sparsemae {stage.job} {shlex.join(argv)}"), style="dim", markup=False)
                     running[pool.submit(_run_job, stage.job, argv, f"{out}/{stage.name}.log")] = stage
             titles = "; ".join(f"{stage.title} {_progress(out / stage.name)}" for stage in running.values())
-            status.update(f"{time.monotonic() - begin:.0f} s: {titles}")
+            status.update(Text(printable(f"{time.monotonic() - begin:.0f} s: {titles}")))
             try:
                 ended = wait(running, timeout=1.0, return_when=FIRST_COMPLETED).done
             except KeyboardInterrupt:
@@ -94,7 +96,8 @@ def run_stages(
                 stage = running.pop(future)
                 done[stage.name] = future.result()
                 finished(stage, done[stage.name])
-                console.print(f"[{time.monotonic() - begin:3.0f} s] {stage.title}: done in {done[stage.name]:.0f} s")
+                said = f"[{time.monotonic() - begin:3.0f} s] {stage.title}: done in {done[stage.name]:.0f} s"
+                console.print(printable(said), markup=False)
     return done
 
 

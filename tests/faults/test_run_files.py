@@ -15,13 +15,13 @@ from conftest import tiny
 from sparsemae.cli import main
 
 FILES = ("config.yaml", "environment.json", "metrics.jsonl", "topology.jsonl", "report.json", "result.json", ".lock")
-MAKE: dict[str, Callable[[Path], None]] = {
+MAKE: dict[str, Callable[[Path], object]] = {
     "a pipe": os.mkfifo,
     "a folder": os.mkdir,
     "a link to /dev/zero": lambda path: path.symlink_to("/dev/zero"),
-    "100,000 brackets": lambda path: path.write_text("[" * 100_000 + "\n") and None,
-    "a list": lambda path: path.write_text("[1, 2]\n") and None,
-    "settings that are none": lambda path: path.write_text("{data: 3, init: [], command: 7}\n") and None,
+    "100,000 brackets": lambda path: path.write_text("[" * 100_000 + "\n"),
+    "a list": lambda path: path.write_text("[1, 2]\n"),
+    "settings that are none": lambda path: path.write_text("{data: 3, init: [], command: 7}\n"),
 }
 SECONDS = 100
 
@@ -122,3 +122,12 @@ def test_7_a_table_that_is_no_table_is_named(tmp_path: Path, refused: Callable[.
     ):
         table.write_text(text)
         assert "t.csv: wanted " in refused("check", str(table))
+
+
+def test_10_a_recipe_with_a_wrong_value_or_name_is_named(tmp_path: Path, refused: Callable[..., str]) -> None:
+    recipe = tmp_path / "x.yaml"
+    for text in ("cutmix: x", "cutmix: {a: 1}", "trainer: {nothing: 1}"):
+        recipe.write_text(text)
+        assert f"error: --config: {recipe}: " in refused("finetune", "--config", str(recipe))
+    recipe.write_text("cutmix: 0.5")
+    assert "error: Parser key" in refused("finetune", "--config", str(recipe), "--mixup", "x")

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,10 +25,11 @@ SECONDS = 60
 
 
 @pytest.mark.slow
+@pytest.mark.holds("held.1")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("calling", [False, True], ids=["idle", "during another thread's call"])
-def test_a_forked_child_answers(calling: bool, tmp_path: Path) -> None:
+def test_4_a_forked_child_answers(calling: bool, tmp_path: Path, came_out: Any) -> None:
     write(tmp_path / "m", reference.random_model(reference.TINY))
     packed = load(tmp_path / "m", threads=2)
     images = np.random.default_rng(0).standard_normal((3, 3, 16, 16), np.float32)
@@ -53,6 +55,8 @@ def test_a_forked_child_answers(calling: bool, tmp_path: Path) -> None:
         caller.join()
     assert codes == [0] * CHILDREN
     assert (packed(images) == wanted).all()
+    made = "fork of a process that has a model" + ", in the middle of another thread's call" * calling
+    came_out(made, "the child predicts, with two threads of its own", 0, f"all {CHILDREN} answer", times=CHILDREN)
 
 
 def wait(child: int) -> int:
@@ -67,8 +71,9 @@ def wait(child: int) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.holds("held.1")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-def test_a_step_goes_on_without_a_thread_that_is_held_up(tmp_path: Path) -> None:
+def test_6_a_step_goes_on_without_a_thread_that_is_held_up(tmp_path: Path, came_out: Any) -> None:
     """Threads sleep for 4 ms amid a piece; under the thread sanitizer, because they still write when they wake."""
     sources = [ROOT / "tests/native/crew.cpp", ROOT / "native/team.cpp", ROOT / "native/thread_pool.cpp"]
     command: list[str | Path] = [
@@ -86,11 +91,13 @@ def test_a_step_goes_on_without_a_thread_that_is_held_up(tmp_path: Path) -> None
         done = subprocess.run([tmp_path / "crew", str(threads), "40"], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr[-4000:]
         assert int(done.stdout.split()[0]) > 2
+    came_out("thread that is descheduled", "4 ms of sleep amid a piece of work, 2 and 8 threads", 0, "others take over")
 
 
 @pytest.mark.parametrize("isa", usable_isas())
 @pytest.mark.slow
-def test_more_threads_than_processors_give_the_same_bits(
+@pytest.mark.holds("held.1")
+def test_6_more_threads_than_processors_give_the_same_bits(
     isa: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One of them is always held up."""
@@ -106,8 +113,9 @@ def test_more_threads_than_processors_give_the_same_bits(
     assert (crowd.features(images) == load(tmp_path / "m", threads=1).features(images)).all()
 
 
+@pytest.mark.holds("held.1")
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
-def test_threads_that_cannot_start_are_done_without(tmp_path: Path) -> None:
+def test_5_threads_that_cannot_start_are_done_without(tmp_path: Path, came_out: Any) -> None:
     """Stacks of 256 MB, and memory for a few of them: a limit on processes does not hold root."""
     write(tmp_path / "m", reference.random_model(reference.TINY))
     code = (
@@ -124,9 +132,13 @@ def test_threads_that_cannot_start_are_done_without(tmp_path: Path) -> None:
     threads, same = done.stdout.split()
     assert 1 <= int(threads) < 6
     assert same == "True"
+    came_out(
+        "thread that cannot start", "64 are asked for, with memory for a few", 0, f"{threads} compute, the same bits"
+    )
 
 
-def test_the_default_is_no_more_than_quota_and_model_have_use_for(
+@pytest.mark.holds("held.1")
+def test_5_the_default_is_no_more_than_quota_and_model_have_use_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     groups = tmp_path / "cgroup"
