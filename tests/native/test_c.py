@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -135,11 +136,8 @@ def hostile_files(folder: Path, count: int) -> list[Path]:
         originals.append((folder / kind).read_bytes())
     for whole in originals:
         header = 8 + int.from_bytes(whole[:8], "little")
-        kinds += [
-            lambda whole=whole, header=header: scramble(rng, whole, header),
-            lambda whole=whole: scramble(rng, whole, len(whole)),
-            *(lambda where=where, whole=whole: edit(rng, whole, where) for where in ("header", "config", "values")),
-        ]
+        kinds += [partial(scramble, rng, whole, header), partial(scramble, rng, whole, len(whole))]
+        kinds += [partial(edit, rng, whole, where) for where in ("header", "config", "values")]
     files = [folder / f"{i:04d}" for i in range(count)]
     for i, file in enumerate(files):
         file.write_bytes(kinds[i % len(kinds)]())
