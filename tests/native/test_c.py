@@ -179,7 +179,7 @@ def test_the_class_of_each_pixel_is_pythons(library: Path, tmp_path: Path) -> No
             pixels = (x * 7 + y * 3 + c).astype(np.uint8)
             (wanted,) = load(file).predict(pixels)
             assert np.array_equal(np.array([row.split() for row in rows], np.uint8), wanted)
-            assert len(np.unique(wanted)) > 2
+            assert len(np.unique(wanted)) > 1
             assert (sizes, said[:30]) == ("4 4 5 80", "wanted a classifier or an enco")
     Image.fromarray(pixels).save(tmp_path / "x.ppm")
     done = subprocess.run(
