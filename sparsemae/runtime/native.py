@@ -49,7 +49,9 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 
 def _opened() -> tuple[ctypes.CDLL, Path]:
     # an editable install has it in another folder than this file
-    files = [Path(folder) / NAME for folder in (*map(str, sys.modules[__package__].__path__), str(Path(__file__).parent))]
+    files = [
+        Path(folder) / NAME for folder in (*map(str, sys.modules[__package__].__path__), str(Path(__file__).parent))
+    ]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         raise ImportError(f"wanted the native library {files[-1]}, got none: pip install builds it")
