@@ -11,18 +11,18 @@ trap 'rm -r "$objects"' EXIT
 
 zig() {
   "$python" -m ziglang c++ -target wasm32-wasi -mexec-model=reactor -std=c++20 -fno-math-errno -ffp-contract=off \
-    -I ../include "$@"
+    -fignore-exceptions -I ../include "$@"
 }
 
-# What computes for speed, what reads files for size.
+# What computes for speed, what reads files, and the libraries, for size.
 build() {
   module=$1
   shift
-  for file in kernels_portable segmenter vit; do zig -O3 "$@" -c $file.cpp -o "$objects/$file.o"; done
-  for file in bounds c_api codes dispatch json packed_file packed_segment preprocess processor vit_build; do
+  zig -O3 -mllvm -unroll-runtime=false "$@" -c kernels_portable.cpp -o "$objects/kernels_portable.o"
+  for file in bounds c_api codes dispatch json packed_file packed_segment preprocess processor segmenter vit vit_build; do
     zig -Oz "$@" -c $file.cpp -o "$objects/$file.o"
   done
-  zig -O3 "$@" -s "$objects"/*.o -o "$folder/$module"
+  zig -Oz "$@" -s "$objects"/*.o -o "$folder/$module"
 }
 build sparsemae.wasm -msimd128
 build sparsemae-relaxed.wasm -msimd128 -mrelaxed-simd
