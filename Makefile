@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test check lint types fast holds bench gpu kernels fuzz lock reliability soak sanitize sbom format results segment wasm wheels bare-install browser
+.PHONY: demo test check lint types fast holds bench gpu kernels fuzz lock reliability soak sanitize sbom format results segment heads wasm wheels bare-install browser
 
 demo: $(STAMP)
 	$(BIN)/sparsemae demo
@@ -43,11 +43,17 @@ segment: $(STAMP)
 	$(BIN)/sparsemae demo --task segment
 	$(BIN)/python docs/update.py
 
+# light heads against UperNet, the table into docs/
+heads: $(STAMP)
+	$(BIN)/sparsemae demo --task heads
+	$(BIN)/python docs/update.py
+
 # packed models against dense ViTs in torch, ONNX Runtime and OpenVINO (the extra `bench`); training against timm's;
 # background against blocking saves
 bench: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/sparsemae benchmark --batches "[1,8]" --json docs/benchmark.json
+	$(BIN)/sparsemae benchmark --section segmentation --json docs/benchmark-segmentation.json
 	$(BIN)/python tests/photographs.py runs/photographs
 	$(BIN)/sparsemae benchmark --section training --images runs/photographs/folder --json docs/benchmark-training.json
 	$(BIN)/sparsemae benchmark --section saving --json docs/benchmark-saving.json

@@ -15,12 +15,14 @@ def main() -> None:
     """Replace what stands between the marks, for each measurement whose file is there; and the task of extending.md."""
     page = ROOT / "docs/extending.md"
     page.write_text(TASK.sub(lambda match: match[1] + tested_task() + match[2], page.read_text()))
-    for target, folder in {"results": "runs/demo", "segment": "runs/demo-segment"}.items():
+    for target, folder in {"results": "runs/demo", "segment": "runs/demo-segment", "heads": "runs/demo-heads"}.items():
         if measured := read(f"{folder}/results.json"):
             rows = (ROOT / folder / "results.md").read_text()
             put(target, f"{rows}\n`make {target}`: {measured['seconds']:.0f} s on 2 cores.\n")
     if measured := read("docs/benchmark.json"):
         put("bench", benchmark_table(measured))
+    if measured := read("docs/benchmark-segmentation.json"):
+        put("bench: segmentation", benchmark_table(measured | {"config": measured["config"] | {"batches": [1]}}))
     if measured := read("docs/benchmark-training.json"):
         put("bench: training", training_table(measured))
     if measured := read("docs/benchmark-saving.json"):

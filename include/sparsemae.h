@@ -24,11 +24,13 @@ typedef struct sparsemae_model sparsemae_model;
 typedef struct {
   uint32_t channels, height, width; /* of its input, px */
   uint32_t classes;                 /* 0: an encoder */
-  uint32_t outputs;                 /* floats an image: logits; of an encoder its features */
+  uint32_t outputs;                 /* floats an image: logits; of an encoder its features; of a segmenter scores
+                                       [rows][columns][classes], one row and column for each patch */
   uint32_t threads;                 /* that compute */
   const char* isa;                  /* the instruction set in use */
   const char* const* class_names;   /* UTF-8, one per class; null: the file names none */
   const char* config;               /* the file's metadata, JSON: docs/packed-format.md */
+  uint32_t rows, columns;           /* of a segmenter's scores; 0: no segmenter */
 } sparsemae_description;
 
 /* A model of a file, or of a file's bytes, which may go afterwards. threads 0: one per processor, as far as there is
@@ -42,6 +44,10 @@ SPARSEMAE_API int sparsemae_prepare(const sparsemae_model*, const uint8_t* pixel
                                     uint32_t channels, float* out);
 /* images [batch][channels][height][width], prepared; out [batch][outputs]. */
 SPARSEMAE_API int sparsemae_forward(sparsemae_model*, const float* images, size_t batch, float* out);
+/* Of a segmenter: the class of each pixel, out [height][width], by windows over the resized image as the file says.
+ * pixels: as for sparsemae_prepare, which it does not need. */
+SPARSEMAE_API int sparsemae_segment(sparsemae_model*, const uint8_t* pixels, uint32_t width, uint32_t height,
+                                    uint32_t channels, uint8_t* out);
 SPARSEMAE_API void sparsemae_close(sparsemae_model*);
 /* What went wrong last on this thread. */
 SPARSEMAE_API const char* sparsemae_error(void);

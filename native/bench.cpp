@@ -22,7 +22,7 @@ double seconds_of(const std::function<void()>& work) {
 std::vector<KernelTiming> time_kernels(Vit& model, std::size_t rounds) {
   const Geometry& g = model.geometry_;
   const Kernels& kernels = *model.kernels_;
-  const Vit::Block& block = model.blocks_.at(0);
+  const Vit::Block& block = model.net_->blocks.at(0);
   std::vector<float> image(g.channels * g.image_height * g.image_width), out(g.tokens * g.width);
   model.forward(image.data(), 1, out.data(), true);  // activations that are not all zero
   const auto lock = model.pool_.acquire();

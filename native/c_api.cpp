@@ -3,6 +3,7 @@
 #include <cstring>
 #include <exception>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -54,6 +55,12 @@ Result guarded(Result failed, const Call& call) {
 #endif
 }
 
+bool is_image(std::uint32_t width, std::uint32_t height, std::uint32_t channels) {
+  const bool is = width && height && (channels == 1 || channels == 3 || channels == 4);
+  if (!is) remember("wanted an image of at least one pixel and 1, 3 or 4 channels");
+  return is;
+}
+
 std::size_t default_threads(const VitConfig& c) {
 #if defined(__wasm__)
   return 1;
@@ -73,20 +80,24 @@ struct sparsemae_model {
         config(std::move(file.config)) {
     const VitConfig& c = vit.config();
     for (const std::string& name : class_names) names.push_back(name.c_str());
-    const std::size_t outputs = c.all_tokens ? vit.tokens() * c.embed_dim : vit.outputs();
+    if (file.inference) segmenter.emplace(vit, preprocess, std::move(*file.inference));
+    const std::size_t outputs = c.all_tokens && !c.head ? vit.tokens() * c.embed_dim : vit.outputs();
     description = {static_cast<std::uint32_t>(c.in_chans),
                    static_cast<std::uint32_t>(c.image_height),
                    static_cast<std::uint32_t>(c.image_width),
-                   static_cast<std::uint32_t>(c.num_classes),
+                   static_cast<std::uint32_t>(c.head ? c.head->classes : c.num_classes),
                    static_cast<std::uint32_t>(outputs),
                    static_cast<std::uint32_t>(vit.threads()),
                    vit.kernels().name,
                    names.empty() ? nullptr : names.data(),
-                   config.c_str()};
+                   config.c_str(),
+                   static_cast<std::uint32_t>(c.head ? c.rows() : 0),
+                   static_cast<std::uint32_t>(c.head ? c.columns() : 0)};
   }
 
   Vit vit;
   Preprocess preprocess;
+  std::optional<Segmenter> segmenter;
   std::vector<std::string> class_names;
   std::string config;
   std::vector<const char*> names;
@@ -156,10 +167,8 @@ EXPORT(sparsemae_prepare)
 int sparsemae_prepare(const sparsemae_model* m, const uint8_t* pixels, uint32_t width, uint32_t height,
                       uint32_t channels, float* out) {
   return guarded(1, [&] {
-    if (!width || !height || (channels != 1 && channels != 3 && channels != 4)) {
-      remember("wanted an image of at least one pixel and 1, 3 or 4 channels");
-      return 1;
-    }
+    if (!is_image(width, height, channels)) return 1;
+    if (m->segmenter) return remember("wanted a classifier or an encoder: a segmenter's windows are its own"), 1;
     const VitConfig& c = m->vit.config();
     if (c.in_chans != 3) {
       remember("wanted a model of 3 channels to prepare an image for, got one of another number");
@@ -173,13 +182,24 @@ int sparsemae_prepare(const sparsemae_model* m, const uint8_t* pixels, uint32_t 
 EXPORT(sparsemae_forward)
 int sparsemae_forward(sparsemae_model* m, const float* images, size_t batch, float* out) {
   return guarded(1, [&] {
-    m->vit.forward(images, batch, out, m->vit.config().all_tokens);
+    m->vit.forward(images, batch, out, m->vit.config().all_tokens && !m->segmenter);
+    return 0;
+  });
+}
+
+EXPORT(sparsemae_segment)
+int sparsemae_segment(sparsemae_model* m, const uint8_t* pixels, uint32_t width, uint32_t height, uint32_t channels,
+                      uint8_t* out) {
+  return guarded(1, [&] {
+    if (!m->segmenter) return remember("wanted a segmenter, got another model"), 1;
+    if (!is_image(width, height, channels)) return 1;
+    m->segmenter->classes(pixels, width, height, channels, out);
     return 0;
   });
 }
 
 #if !defined(__wasm__)
-// What sparsemae/runtime/_native.py calls beside the header: no promise to others.
+// What sparsemae/runtime/native.py calls beside the header: no promise to others.
 SPARSEMAE_API int sparsemae_features(sparsemae_model* m, const float* images, size_t batch, float* out) {
   return guarded(1, [&] {
     m->vit.forward(images, batch, out, true);
@@ -191,7 +211,17 @@ SPARSEMAE_API int sparsemae_features(sparsemae_model* m, const float* images, si
 SPARSEMAE_API void sparsemae_features_shape(const sparsemae_model* m, uint32_t* shape) {
   const VitConfig& c = m->vit.config();
   shape[0] = static_cast<uint32_t>(m->vit.tokens()), shape[1] = static_cast<uint32_t>(c.embed_dim);
-  shape[2] = c.all_tokens;
+  shape[2] = c.all_tokens && !c.head;
+}
+
+// images [batch][channels][height][width], of whole patches; out [batch][rows][columns][classes].
+SPARSEMAE_API int sparsemae_scores(sparsemae_model* m, const float* images, size_t batch, size_t height, size_t width,
+                                   float* out) {
+  return guarded(1, [&] {
+    if (!m->segmenter) return remember("wanted a segmenter, got another model"), 1;
+    m->segmenter->scores(images, batch, height, width, out);
+    return 0;
+  });
 }
 
 SPARSEMAE_API const char* sparsemae_math(const sparsemae_model* m) { return m->vit.kernels().math; }

@@ -208,4 +208,12 @@ std::optional<Json> parse_json(std::string_view text) {
   return Parser(text).document(out) ? std::optional(std::move(out)) : std::nullopt;
 }
 
+bool is_real(const Json* value) { return value && value->kind == Json::Kind::number && !value->integer; }
+
+std::optional<std::size_t> whole(const Json* value, double least, double most) {
+  if (!value || value->kind != Json::Kind::number || !value->integer) return std::nullopt;
+  if (value->number < least || value->number > most) return std::nullopt;
+  return static_cast<std::size_t>(value->number);
+}
+
 }  // namespace sparsemae

@@ -26,4 +26,9 @@ struct Json {
 
 std::optional<Json> parse_json(std::string_view text);
 
+// Whether a number is there that is written as a fraction.
+bool is_real(const Json* value);
+// A whole number in [least, most].
+std::optional<std::size_t> whole(const Json* value, double least, double most);
+
 }  // namespace sparsemae

@@ -36,16 +36,6 @@ constexpr std::pair<const char*, Kind> kDocument[] = {{"architecture", Kind::str
                                                       {"dtypes", Kind::object},       {"data", Kind::object}};
 constexpr std::size_t kVitFields = 22;
 
-// A number that is written as a fraction.
-bool real(const Json* value) { return value && value->kind == Kind::number && !value->integer; }
-
-// A whole number in [least, most].
-std::optional<std::size_t> whole(const Json* value, double least, double most) {
-  if (!value || value->kind != Kind::number || !value->integer) return std::nullopt;
-  if (value->number < least || value->number > most) return std::nullopt;
-  return static_cast<std::size_t>(value->number);
-}
-
 class Reader {
  public:
   Reader(const std::uint8_t* bytes, std::size_t size, PackedFile& out) : bytes_(bytes), size_(size), out_(out) {}
@@ -118,12 +108,12 @@ class Reader {
     if (metadata_["format"] != "sparsemae-packed")
       return fail("wanted metadata of format 'sparsemae-packed', got another");
     const std::string& version = metadata_["version"];
-    if (version != "1" && version != "2")
-      return fail("format version: wanted 1 to 2, got '" + version.substr(0, 20) + "'");
+    if (version != "1" && version != "2" && version != "3")
+      return fail("format version: wanted 1 to 3, got '" + version.substr(0, 20) + "'");
     auto parsed = parse_json(metadata_["config"]);
     if (!parsed || parsed->kind != Kind::object) return fail("config: wanted a JSON object, got another text");
     document_ = std::move(*parsed);
-    second_ = version == "2";
+    second_ = version != "1", segmenter_ = version == "3";
     std::size_t there = 0;
     for (const auto& [name, kind] : kDocument) {
       const Json* value = document_.find(name);
@@ -131,9 +121,14 @@ class Reader {
       if (value ? value->kind != kind : second_ || std::string_view(name) != "data")
         return fail(std::string("config.") + name + ": wanted another kind of value");
     }
-    if (there != document_.members.size()) return fail("config: wanted the fields of the format only, got one more");
+    const Json* segment = document_.find("segment");
+    if (segmenter_ && (!segment || segment->kind != Kind::object))
+      return fail("config.segment: wanted another kind of value");
+    if (there + segmenter_ != document_.members.size())
+      return fail("config: wanted the fields of the format only, got one more");
     out_.config = metadata_["config"];
-    return vit() && preprocess() && names() && strings("patterns", patterns_) && strings("dtypes", dtypes_);
+    return vit() && (!segmenter_ || checked_segment(*segment)) && preprocess() && names() &&
+           strings("patterns", patterns_) && strings("dtypes", dtypes_);
   }
 
   bool vit() {
@@ -170,7 +165,7 @@ class Reader {
       *to = value->boolean;
     }
     const Json *eps = fields->find("norm_eps"), *pool = fields->find("global_pool");
-    if (!real(eps) || !(eps->number > 0 && eps->number < 1))
+    if (!is_real(eps) || !(eps->number > 0 && eps->number < 1))
       return fail("vit.norm_eps: wanted more than 0 and below 1, got another value");
     c.norm_eps = static_cast<float>(eps->number);
     if (!pool || pool->kind != Kind::string) return fail("vit.global_pool: wanted a string");
@@ -183,11 +178,17 @@ class Reader {
     return true;
   }
 
+  bool checked_segment(const Json& fields) {
+    const std::string wrong = read_segment(fields, out_.vit, out_.inference.emplace());
+    return wrong.empty() || fail(wrong);
+  }
+
   bool preprocess() {
     Preprocess& p = out_.preprocess;
     const Json* fields = document_.find("preprocess");
     const Json *exif = fields->find("exif_transpose"), *bits = fields->find("bits");
-    if (!exif || exif->kind != Kind::boolean) return fail("preprocess.exif_transpose: wanted true or false");
+    if (!exif || (exif->kind != Kind::boolean && !(segmenter_ && exif->kind == Kind::null)))
+      return fail("preprocess.exif_transpose: wanted true or false");
     if (bits ? bits->kind != Kind::null && !whole(bits, 9, 16) : second_)
       return fail("preprocess.bits: wanted null or 9 to 16, got another value");
     const auto each = [&](const char* name, std::size_t count, double least, double most, bool integer,
@@ -205,7 +206,7 @@ class Reader {
     if (!each("mean", channels, -1e6, 1e6, false, p.mean) || !each("std", channels, 1e-6, 1e6, false, p.std))
       return fail("preprocess: wanted a mean and a std of a number for each channel");
     const Json *crop = fields->find("crop_pct"), *interpolation = fields->find("interpolation");
-    if (!real(crop) || crop->number < 0.1 || crop->number > 1.0)
+    if (!is_real(crop) || crop->number < 0.1 || crop->number > 1.0)
       return fail("preprocess.crop_pct: wanted 0.1 to 1, got another value");
     p.crop_pct = crop->number;
     constexpr const char* kNames[] = {"nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"};
@@ -227,7 +228,9 @@ class Reader {
 
   bool names() {
     const Json* values = document_.find("class_names");
-    if (values->items.size() && values->items.size() != out_.vit.num_classes)
+    const auto& head = out_.vit.head;
+    if (head ? values->items.size() != head->classes
+             : values->items.size() && values->items.size() != out_.vit.num_classes)
       return fail("class_names: wanted none or one per class, got another number");
     for (const Json& value : values->items) {
       if (value.kind != Kind::string) return fail("class_names: wanted strings, got another value");
@@ -273,6 +276,8 @@ class Reader {
     }
     if (c.num_classes && (!take("head.weight", {c.num_classes, d}) || !take("head.bias", {c.num_classes})))
       return false;
+    for (const auto& [name, shape] : head_shapes(c))
+      if (!take(name, shape, shape.size() > 1)) return false;
     if (!tensors_.empty()) return fail(tensors_.begin()->first + ": wanted the model's tensors only, got one more");
     if (!dtypes_.empty()) return fail("dtypes: wanted the stored tensors only, got " + dtypes_.begin()->first);
     if (!patterns_.empty()) return fail("patterns: wanted layers of the blocks only, got " + patterns_.begin()->first);
@@ -311,7 +316,8 @@ class Reader {
   }
 
   bool take(const std::string& name, const std::vector<std::size_t>& shape, bool linear = false) {
-    const auto pattern = linear ? patterns_.find(name.substr(0, name.size() - 7)) : patterns_.end();
+    const bool can_be_sparse = linear && name.rfind("blocks.", 0) == 0;
+    const auto pattern = can_be_sparse ? patterns_.find(name.substr(0, name.size() - 7)) : patterns_.end();
     if (pattern != patterns_.end()) {
       const std::string text = pattern->second;
       patterns_.erase(pattern);
@@ -391,7 +397,7 @@ class Reader {
   std::map<std::string, Tensor> tensors_;  // those that nobody has asked for yet
   std::map<std::string, std::string> metadata_, patterns_, dtypes_;
   Json document_;
-  bool second_ = true, layer_scale_ = false, qkv_bias_ = false, proj_bias_ = false;
+  bool second_ = true, segmenter_ = false, layer_scale_ = false, qkv_bias_ = false, proj_bias_ = false;
 };
 
 }  // namespace

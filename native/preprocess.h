@@ -24,4 +24,14 @@ struct Preprocess {
 void prepare(const Preprocess&, const std::uint8_t* pixels, std::size_t width, std::size_t height, std::size_t channels,
              std::size_t out_width, std::size_t out_height, float* out);
 
+// The same pixels as RGB, then resized to these sides by Pillow's bilinear filter: [out_height][out_width][3].
+std::vector<std::uint8_t> resized_rgb(const Preprocess&, const std::uint8_t* pixels, std::size_t width,
+                                      std::size_t height, std::size_t channels, std::size_t out_width,
+                                      std::size_t out_height);
+
+// Vectors [rows][columns][width] on another grid, by the antialiased bicubic filter with which timm resamples
+// positions.
+std::vector<float> resize_bicubic(const float* values, std::size_t rows, std::size_t columns, std::size_t out_rows,
+                                  std::size_t out_columns, std::size_t width);
+
 }  // namespace sparsemae

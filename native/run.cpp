@@ -1,5 +1,5 @@
-// sparsemae-run [--logits] FILE image.ppm...: the classes of images by a packed file. PPM and PGM of 8 bits, binary; an
-// image that cannot be read is named, the others are done, and the status is 2.
+// sparsemae-run [--logits] FILE image.ppm...: the classes of images, or of their pixels, by a packed file. PPM and PGM
+// of 8 bits, binary; an image that cannot be read is named, the others are done, and the status is 2.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -71,6 +71,19 @@ void print_best(const char* path, const sparsemae_description& d, const std::vec
   std::printf("\n");
 }
 
+// The largest classes of an image's pixels.
+void print_areas(const char* path, const sparsemae_description& d, const std::vector<std::uint8_t>& classes) {
+  std::vector<std::size_t> counts(d.classes), order(d.classes);
+  for (const std::uint8_t c : classes) ++counts[c];
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return counts[a] > counts[b]; });
+  std::printf("%s: ", path);
+  for (std::size_t i = 0; i < std::min(kBest, order.size()) && counts[order[i]]; ++i)
+    std::printf("%s%s %.1f%%", i ? ", " : "", d.class_names[order[i]],
+                100.0 * static_cast<double>(counts[order[i]]) / static_cast<double>(classes.size()));
+  std::printf("\n");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -91,6 +104,14 @@ int main(int argc, char** argv) {
   for (int i = 2 + raw; i < argc; ++i) {
     Pixels image;
     std::string wrong = read(argv[i], image);
+    if (wrong.empty() && d.rows) {
+      std::vector<std::uint8_t> classes(std::size_t{image.width} * image.height);
+      if (!sparsemae_segment(model, image.values.data(), image.width, image.height, image.channels, classes.data())) {
+        print_areas(argv[i], d, classes);
+        continue;
+      }
+      wrong = sparsemae_error();
+    }
     if (wrong.empty() &&
         (sparsemae_prepare(model, image.values.data(), image.width, image.height, image.channels, input.data()) ||
          sparsemae_forward(model, input.data(), 1, logits.data())))

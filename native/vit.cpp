@@ -98,6 +98,7 @@ void Vit::reserve(std::size_t states, std::size_t spaces) {
   while (states_.size() < states) {
     auto s = std::make_unique<State>();
     s->residual = aligned_array<float>(residual_size_);
+    if (config_.head && config_.head->fused) s->fused = aligned_array<float>(residual_size(fused_));
     s->normed = aligned_array<char>(kernels_->activation_bytes(g.width, g));
     s->quantized = quantized(g.width);
     states_.push_back(std::move(s));
@@ -109,6 +110,12 @@ void Vit::reserve(std::size_t states, std::size_t spaces) {
     w->hidden = aligned_array<char>(kernels_->activation_bytes(config_.mlp_hidden, g));
     w->quantized = quantized(g.width);
     w->quantized_hidden = quantized(config_.mlp_hidden);
+    if (config_.head) {
+      const std::size_t widest = std::max(g.width, fused_.width);
+      w->head_input = aligned_array<char>(embedding_->activation_bytes(widest, g));
+      w->head_hidden = aligned_array<char>(embedding_->activation_bytes(widest, g));
+      w->logits = aligned_array<float>(residual_size(logits_));
+    }
     w->pooled.resize(2 * g.width);
     w->result.resize(std::max(outputs(), g.tokens * g.width));
     workspaces_.push_back(std::move(w));
@@ -172,19 +179,36 @@ void Vit::forward(const float* images, std::size_t batch, float* out, bool featu
   }
 }
 
+void Vit::parallel(std::size_t count, const std::function<void(std::size_t)>& work) {
+  const auto lock = pool_.acquire();
+  struct Context {
+    std::size_t count;
+    const std::function<void(std::size_t)>& work;
+    std::atomic<std::size_t> next{0};
+  } context{count, work};
+  pool_.run(
+      [](void* at, std::size_t) {
+        auto& c = *static_cast<Context*>(at);
+        for (std::size_t i; (i = c.next.fetch_add(1)) < c.count;) c.work(i);
+      },
+      &context);
+}
+
 void Vit::run_step(std::size_t step, Image& image, Stages& stages, void* scratch) const {
   const Geometry& g = geometry_;
-  if (step == blocks_.size() + 1) return run_head(image, stages);
+  const bool scores = config_.head && !image.features;
+  if (step == net_->blocks.size() + 1) return scores ? run_dense_head(image, stages, scratch) : run_head(image, stages);
   if (step == 0)
     run_embedding(image, stages, scratch);
   else
-    run_block(blocks_[step - 1], image, stages, scratch);
-  if (step < blocks_.size()) return run_norm(blocks_[step].norm1, blocks_[step].qkv, image, stages);
-  if (norm_ && (image.features || config_.average_pool || config_.all_tokens))
+    run_block(net_->blocks[step - 1], image, stages, scratch);
+  if (scores && config_.head->fused) run_tap(step, image, stages, scratch);
+  if (step < net_->blocks.size()) return run_norm(net_->blocks[step].norm1, net_->blocks[step].qkv, image, stages);
+  if (net_->norm && (image.features || config_.average_pool || (config_.all_tokens && !config_.head)))
     stages.run_tokens(g, [&](std::size_t first, std::size_t last) {
       float* residual = image.out.residual.get();
-      kernels_->norm_residual(g, residual, norm_->weight.data(), norm_->bias.data(), config_.norm_eps, residual, first,
-                              last);
+      kernels_->norm_residual(g, residual, net_->norm->weight.data(), net_->norm->bias.data(), config_.norm_eps,
+                              residual, first, last);
     });
 }
 
@@ -198,11 +222,11 @@ void Vit::run_embedding(Image& image, Stages& stages, void* scratch) const {
     for (std::size_t u = first; u < last; ++u)
       embedding_->patches(g, image.pixels, image.w.patches.get(), u * kTokenUnit);
   });
-  run_linear(*embedding_, embed_, image.w.patches.get(), Output::residual, residual, residual, stages, scratch);
-  if (norm_pre_)
+  run_linear(g, *embedding_, net_->embed, image.w.patches.get(), Output::residual, residual, residual, stages, scratch);
+  if (net_->norm_pre)
     stages.run_tokens(g, [&](std::size_t first, std::size_t last) {
-      kernels_->norm_residual(g, residual, norm_pre_->weight.data(), norm_pre_->bias.data(), config_.norm_eps, residual,
-                              first, last);
+      kernels_->norm_residual(g, residual, net_->norm_pre->weight.data(), net_->norm_pre->bias.data(), config_.norm_eps,
+                              residual, first, last);
     });
 }
 
@@ -216,9 +240,8 @@ void Vit::run_norm(const Norm& norm, const Layer& next, Image& image, Stages& st
   });
 }
 
-void Vit::run_linear(const Kernels& kernels, const Layer& layer, const void* input, Output kind, const float* residual,
-                     void* output, Stages& stages, void* scratch) const {
-  const Geometry& g = geometry_;
+void Vit::run_linear(const Geometry& g, const Kernels& kernels, const Layer& layer, const void* input, Output kind,
+                     const float* residual, void* output, Stages& stages, void* scratch) const {
   const std::size_t parts = kernels.token_parts(g), blocks = layer.view.rows / kRowBlock;
   const auto multiply = [&](std::size_t first_part, std::size_t last_part, std::size_t first, std::size_t last) {
     kernels.linear(g, layer.view, input, kind, residual, output, first_part, last_part, first, last, scratch);
@@ -250,7 +273,7 @@ void Vit::run_block(const Block& block, Image& image, Stages& stages, void* scra
     return input_of(next, activation, copy);
   };
   const auto linear = [&](const Layer& layer, const void* input, Output kind, const float* residual, void* output) {
-    run_linear(*kernels_, layer, input, kind, residual, output, stages, scratch);
+    run_linear(g, *kernels_, layer, input, kind, residual, output, stages, scratch);
   };
   const char* normed = input_of(block.qkv, image.in.normed, image.in.quantized);
   stages.run(g.heads, 1, [&](std::size_t first, std::size_t last) {
@@ -267,14 +290,67 @@ void Vit::run_block(const Block& block, Image& image, Stages& stages, void* scra
          out.residual.get());
 }
 
+// What the head reads of a step's tokens is added to the sum that the step before has left.
+void Vit::run_tap(std::size_t step, Image& image, Stages& stages, void* scratch) const {
+  const auto& taps = config_.head->taps;
+  const auto found = std::find(taps.begin(), taps.end(), step - 1);
+  const std::size_t units = fused_.padded_tokens / kTokenUnit, unit = residual_size(fused_) / units;
+  float* sum = image.out.fused.get();
+  const float* before = image.in.fused.get();
+  if (step == 0 || found == taps.end()) {
+    if (step && before == sum) return;
+    return stages.run(units, 1, [&](std::size_t first, std::size_t last) {
+      if (step)
+        std::copy(before + first * unit, before + last * unit, sum + first * unit);
+      else
+        std::fill(sum + first * unit, sum + last * unit, 0.0f);
+    });
+  }
+  const auto k = static_cast<std::size_t>(found - taps.begin());
+  const Norm& norm = net_->tap_norms[k];
+  stages.run_tokens(geometry_, [&](std::size_t first, std::size_t last) {
+    embedding_->norm(geometry_, image.out.residual.get(), norm.weight.data(), norm.bias.data(), config_.norm_eps,
+                     image.w.head_input.get(), first, last);
+  });
+  run_linear(fused_, *embedding_, net_->projections[k], image.w.head_input.get(), Output::residual, before, sum, stages,
+             scratch);
+}
+
+void Vit::run_dense_head(Image& image, Stages& stages, void* scratch) const {
+  const bool fused = config_.head->fused;
+  const Geometry& g = fused ? fused_ : geometry_;
+  const Norm& norm = fused ? *net_->fuse_norm : *net_->norm;
+  Workspace& w = image.w;
+  float* logits = w.logits.get();
+  const std::size_t units = g.padded_tokens / kTokenUnit, unit = residual_size(logits_) / units;
+  stages.run(units, 1, [&](std::size_t first, std::size_t last) {
+    std::fill(logits + first * unit, logits + last * unit, 0.0f);
+  });
+  stages.run_tokens(g, [&](std::size_t first, std::size_t last) {
+    const float* from = fused ? image.in.fused.get() : image.in.residual.get();
+    embedding_->norm(g, from, norm.weight.data(), norm.bias.data(), config_.norm_eps, w.head_input.get(), first, last);
+  });
+  if (fused)
+    run_linear(g, *embedding_, net_->fuse, w.head_input.get(), Output::gelu, nullptr, w.head_hidden.get(), stages,
+               scratch);
+  run_linear(logits_, *embedding_, net_->classifier, (fused ? w.head_hidden : w.head_input).get(), Output::residual,
+             logits, logits, stages, scratch);
+  stages.run(g.tokens, kTokenUnit, [&](std::size_t first, std::size_t last) {
+    const std::size_t classes = config_.head->classes;
+    for (std::size_t t = std::max(first, g.prefix); t < last; ++t)
+      for (std::size_t c = 0; c < classes; ++c)
+        image.result[(t - g.prefix) * classes + c] = logits[residual_index(*kernels_, logits_, t, c)];
+  });
+}
+
 void Vit::run_head(Image& image, Stages& stages) const {
   const Geometry& g = geometry_;
   const bool features = image.features;
   const float* residual = image.in.residual.get();
   float* out = image.result;
-  if (norm_ && !features && !config_.average_pool && !config_.all_tokens) {  // else the last block has done it
+  if (net_->norm && !features && !config_.average_pool && !config_.all_tokens) {  // else the last block has done it
     stages.run(1, 1, [&](std::size_t, std::size_t) {
-      kernels_->norm_residual(g, residual, norm_->weight.data(), norm_->bias.data(), config_.norm_eps,
+      kernels_->norm_residual(g, residual, net_->norm->weight.data(), net_->norm->bias.data(), config_.norm_eps,
                               image.out.residual.get(), 0, kTokenUnit);
     });
     residual = image.out.residual.get();
@@ -287,8 +363,8 @@ void Vit::run_head(Image& image, Stages& stages) const {
     });
     return;
   }
-  float *pooled = image.w.pooled.data(), *input = fc_norm_ ? pooled + g.width : pooled;
-  if (!config_.num_classes && !fc_norm_) input = pooled;
+  float *pooled = image.w.pooled.data(), *input = net_->fc_norm ? pooled + g.width : pooled;
+  if (!config_.num_classes && !net_->fc_norm) input = pooled;
   stages.run(1, 1, [&](std::size_t, std::size_t) {
     const std::size_t first = config_.average_pool && !config_.pool_include_prefix ? g.prefix : 0;
     const std::size_t last = config_.average_pool ? g.tokens : 1;
@@ -297,20 +373,20 @@ void Vit::run_head(Image& image, Stages& stages) const {
       for (std::size_t d = 0; d < g.width; ++d)
         for (std::size_t t = std::max(unit, first); t < std::min(unit + kTokenUnit, last); ++t) pooled[d] += at(t, d);
     for (std::size_t d = 0; d < g.width; ++d) pooled[d] /= static_cast<float>(last - first);
-    if (fc_norm_) {
+    if (net_->fc_norm) {
       double mean = 0.0, variance = 0.0;
       for (std::size_t d = 0; d < g.width; ++d) mean += pooled[d];
       mean /= static_cast<double>(g.width);
       for (std::size_t d = 0; d < g.width; ++d) variance += (pooled[d] - mean) * (pooled[d] - mean);
       const double scale = 1.0 / std::sqrt(variance / static_cast<double>(g.width) + config_.norm_eps);
       for (std::size_t d = 0; d < g.width; ++d)
-        input[d] = static_cast<float>((pooled[d] - mean) * scale) * fc_norm_->weight[d] + fc_norm_->bias[d];
+        input[d] = static_cast<float>((pooled[d] - mean) * scale) * net_->fc_norm->weight[d] + net_->fc_norm->bias[d];
     }
     if (!config_.num_classes) std::copy(input, input + g.width, out);
   });
   if (config_.num_classes)
     stages.run(config_.num_classes, 64, [&](std::size_t first, std::size_t last) {
-      kernels_->dense_rows(head_weight_.data(), head_bias_.data(), input, g.width, out, first, last);
+      kernels_->dense_rows(net_->head_weight.data(), net_->head_bias.data(), input, g.width, out, first, last);
     });
 }
 

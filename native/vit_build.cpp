@@ -11,6 +11,7 @@
 #include "bounds.h"
 #include "codes.h"
 #include "dispatch.h"
+#include "preprocess.h"
 #include "vit.h"
 #include "vit_state.h"
 
@@ -21,6 +22,7 @@ void FreeAligned::operator()(void* p) const { ::operator delete[](p, std::align_
 namespace {
 
 constexpr const char* kEmbedding = "patch_embed.proj.weight";
+constexpr const char* kDenseHead = "decode_head.";
 
 // Rows of a weight matrix in the order of the kernels' physical rows. The rows of one block are decoded when it is
 // first asked for.
@@ -177,31 +179,34 @@ Vit::Layer Vit::build_layer(const Kernels& kernels, const Weights& weights, cons
   return layer;
 }
 
-void Vit::build_base(const Vectors& vectors) {
+void Vit::build_base() {
   const Geometry& g = geometry_;
+  const Net& net = *net_;
   base_ = aligned_array<float>(residual_size_);
-  const auto& positions = vectors.at("pos_embed");
+  const std::size_t first = config_.no_embed_class ? 0 : g.prefix;  // positions of other tokens than patches
+  std::vector<float> resampled;
+  const bool same = config_.rows() == net.rows && config_.columns() == net.columns;
+  if (!same)
+    resampled = resize_bicubic(net.positions.data() + first * g.width, net.rows, net.columns, config_.rows(),
+                               config_.columns(), g.width);
+  const float* patches = same ? net.positions.data() + first * g.width : resampled.data();
   for (std::size_t t = 0; t < g.tokens; ++t)
     for (std::size_t d = 0; d < g.width; ++d) {
       float value = 0.0f;
-      if (!config_.no_embed_class)
-        value = positions[t * g.width + d];
-      else if (t >= g.prefix)
-        value = positions[(t - g.prefix) * g.width + d];
       if (t >= g.prefix)
-        value += config_.patch_bias ? vectors.at("patch_embed.proj.bias")[d] : 0.0f;
+        value = patches[(t - g.prefix) * g.width + d] + (config_.patch_bias ? net.patch_bias[d] : 0.0f);
       else if (config_.class_token && t == 0)
-        value += vectors.at("cls_token")[d];
+        value = (first ? net.positions[d] : 0.0f) + net.class_token[d];
       else
-        value += vectors.at("reg_token")[(t - (config_.class_token ? 1 : 0)) * g.width + d];
+        value = (first ? net.positions[t * g.width + d] : 0.0f) +
+                net.registers[(t - (config_.class_token ? 1 : 0)) * g.width + d];
       base_[residual_index(*kernels_, g, t, d)] = value;
     }
 }
 
-Vit::Vit(const VitConfig& config, const std::map<std::string, Weights>& weights, const Vectors& vectors,
-         std::size_t threads, const std::string& isa)
-    : config_(config), pool_(threads) {
+void Vit::set_geometry() {
   Geometry& g = geometry_;
+  const VitConfig& config = config_;
   g.width = config.embed_dim;
   g.heads = config.num_heads;
   g.head_dim = g.width / g.heads;
@@ -210,12 +215,43 @@ Vit::Vit(const VitConfig& config, const std::map<std::string, Weights>& weights,
   g.image_width = config.image_width;
   g.patch = config.patch_size;
   g.prefix = config.reg_tokens + (config.class_token ? 1 : 0);
-  g.tokens = g.prefix + (g.image_height / g.patch) * (g.image_width / g.patch);
+  g.tokens = g.prefix + config.rows() * config.columns();
   g.padded_tokens = std::max<std::size_t>(round_up(g.tokens, kTokenUnit), 2 * kTokenUnit);
+}
+
+void Vit::set_up() {
+  Geometry& g = geometry_;
+  g.padded_head_dim = round_up(g.head_dim, kernels_->head_step);
+  residual_size_ = residual_size(g);
+  fused_ = logits_ = g;
+  if (config_.head) fused_.width = config_.head->width, logits_.width = config_.head->classes;
+  build_base();
+  // a fork or another thread while one is added must not find the others moved
+  states_.reserve(2 * pool_.size() + 2);
+  workspaces_.reserve(pool_.size() + 1);
+  for (std::size_t t = 0; t < pool_.size(); ++t) scratch_.push_back(aligned_array<char>(kernels_->scratch_bytes(g)));
+}
+
+Vit::Vit(const Vit& other, std::size_t height, std::size_t width)
+    : config_(other.config_),
+      kernels_(other.kernels_),
+      embedding_(other.embedding_),
+      net_(other.net_),
+      pool_(other.pool_.size()) {
+  config_.image_height = height, config_.image_width = width;
+  set_geometry();
+  set_up();
+}
+
+Vit::Vit(const VitConfig& config, const std::map<std::string, Weights>& weights, const Vectors& vectors,
+         std::size_t threads, const std::string& isa)
+    : config_(config), pool_(threads) {
+  set_geometry();
+  const Geometry& g = geometry_;
   Needs needs;
   needs.odd_heads = g.head_dim % 2 != 0;
   for (const auto& [name, w] : weights) {
-    if (name == kEmbedding) continue;
+    if (name == kEmbedding || name.rfind(kDenseHead, 0) == 0) continue;
     needs.exact = needs.exact || (w.n && w.fp32);
     needs.quantize = needs.quantize || w.quantize;
     needs.density = std::max(needs.density, w.n ? static_cast<float>(w.n) / static_cast<float>(w.m) : 1.0f);
@@ -227,8 +263,7 @@ Vit::Vit(const VitConfig& config, const std::map<std::string, Weights>& weights,
   }
   kernels_ = choose_kernels(isa, needs);
   embedding_ = kernels_->embedding ? kernels_->embedding() : kernels_;
-  g.padded_head_dim = round_up(g.head_dim, kernels_->head_step);
-  residual_size_ = g.padded_tokens / kTokenUnit * residual_unit(g);
+  geometry_.padded_head_dim = round_up(g.head_dim, kernels_->head_step);
 
   const auto norm = [&](const std::string& name) {
     return Norm{vectors.at(name + ".weight"), vectors.at(name + ".bias")};
@@ -237,42 +272,66 @@ Vit::Vit(const VitConfig& config, const std::map<std::string, Weights>& weights,
     const auto found = vectors.find(name);
     return found == vectors.end() ? nullptr : &found->second;
   };
+  const auto vector_or_none = [&](const std::string& name) {
+    const auto* found = optional_vector(name);
+    return found ? *found : std::vector<float>{};
+  };
   const auto qkv_rows = head_rows(g), wide = identity_rows(g.width), hidden = identity_rows(config.mlp_hidden);
   std::vector<float> query_gain(3 * g.width, 1.0f);
   std::fill_n(query_gain.begin(), g.width, 1.0f / std::sqrt(static_cast<float>(g.head_dim)));
 
-  blocks_.resize(config.depth);
+  const auto net = std::make_shared<Net>();
   std::vector<std::function<void()>> layers;
-  layers.emplace_back([&] { embed_ = build_layer(*embedding_, weights.at(kEmbedding), wide, nullptr, nullptr, 0.0f); });
+  const auto layer = [&](Layer& to, const Kernels& kernels, const std::string& name, const auto& rows,
+                         const std::vector<float>* gain, float bound) {
+    layers.emplace_back([&to, &kernels, &rows, gain, bound, name, &weights, &optional_vector, this] {
+      try {
+        to = build_layer(kernels, weights.at(name + ".weight"), rows, optional_vector(name + ".bias"), gain, bound);
+      } catch (const std::invalid_argument& error) {
+        throw std::invalid_argument(name + ".weight: " + error.what());
+      }
+    });
+  };
+  layers.emplace_back(
+      [&] { net->embed = build_layer(*embedding_, weights.at(kEmbedding), wide, nullptr, nullptr, 0.0f); });
+  net->blocks.resize(config.depth);
   for (std::size_t i = 0; i < config.depth; ++i) {
-    const std::string block = "blocks." + std::to_string(i) + ".";
-    const auto layer = [&](Layer& to, const std::string& name, const auto& rows, const std::vector<float>* gain,
-                           float bound) {
-      layers.emplace_back([&to, &rows, gain, bound, name = block + name, &weights, &optional_vector, this] {
-        try {
-          to = build_layer(*kernels_, weights.at(name + ".weight"), rows, optional_vector(name + ".bias"), gain, bound);
-        } catch (const std::invalid_argument& error) {
-          throw std::invalid_argument(name + ".weight: " + error.what());
-        }
-      });
-    };
-    blocks_[i].norm1 = norm(block + "norm1");
-    blocks_[i].norm2 = norm(block + "norm2");
-    layer(blocks_[i].qkv, "attn.qkv", qkv_rows, &query_gain, bounds[i].qkv);
-    layer(blocks_[i].proj, "attn.proj", wide, optional_vector(block + "ls1.gamma"), bounds[i].proj);
-    layer(blocks_[i].fc1, "mlp.fc1", hidden, nullptr, bounds[i].fc1);
-    layer(blocks_[i].fc2, "mlp.fc2", wide, optional_vector(block + "ls2.gamma"), bounds[i].fc2);
+    const std::string name = "blocks." + std::to_string(i) + ".";
+    Block& block = net->blocks[i];
+    block.norm1 = norm(name + "norm1");
+    block.norm2 = norm(name + "norm2");
+    layer(block.qkv, *kernels_, name + "attn.qkv", qkv_rows, &query_gain, bounds[i].qkv);
+    layer(block.proj, *kernels_, name + "attn.proj", wide, optional_vector(name + "ls1.gamma"), bounds[i].proj);
+    layer(block.fc1, *kernels_, name + "mlp.fc1", hidden, nullptr, bounds[i].fc1);
+    layer(block.fc2, *kernels_, name + "mlp.fc2", wide, optional_vector(name + "ls2.gamma"), bounds[i].fc2);
+  }
+  const std::string head = kDenseHead;
+  const auto fused = identity_rows(config.head ? config.head->width : 0),
+             classes = identity_rows(config.head ? config.head->classes : 0);
+  if (config.head) {
+    layer(net->classifier, *embedding_, head + "classifier", classes, nullptr, 0.0f);
+    if (config.head->fused) {
+      net->projections.resize(config.head->taps.size());
+      for (std::size_t k = 0; k < config.head->taps.size(); ++k) {
+        net->tap_norms.push_back(norm(head + "norms." + std::to_string(k)));
+        layer(net->projections[k], *embedding_, head + "projections." + std::to_string(k), fused, nullptr, 0.0f);
+      }
+      net->fuse_norm = norm(head + "norm");
+      layer(net->fuse, *embedding_, head + "fuse", fused, nullptr, 0.0f);
+    }
   }
   run_all(pool_, layers);
-  build_base(vectors);
-  if (config.pre_norm) norm_pre_ = norm("norm_pre");
-  if (config.final_norm) norm_ = norm("norm");
-  if (config.fc_norm) fc_norm_ = norm("fc_norm");
-  if (config.num_classes) head_weight_ = vectors.at("head.weight"), head_bias_ = vectors.at("head.bias");
-  // a fork or another thread while one is added must not find the others moved
-  states_.reserve(2 * pool_.size() + 2);
-  workspaces_.reserve(pool_.size() + 1);
-  for (std::size_t t = 0; t < pool_.size(); ++t) scratch_.push_back(aligned_array<char>(kernels_->scratch_bytes(g)));
+  net->positions = vectors.at("pos_embed");
+  net->rows = config.rows(), net->columns = config.columns();
+  net->patch_bias = vector_or_none("patch_embed.proj.bias");
+  net->class_token = vector_or_none("cls_token");
+  net->registers = vector_or_none("reg_token");
+  if (config.pre_norm) net->norm_pre = norm("norm_pre");
+  if (config.final_norm) net->norm = norm("norm");
+  if (config.fc_norm) net->fc_norm = norm("fc_norm");
+  if (config.num_classes) net->head_weight = vectors.at("head.weight"), net->head_bias = vectors.at("head.bias");
+  net_ = net;
+  set_up();
 }
 
 Vit::~Vit() = default;

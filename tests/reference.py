@@ -11,6 +11,7 @@ from sparsemae.card import InputSpec, ModelCard
 from sparsemae.packing.codec import encode_mask
 from sparsemae.packing.format import LINEARS, PackedModel, dense_shapes, to_bf16, to_bytes, unpack
 from sparsemae.packing.metadata import PackedConfig, VitShape, parse_pattern
+from sparsemae.packing.segmenter import DenseHead
 from sparsemae.runtime.native import Vit
 
 TINY = VitShape(
@@ -49,13 +50,14 @@ def native(model: PackedModel, threads: int = 1, isa: str = "", quantize: bool =
 
 
 def random_model(
-    vit: VitShape, pattern: str | None = "2:32", dtype: str = "bf16", dense: str = "fp32", seed: int = 0
-) -> PackedModel:
+    vit: VitShape, pattern: str | None = "2:32", dtype: str = "bf16", dense: str = "fp32", seed: int = 0,
+    head: DenseHead | None = None,
+) -> PackedModel:  # fmt: skip
     """Random weights of a size that keeps every layer's output near 1. `pattern` None: nothing is sparse."""
     rng = np.random.default_rng(seed)
     tensors: dict[str, np.ndarray] = {}
     dtypes, patterns = {}, {}
-    for name, shape in dense_shapes(vit).items():
+    for name, shape in dense_shapes(vit, head).items():
         layer = name.removesuffix(".weight")
         weight = rng.standard_normal(shape, np.float32)
         if pattern and name.endswith(tuple(f"{x}.weight" for x in LINEARS)):
@@ -83,7 +85,24 @@ def random_model(
         tensors[name] = to_bf16(weight) if dense == "bf16" else weight
     spec = InputSpec(vit.image_height, (0.5,) * vit.in_chans, (0.25,) * vit.in_chans, crop_pct=0.875)
     card = ModelCard("classify", "vit_test", {}, spec, (), patterns, frozen=True, source="random", license="Apache-2.0")
-    return PackedModel(PackedConfig(card, vit, dtypes), tensors)
+    return PackedModel(PackedConfig(card, vit, dtypes, head), tensors)
+
+
+def random_segmenter(kind: str, dtype: str = "bf16") -> PackedModel:
+    """Of 5 classes and windows of 16 px, at random."""
+    vit = vit_shape(num_classes=0, fc_norm=False, global_pool="", final_norm=kind == "linear", depth=4)
+    model = random_model(vit, dtype=dtype, head=DenseHead(kind, 32, 5, (0, 1, 2, 3)))
+    model.tensors["pos_embed"] *= 4  # tokens of several classes
+    model.tensors["decode_head.classifier.bias"] *= 0
+    card = model.config.card
+    settings = {
+        "head": {"kind": kind, "width": 32}, "out_indices": [0, 1, 2, 3], "palette": [[i, i, i] for i in range(5)],
+        "inference": {"mode": "slide", "stride": 11, "scales": [1.0], "flip": False}, "reduce_zero_label": False,
+    }  # fmt: skip
+    names = tuple(f"class {i}" for i in range(5))
+    spec = replace(card.input, short_side=16, long_side=40)
+    card = replace(card, task="segment", settings=settings, input=spec, class_names=names)
+    return PackedModel(replace(model.config, card=card), model.tensors)
 
 
 def forward(model: PackedModel, images: np.ndarray, features: bool = False) -> np.ndarray:

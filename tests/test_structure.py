@@ -22,7 +22,7 @@ from sparsemae.recipe_parser import OPTIONAL_POSITIONAL
 PACKAGE = ROOT / "sparsemae"
 FILES = sorted(PACKAGE.rglob("*.py"))
 STATEMENTS = {"the commit before the house was rebuilt (f31ab9b)": 6952, "right": 1150, "held": 831, "fast": 14,
-              "own": 1645, "take": 776, "better": 611}  # fmt: skip
+              "own": 1645, "take": 1133, "better": 611}  # fmt: skip
 """The house has no more than were there before; then what each later issue added, counted when it landed."""
 # Who may import whom, by first name below the package. What everybody may import imports nothing but itself.
 LEAVES = {"limits", "renamed", "card", "files", "plain_yaml", "predictor", "processors", "terminal"}
@@ -51,7 +51,7 @@ ALLOWED = {
         "report",
     },
     "study": {"sparsity", "tasks", "data", "commands", "benchmark", "runtime", "options", "config", "jobs"},
-    "demo": {"study", "sparsity", "data", "tasks", "commands", "report", "benchmark", "runtime", "options"},
+    "demo": {"study", "sparsity", "data", "tasks", "commands", "report", "benchmark", "runtime", "options", "config"},
     "benchmark": {"packing", "runtime", "sparsity", "data", "models", "training", "tasks", "options", "config", "jobs"},
     "config": {"plain_parser", "recipe_parser"},
     "plain_parser": set(),

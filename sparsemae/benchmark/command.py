@@ -22,6 +22,7 @@ def benchmark(config: BenchmarkConfig) -> Sequence[Any]:
         rivals, sizes, batches = [name for name in rivals if name in QUICK], sizes[:1], batches[:2]
     arguments: dict[str, tuple[Any, ...]] = {
         "packed": (config.files, rivals, sizes, batches, threads, runs, artifacts),
+        "segmentation": (config.files, config.engines, threads, runs, artifacts),
         "training": (config.images, config.step_batch, threads, runs),
         "saving": (config.step_batch, threads, runs, artifacts),
         "kernels": (runs,),

@@ -30,7 +30,7 @@ DENSE = {"B": "vit_base_patch16_224", "S": "vit_small_patch16_224", "T": "vit_ti
 _WARM_SECONDS = 0.2
 _PAUSE_SECONDS = 0.3  # longer than the 0.2 s that OpenMP threads spin after their work
 
-Runner = Callable[[NDArray[np.float32]], Any]
+Runner = Callable[[NDArray[Any]], Any]
 
 
 @dataclass
@@ -53,12 +53,20 @@ def measure(
     files: list[str], engines: list[str], dense: list[str], batches: list[int], threads: int, runs: int, artifacts: str
 ) -> list[Measurement]:
     """Run everything that `BenchmarkConfig` names; a row without figures says why."""
-    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as temporary:
         folder = Path(artifacts or temporary)
         folder.mkdir(parents=True, exist_ok=True)
         subjects = [("packed", file) for file in files or _random_files(folder)]
         subjects += [(engine, DENSE[size]) for size in dense for engine in engines]
-        workers = [_Worker(stack, engine, model, folder, threads) for engine, model in subjects]
+        return compare(subjects, "sparsemae.benchmark.packed", folder, batches, threads, runs)
+
+
+def compare(
+    subjects: list[tuple[str, str]], module: str, folder: Path, batches: list[int], threads: int, runs: int
+) -> list[Measurement]:
+    """Times of engines with models, in turns; ``module``, run as a program, exports and serves one."""
+    with ExitStack() as stack:
+        workers = [_Worker(stack, module, engine, model, folder, threads) for engine, model in subjects]
         with suppress(KeyboardInterrupt):  # what there is until then is the result
             for batch in batches:
                 times = defaultdict[_Worker, list[float]](list)
@@ -91,7 +99,9 @@ def table(measurements: list[Measurement]) -> str:
 class _Worker:
     """A process that has one engine ready and runs it when it is told a batch size; ``row`` says if it ended."""
 
-    def __init__(self, stack: ExitStack, engine: str, model: str, folder: Path, threads: int) -> None:
+    def __init__(
+        self, stack: ExitStack, module: str, engine: str, model: str, folder: Path, threads: int
+    ) -> None:  # fmt: skip
         self.row = Measurement(engine, Path(model).stem if engine == "packed" else model)
         print(f"starting {engine}, {self.row.model}", file=sys.stderr, flush=True)
         exported = engine.startswith(("packed", "torch")) or any(folder.glob(f"{model} {engine}.*"))
@@ -103,7 +113,7 @@ class _Worker:
                 argv = [
                     sys.executable,
                     "-m",
-                    "sparsemae.benchmark.packed",
+                    module,
                     job,
                     engine,
                     model,
@@ -194,6 +204,11 @@ def _load(engine: str, model: str, folder: str, threads: int) -> Runner:
         options.intra_op_num_threads = threads
         session = onnxruntime.InferenceSession(f"{file}.onnx", options, providers=["CPUExecutionProvider"])
         return lambda images: session.run(None, {session.get_inputs()[0].name: images})
+    return load_openvino(file, engine, threads)
+
+
+def load_openvino(file: str, engine: str, threads: int) -> Runner:
+    """What runs ``FILE.xml`` in the precision that the engine's name says."""
     import openvino
 
     hints = {
@@ -220,11 +235,9 @@ def _load_torch(engine: str, model: str, threads: int) -> Runner:
     return torch.no_grad()(lambda images: dense(torch.from_numpy(images).to(dtype)))
 
 
-def _serve(engine: str, model: str, folder: str, threads: int) -> None:
+def serve(run: Runner, example: Callable[[int], NDArray[Any]]) -> None:
     """The worker: one line when the first result is there, then the seconds of a run for every batch size read."""
-    run = _load(engine, model, folder, threads)
-    images = np.random.default_rng(0).standard_normal((1, 3, 224, 224), np.float32)
-    run(images)
+    run(example(1))
     with open("/proc/self/stat") as stat:
         started = int(stat.read().rsplit(")", 1)[1].split()[19]) / os.sysconf("SC_CLK_TCK")
     cold_start = time.clock_gettime(time.CLOCK_BOOTTIME) - started
@@ -232,11 +245,18 @@ def _serve(engine: str, model: str, folder: str, threads: int) -> None:
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     print("=", cold_start, int(peak.split()[1]) * 1024 / 1e6, flush=True)
     for line in sys.stdin:
-        images = np.random.default_rng(0).standard_normal((int(line), 3, 224, 224), np.float32)
+        images = example(int(line))
         warm = time.perf_counter() + _WARM_SECONDS  # wakes the threads and refills the caches after the others' turns
         while time.perf_counter() < warm:
             run(images)
         print("=", seconds(partial(run, images)), flush=True)
+
+
+def _serve(engine: str, model: str, folder: str, threads: int) -> None:
+    def example(batch: int) -> NDArray[np.float32]:
+        return np.random.default_rng(0).standard_normal((batch, 3, 224, 224), np.float32)
+
+    serve(_load(engine, model, folder, threads), example)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 
 import sys
 from dataclasses import asdict
+from typing import Any
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 
 import sparsemae
 from sparsemae.commands.probe import probe
+from sparsemae.models.segmenter import SegmenterOutput
 from sparsemae.options import EvaluateConfig, InferenceConfig
 from sparsemae.predictor import Predictor
 from sparsemae.tasks import task_class
@@ -56,4 +59,10 @@ def _fabric(accelerator: str) -> Fabric:
 def _network(predictor: Predictor, fabric: Fabric) -> Network:
     if isinstance(predictor, TorchPredictor):
         return predictor.model.to(fabric.device)
-    return lambda images: torch.from_numpy(predictor(images.numpy()))
+    segments = predictor.card.task == "segment"
+
+    def network(images: torch.Tensor) -> Any:
+        logits = torch.from_numpy(predictor(np.ascontiguousarray(images.numpy())))
+        return SegmenterOutput(logits, None) if segments else logits
+
+    return network

@@ -13,7 +13,7 @@ from sparsemae.card import ModelCard
 from sparsemae.data import loader, sampling, transforms
 from sparsemae.models.weights import find_weights
 from sparsemae.options import PackConfig, SourceConfig
-from sparsemae.packing.pack import PackReport, pack as pack_model
+from sparsemae.packing.pack import PackReport, pack as pack_model, require_light
 from sparsemae.runtime import load
 from sparsemae.sparsity import freeze, iter_sparse
 from sparsemae.tasks import task_class
@@ -28,7 +28,13 @@ def pack(config: PackConfig) -> PackReport:
     """Write the packed file, print its size by part, and compare its output with the masked dense model's."""
     if Path(config.out).resolve() == find_weights(config.checkpoint).resolve():
         raise ValueError(f"out: wanted another file than the model's own, got {config.out}")
-    model, card = load_model(config.checkpoint, "classify")
+    model, card = load_model(config.checkpoint)
+    if card.task not in ("classify", "segment"):
+        raise ValueError(f"{config.checkpoint}: wanted a model for classify or segment, got one for {card.task}")
+    if card.task == "segment":
+        require_light(model.head.kind)
+        if config.data is not None:
+            raise ValueError("data: wanted none for a segmenter, whose packed file sparsemae evaluate measures")
     if not card.frozen and any(iter_sparse(model)):
         print(f"{config.checkpoint}: a checkpoint, whose masks are frozen as they are at step {card.step}")
         freeze(model)
@@ -52,7 +58,7 @@ class Agreement:
     error: float
     """Largest difference of a logit, over the standard deviation of all logits."""
     same: float
-    """Fraction of images with the same class."""
+    """Fraction of images, or of a segmenter's pixels, with the same class."""
 
     def __str__(self) -> str:
         return (
@@ -66,7 +72,8 @@ def compare(dense: torch.nn.Module, packed: Any, batches: Iterable[torch.Tensor]
     wanted, got = [], []
     for images in batches:
         with torch.inference_mode():
-            wanted.append(dense(images).numpy())
+            output = dense(images)
+            wanted.append(getattr(output, "logits", output).numpy())
         got.append(packed(images.numpy()))
     logits, packed_logits = np.concatenate(wanted), np.concatenate(got)
     error, same = np.abs(packed_logits - logits).max(), packed_logits.argmax(axis=1) == logits.argmax(axis=1)

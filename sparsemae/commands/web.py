@@ -19,7 +19,8 @@ def web(config: WebConfig) -> Path:
         raise ValueError(f"web: wanted {', '.join(missing)} in {PAGE}, got none: make wasm builds them")
     packed = read(config.model).config
     if not packed.vit.num_classes:
-        raise ValueError(f"{config.model}: wanted a classifier for a page, got an encoder")
+        kind = "an encoder" if packed.head is None else "a segmenter"
+        raise ValueError(f"{config.model}: wanted a classifier for a page, got {kind}")
     site = Path(config.site)
     site.mkdir(parents=True, exist_ok=True)
     sources = {name: PAGE / name for name in (*FILES, *MODULES)} | {"model.safetensors": Path(config.model)}

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from sparsemae.data.embedded import CLASS_NAMES, EmbeddedReader
-from sparsemae.demo import classification, segmentation
+from sparsemae.demo import classification, heads, segmentation
 from sparsemae.demo.results import markdown, read_arms, table
 from sparsemae.files import replacing, write_atomic
 from sparsemae.options import DemoConfig
@@ -23,7 +23,7 @@ def demo(config: DemoConfig) -> None:
     """Run the chain and print what came out."""
     begin = time.monotonic()
     console = Console(highlight=False, soft_wrap=True)
-    study = segmentation if config.task == "segment" else classification
+    study = {"classify": classification, "segment": segmentation, "heads": heads}[config.task]
     out, minutes = Path(config.out or study.OUT), config.minutes or study.MINUTES
     _empty(out)
     images = _write_test_images(out / "images")

@@ -1,9 +1,11 @@
-"""A segmenter: a ViT read at four depths, a pyramid of them, and UperNet's head over the pyramid.
+"""A segmenter: a ViT read at four depths, and a head over these maps: UperNet's over a pyramid, or a light one.
 
-The ViT's four maps all have the patch's stride. Transposed convolutions bring the first two to a quarter and a half of
-it, max pooling the last to twice: strides 4, 8, 16, 32 for patches of 16 px (as BEiT and MAE do). The head is UperNet
-(Xiao et al., arXiv 1807.10221): pyramid pooling on the coarsest map, then a feature pyramid. An auxiliary FCN head on
-the third map helps training and is not run otherwise. The appendix names neither the head nor its channels.
+UperNet: the ViT's four maps all have the patch's stride. Transposed convolutions bring the first two to a quarter and
+a half of it, max pooling the last to twice: strides 4, 8, 16, 32 for patches of 16 px (as BEiT and MAE do). The head is
+UperNet (Xiao et al., arXiv 1807.10221): pyramid pooling on the coarsest map, then a feature pyramid. An auxiliary FCN
+head on the third map helps training and is not run otherwise. The appendix names neither the head nor its channels.
+
+The light ones (`light_heads`) read the same maps as they are.
 """
 
 from collections.abc import Sequence
@@ -14,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsemae.models.light_heads import LinearHead, SegFormerHead
 from sparsemae.options import HeadConfig
 
 POOL_SCALES = (1, 2, 3, 6)
@@ -30,10 +33,11 @@ class SegmenterOutput(NamedTuple):
 
 
 class Segmenter(nn.Module):
-    """A timm ViT with UperNet's head.
+    """A timm ViT with a head over four of its maps.
 
     Args:
-        encoder: a timm ViT without a head. Its last norm is taken out: all maps are read before it.
+        encoder: a timm ViT without a head. Its last norm is taken out, because all maps are read before it; but the
+            linear head, which reads the last one alone, reads it after that norm.
         out_indices: blocks after which it is read, counted from 0; the last must be its last.
 
     Raises:
@@ -49,22 +53,29 @@ class Segmenter(nn.Module):
     ) -> None:
         super().__init__()
         head = head or HeadConfig()
-        last = len(encoder.blocks) - 1
+        last, width = len(encoder.blocks) - 1, encoder.embed_dim
         indices = list(out_indices)
         if len(indices) != MAPS or sorted({*indices}) != indices or indices[0] < 0 or indices[-1] != last:
             raise ValueError(f"out_indices: wanted {MAPS} ascending blocks up to the last, {last}, got {indices}")
-        encoder.norm, encoder.fc_norm = nn.Identity(), nn.Identity()
-        self.encoder, self.out_indices = encoder, indices
-        self.pyramid = Pyramid(encoder.embed_dim)
-        self.decode_head = UperNetHead([encoder.embed_dim] * MAPS, head.width, num_classes, head.dropout)
-        self.auxiliary_head = FCNHead(encoder.embed_dim, head.auxiliary_width, num_classes, head.dropout)
-        for part in (self.decode_head, self.auxiliary_head):
-            for module in part.modules():
-                if isinstance(module, nn.Conv2d):
-                    nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-            nn.init.normal_(part.classifier.weight, std=0.01)
-            assert part.classifier.bias is not None
-            nn.init.zeros_(part.classifier.bias)
+        encoder.fc_norm = nn.Identity()
+        if head.kind != "linear":
+            encoder.norm = nn.Identity()
+        self.encoder, self.out_indices, self.head = encoder, indices, head
+        self.pyramid: Pyramid | None = None
+        self.auxiliary_head: FCNHead | None = None
+        self.decode_head: LinearHead | SegFormerHead | UperNetHead
+        if head.kind == "linear":
+            self.decode_head = LinearHead(width, num_classes, head.dropout)
+        elif head.kind == "segformer":
+            eps = encoder.blocks[0].norm1.eps
+            self.decode_head = SegFormerHead(width, MAPS, head.width, num_classes, head.dropout, eps)
+        else:
+            self.pyramid = Pyramid(width)
+            self.decode_head = UperNetHead([width] * MAPS, head.width, num_classes, head.dropout)
+            self.auxiliary_head = FCNHead(width, head.auxiliary_width, num_classes, head.dropout)
+            part: UperNetHead | FCNHead
+            for part in (self.decode_head, self.auxiliary_head):
+                _init(part)
 
     def forward(self, images: Tensor) -> SegmenterOutput:
         """Normalized images ``[B, 3, H, W]``; an encoder with dynamic_img_pad takes any size."""
@@ -75,16 +86,18 @@ class Segmenter(nn.Module):
             resized = F.interpolate(logits.float(), size=padded, mode="bilinear", align_corners=False)
             return resized[..., :height, :width]
 
-        maps = self.forward_pyramid(images)
-        auxiliary = to_image(self.auxiliary_head(maps[AUXILIARY_MAP])) if self.training else None
+        maps = self.forward_maps(images)
+        extra = self.auxiliary_head if self.training else None
+        auxiliary = None if extra is None else to_image(extra(maps[AUXILIARY_MAP]))
         return SegmenterOutput(to_image(self.decode_head(maps)), auxiliary)
 
-    def forward_pyramid(self, images: Tensor) -> list[Tensor]:
-        """Maps ``[B, D, h, w]`` of those blocks, from a quarter of the patch's stride to twice it."""
+    def forward_maps(self, images: Tensor) -> list[Tensor]:
+        """Maps ``[B, D, h, w]`` of those blocks; for UperNet from a quarter of the patch's stride to twice it."""
         maps: list[Tensor] = self.encoder.forward_intermediates(
-            images, indices=self.out_indices, norm=False, output_fmt="NCHW", intermediates_only=True
-        )
-        pyramid: list[Tensor] = self.pyramid(maps)
+            images, indices=self.out_indices, norm=self.head.kind == "linear", output_fmt="NCHW",
+            intermediates_only=True,
+        )  # fmt: skip
+        pyramid: list[Tensor] = maps if self.pyramid is None else self.pyramid(maps)
         return pyramid
 
 
@@ -173,6 +186,15 @@ def _conv_norm(in_channels: int, out_channels: int, side: int) -> nn.Sequential:
         nn.BatchNorm2d(out_channels),
         nn.ReLU(),
     )
+
+
+def _init(head: UperNetHead | FCNHead) -> None:
+    for module in head.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    nn.init.normal_(head.classifier.weight, std=0.01)
+    assert head.classifier.bias is not None
+    nn.init.zeros_(head.classifier.bias)
 
 
 def _resize(x: Tensor, like: Tensor) -> Tensor:

@@ -13,12 +13,13 @@ from sparsemae.options.model import InferenceChange
 class DemoConfig:
     """The whole chain on embedded real images."""
 
-    task: Literal["classify", "segment"] = "classify"
-    """What the pretrained encoder is finetuned for; segment has masks that are computed, not drawn by people."""
+    task: Literal["classify", "segment", "heads"] = "classify"
+    """What the pretrained encoder is finetuned for; segment has masks that are computed, not drawn by people; heads:
+    the same with each of a segmenter's heads."""
     out: str | None = None
-    """Folder of the demo's runs, emptied first; None: runs/demo, or runs/demo-segment."""
+    """Folder of the demo's runs, emptied first; None: runs/demo, runs/demo-segment or runs/demo-heads."""
     minutes: float | None = None
-    """Time limit: stages that would not end in time are left out; None: 6, or 12 for segment."""
+    """Time limit: stages that would not end in time are left out; None: 6, or 12 for segment and heads."""
     seed: int = 0
     """Seed of everything random."""
 
@@ -173,8 +174,9 @@ class ReportConfig:
 class BenchmarkConfig:
     """Measure packed models against dense ones in other engines, training against timm's, or what saving costs."""
 
-    section: Literal["packed", "training", "saving", "kernels"] = "packed"
-    """packed: latency, throughput, memory and cold start of packed files and their rivals; training: images per second
+    section: Literal["packed", "segmentation", "training", "saving", "kernels"] = "packed"
+    """packed: latency, throughput, memory and cold start of packed files and their rivals; segmentation: a
+    photograph through packed segmenters, and through a dense ViT-B in OpenVINO; training: images per second
     of the input pipeline and of optimizer steps, beside timm's loader and its dense ViT-B; saving: what a checkpoint of
     ViT-B with AdamW's state costs the loop, beside a save that blocks it; kernels: every instruction set's linear
     layers, attention and norm, one by one, on one thread."""

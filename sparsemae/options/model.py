@@ -36,16 +36,19 @@ class DecoderConfig:
 
 @dataclass
 class HeadConfig(Options):
-    """UperNet's head and the auxiliary one."""
+    """A segmenter's head: UperNet with an auxiliary one, or a light one, which a packed file can hold."""
 
     prefix = "head."
 
     width: int = option(512, AT_LEAST_1, from_data=True)
-    """Channels of UperNet's maps."""
+    """Channels of UperNet's maps, or of segformer's fused one; linear has none."""
     auxiliary_width: int = option(256, AT_LEAST_1, from_data=True)
-    """Channels of the auxiliary head's map."""
+    """Channels of the map of UperNet's auxiliary head."""
     auxiliary_weight: float = option(0.4, AT_LEAST_0)
     """Weight of the auxiliary head's loss; the main one's is 1."""
+    kind: Literal["upernet", "linear", "segformer"] = "upernet"
+    """upernet: the paper's kin; segformer: the four maps projected, summed and fused, token by token; linear: one
+    linear layer on the last map. The last two can be packed."""
     dropout: float = option(0.0, BELOW_1)
     """Probability of dropping a channel before the last layer of each head; mmsegmentation's is 0.1."""
 

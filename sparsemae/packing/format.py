@@ -24,6 +24,7 @@ from safetensors.numpy import save
 from sparsemae.files import existing, write_atomic
 from sparsemae.packing.codec import code_bytes, decode_mask
 from sparsemae.packing.metadata import FORMAT, PackedConfig, VitShape, parse_pattern, read_metadata, write_metadata
+from sparsemae.packing.segmenter import DenseHead
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "fp32": np.dtype(np.float32),
@@ -55,8 +56,8 @@ def from_bf16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def dense_shapes(vit: VitShape) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter of the dense model, by timm's name."""
+def dense_shapes(vit: VitShape, head: DenseHead | None = None) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of the dense model, by timm's name, and of a segmenter's head."""
     d, hidden, patch = vit.embed_dim, vit.mlp_hidden, vit.patch_size
     parts: list[tuple[str, tuple[int, ...], bool]] = [  # whether the model has it at the end
         ("patch_embed.proj.weight", (d, vit.in_chans, patch, patch), True),
@@ -79,7 +80,8 @@ def dense_shapes(vit: VitShape) -> dict[str, tuple[int, ...]]:
     parts += [(f"{norm}.{part}", (d,), used) for norm, used in norms.items() for part in ("weight", "bias")]
     classes = vit.num_classes
     parts += [("head.weight", (classes, d), classes > 0), ("head.bias", (classes,), classes > 0)]
-    return {name: shape for name, shape, there in parts if there}
+    own = {name: shape for name, shape, there in parts if there}
+    return own if head is None else own | head.shapes(d)
 
 
 def stored_shapes(config: PackedConfig) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
@@ -88,7 +90,7 @@ def stored_shapes(config: PackedConfig) -> dict[str, tuple[tuple[int, ...], np.d
     sparse_names = {f"blocks.{i}.{layer}" for i in range(config.vit.depth) for layer in LINEARS}
     if extra := sorted(set(config.card.patterns) - sparse_names):
         raise ValueError(f"patterns: wanted only {', '.join(LINEARS)} of the blocks, got {extra[0]!r}")
-    for name, shape in dense_shapes(config.vit).items():
+    for name, shape in dense_shapes(config.vit, config.head).items():
         pattern = config.card.patterns.get(name.removesuffix(".weight"))
         key, kinds = (name, ("fp32", "bf16")) if pattern is None else (f"{name}.values", tuple(DTYPES))
         dtype = config.dtypes.get(key, "")
@@ -176,7 +178,7 @@ def unpack(model: PackedModel, masks: bool = False) -> dict[str, Array]:
         ValueError: a code is out of range.
     """
     weights: dict[str, Array] = {}
-    for name, shape in dense_shapes(model.config.vit).items():
+    for name, shape in dense_shapes(model.config.vit, model.config.head).items():
         pattern = model.config.card.patterns.get(name.removesuffix(".weight"))
         stored = model.tensors[name if pattern is None else f"{name}.values"]
         values = from_bf16(stored) if stored.dtype == np.uint16 else stored

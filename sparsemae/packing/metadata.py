@@ -5,7 +5,6 @@ The document is older than `ModelCard` and has names of its own; they are transl
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from types import NoneType
 from typing import Any, get_type_hints
@@ -13,9 +12,11 @@ from typing import Any, get_type_hints
 from sparsemae.card import InputSpec, ModelCard
 from sparsemae.limits import ABOVE_0, BELOW_1, check_limits
 from sparsemae.packing.codec import MAX_GROUP
+from sparsemae.packing.segmenter import DenseHead, check_fields, read_segment, write_segment
 
 FORMAT = "sparsemae-packed"
-VERSION = 2
+VERSION = 3
+"""The newest that is read. A classifier's file is of version 2, which earlier readers know; 3 has segmenters, too."""
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 
 
@@ -89,11 +90,13 @@ class PackedConfig:
     """The metadata of a packed file."""
 
     card: ModelCard
-    """Of it the file keeps architecture, model_args, input, class_names, patterns, source and license; the task is
-    classify, the masks are frozen, and the input's img_size is the height."""
+    """Of it the file keeps architecture, model_args, input, class_names, patterns, source and license, of a segmenter
+    its settings; the masks are frozen, and the input's img_size is the height."""
     vit: VitShape
     dtypes: dict[str, str]
     """Stored tensor name -> 'fp32', 'bf16' or 'int8', for all but codes and scales."""
+    head: DenseHead | None = None
+    """A segmenter's; its ViT is an encoder that pools nothing."""
 
 
 def parse_pattern(text: str) -> tuple[int, int]:
@@ -108,9 +111,10 @@ def parse_pattern(text: str) -> tuple[int, int]:
 def write_metadata(config: PackedConfig) -> dict[str, str]:
     """The configuration as a file's metadata. Raises ValueError if the format has no place for its card."""
     card, spec, height = config.card, config.card.input, config.vit.image_height
-    if (spec.img_size, spec.short_side, spec.long_side) != (height, None, None):
-        raise ValueError(f"card: wanted a classifier's input with img_size={height}, got {spec}")
-    document = {
+    if spec.img_size != height or (config.head is None) != (spec.short_side is None):
+        kind = "classifier" if config.head is None else "segmenter"
+        raise ValueError(f"card: wanted a {kind}'s input with img_size={height}, got {spec}")
+    document: dict[str, Any] = {
         "architecture": card.architecture,
         "overrides": card.model_args,
         "vit": asdict(config.vit),
@@ -119,7 +123,7 @@ def write_metadata(config: PackedConfig) -> dict[str, str]:
             "std": [float(value) for value in spec.std],
             "interpolation": spec.interpolation,
             "crop_pct": float(spec.crop_pct),
-            "exif_transpose": bool(spec.exif),
+            "exif_transpose": spec.exif if config.head is not None else bool(spec.exif),
             "background": None if spec.background is None else list(spec.background),
             "bits": spec.bits,
         },
@@ -130,7 +134,10 @@ def write_metadata(config: PackedConfig) -> dict[str, str]:
         "dtypes": config.dtypes,
         "data": card.data,
     }
-    metadata = {"format": FORMAT, "version": str(VERSION), "config": json.dumps(document)}
+    if config.head is not None:
+        document["segment"] = write_segment(card, config.head)
+    version = "2" if config.head is None else "3"
+    metadata = {"format": FORMAT, "version": version, "config": json.dumps(document)}
     read_metadata(metadata)  # nothing is written that would be refused when it is read
     return metadata
 
@@ -148,21 +155,29 @@ def read_metadata(metadata: dict[str, str] | None) -> PackedConfig:
     document = json.loads(metadata["config"])
     if version == "1":
         document = _with_fields_of_2(document)
-    _check_fields("config", document, _DOCUMENT)
-    _check_fields("vit", document["vit"], get_type_hints(VitShape))
+    segmenter = version == "3"
+    check_fields("config", document, _DOCUMENT | ({"segment": dict} if segmenter else {}))
+    check_fields("vit", document["vit"], get_type_hints(VitShape))
     vit = VitShape(**document["vit"])
-    names = document["class_names"]
-    if len(names) not in (0, vit.num_classes) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"class_names: wanted none or {vit.num_classes} strings, got {len(names)} values")
+    head, settings = None, dict[str, Any]()
+    if segmenter:
+        head, settings = read_segment(document["segment"], vit.depth, vit.image_height)
+        plain = not (vit.num_classes or vit.global_pool or vit.fc_norm) and vit.image_height == vit.image_width
+        if not plain or vit.final_norm != (head.kind == "linear"):
+            raise ValueError(f"vit: wanted a segmenter's encoder, square and without a pool and a head, got {vit}")
+    names, numbers = document["class_names"], (0, vit.num_classes) if head is None else (head.num_classes,)
+    if len(names) not in numbers or not all(isinstance(name, str) for name in names):
+        wanted = f"none or {vit.num_classes}" if head is None else str(head.num_classes)
+        raise ValueError(f"class_names: wanted {wanted} strings, got {len(names)} values")
     for key in ("patterns", "dtypes"):
         if not all(isinstance(value, str) for value in document[key].values()):
             raise ValueError(f"{key}: wanted strings by name, got {document[key]}")
     card = ModelCard(
-        "classify", document["architecture"], document["overrides"], _read_input(document["preprocess"], vit),
-        tuple(names), document["patterns"], frozen=True, source=document["source"], license=document["license"],
-        data=document["data"],
+        "classify" if head is None else "segment", document["architecture"], document["overrides"],
+        _read_input(document["preprocess"], vit, document.get("segment")), tuple(names), document["patterns"], settings,
+        frozen=True, source=document["source"], license=document["license"], data=document["data"],
     )  # fmt: skip
-    return PackedConfig(card, vit, document["dtypes"])
+    return PackedConfig(card, vit, document["dtypes"], head)
 
 
 _DOCUMENT = {
@@ -182,8 +197,10 @@ def _with_fields_of_2(document: Any) -> Any:
     return document
 
 
-def _read_input(document: Any, vit: VitShape) -> InputSpec:
-    _check_fields("preprocess", document, _PREPROCESS)
+def _read_input(document: Any, vit: VitShape, segment: dict[str, Any] | None) -> InputSpec:
+    turned = {} if segment is None else {"exif_transpose": (bool, NoneType)}
+    check_fields("preprocess", document, _PREPROCESS | turned)
+    sides = {} if segment is None else {name: segment[name] for name in ("short_side", "long_side")}
     for key in ("mean", "std"):
         if len(values := document[key]) != vit.in_chans or not all(type(value) is float for value in values):
             raise ValueError(f"preprocess.{key}: wanted {vit.in_chans} numbers, one per channel, got {values}")
@@ -194,7 +211,7 @@ def _read_input(document: Any, vit: VitShape) -> InputSpec:
     spec = InputSpec(
         vit.image_height, tuple(document["mean"]), tuple(document["std"]), document["interpolation"],
         document["crop_pct"], exif=document["exif_transpose"], background=_read_color(document["background"]),
-        bits=document["bits"],
+        bits=document["bits"], **sides,
     )  # fmt: skip
     check_limits(spec, "preprocess.", mean=(-1e6, 1e6), std=(1e-6, 1e6), crop_pct=(0.1, 1.0), bits=(9, 16))
     return spec
@@ -206,15 +223,3 @@ def _read_color(color: list[Any] | None) -> tuple[int, ...] | None:
     if len(color) != 3 or not all(type(value) is int and 0 <= value <= 255 for value in color):
         raise ValueError(f"preprocess.background: wanted three numbers from 0 to 255, got {color}")
     return tuple(color)
-
-
-def _check_fields(where: str, document: Any, kinds: Mapping[str, type | tuple[type, ...]]) -> None:
-    if type(document) is not dict:
-        raise ValueError(f"{where}: wanted a JSON object, got {type(document).__name__}")
-    if odd := sorted(set(document) ^ set(kinds)):
-        raise ValueError(f"{where}: wanted exactly the fields of version {VERSION}, got {odd} missing or unknown")
-    for key, kind in kinds.items():
-        wanted = kind if isinstance(kind, tuple) else (kind,)
-        if type(document[key]) not in wanted:
-            names = " or ".join(each.__name__ for each in wanted)
-            raise ValueError(f"{where}.{key}: wanted {names}, got {type(document[key]).__name__}")

@@ -22,6 +22,7 @@ from sparsemae.card import InputSpec, ModelCard
 from sparsemae.packing.codec import encode_mask
 from sparsemae.packing.format import LINEARS, Array, PackedModel, dense_shapes, to_bf16, write
 from sparsemae.packing.metadata import PackedConfig, VitShape, parse_pattern
+from sparsemae.packing.segmenter import KINDS, DenseHead
 
 Dtype = Literal["bf16", "fp32", "int8"]
 
@@ -50,7 +51,7 @@ def pack(
     dtype: Dtype = "bf16",
     patterns: Mapping[str, str] | None = None,
 ) -> PackReport:
-    """Write a frozen N:M sparse timm VisionTransformer as one packed file.
+    """Write a frozen N:M sparse timm VisionTransformer, or a segmenter with a light head, as one packed file.
 
     Args:
         card: what the file is to say of the model, see `PackedConfig`. Default: the input that timm says it has, no
@@ -63,25 +64,27 @@ def pack(
 
     Raises:
         ValueError: the architecture is not supported (what is named), a layer is not frozen, a weight is not N:M
-            (layer, row, group), or NaN or infinite, or the card is not that of a classifier, or of another size.
+            (layer, row, group), or NaN or infinite, or the card is that of another task, or of another size.
         OSError: the file cannot be written.
     """
-    vit = vit_shape(model)
-    patterns = _frozen_patterns(model) if patterns is None else patterns
+    encoder, head = _parts(model)
+    vit = vit_shape(encoder, segmenter=head is not None)
+    patterns = _frozen_patterns(encoder) if patterns is None else patterns
     if not patterns:
         raise ValueError("pack: wanted a model with N:M sparse layers, got none")
     card = card or ModelCard("classify", "", {}, _input_spec(model, vit))
-    if card.task != "classify":
-        raise ValueError(f"pack: card.task: wanted classify, got {card.task}")
+    task = "classify" if head is None else "segment"
+    if card.task != task:
+        raise ValueError(f"pack: card.task: wanted {task}, got {card.task}")
     masks = {
         name: module.weight_mask
-        for name, module in model.named_modules()
+        for name, module in encoder.named_modules()
         if isinstance(getattr(module, "weight_mask", None), torch.Tensor)
     }
-    state = model.state_dict()
+    state = {name.removeprefix("encoder."): value for name, value in model.state_dict().items()}
     tensors: dict[str, Array] = {}
     dtypes: dict[str, str] = {}
-    for name in dense_shapes(vit):
+    for name in dense_shapes(vit, head):
         layer = name.removesuffix(".weight")
         weight = state[name].detach().to("cpu", torch.float32).numpy()
         if not np.isfinite(weight).all():
@@ -93,16 +96,37 @@ def pack(
         else:
             dtypes[name] = "fp32" if dtype == "fp32" else "bf16"
             tensors[name] = weight if dtype == "fp32" else to_bf16(weight)
-    write(path, PackedModel(PackedConfig(replace(card, patterns=dict(patterns)), vit, dtypes), tensors))
-    dense = 4 * sum(int(np.prod(shape)) for shape in dense_shapes(vit).values())
+    write(path, PackedModel(PackedConfig(replace(card, patterns=dict(patterns)), vit, dtypes, head), tensors))
+    dense = 4 * sum(int(np.prod(shape)) for shape in dense_shapes(vit, head).values())
     return _report(tensors, Path(path).stat().st_size, dense)
 
 
-def vit_shape(model: nn.Module) -> VitShape:
-    """What the runtime must know of a timm VisionTransformer. Raises ValueError naming what it does not support."""
+def require_light(kind: str) -> None:
+    """Raises ValueError unless a packed file can hold a segmenter's head of that kind."""
+    if kind not in KINDS:
+        raise ValueError(
+            f"pack: wanted a light head (trained with --head.kind {' or '.join(KINDS)}), got {kind}, which leaves by "
+            "sparsemae export --to onnx"
+        )
+
+
+def _parts(model: Any) -> tuple[nn.Module, DenseHead | None]:
+    """The ViT, which may be all of it, and of a segmenter its head."""
+    if not hasattr(model, "decode_head"):
+        return model, None
+    require_light(model.head.kind)
+    classes = model.decode_head.classifier.out_features
+    return model.encoder, DenseHead(model.head.kind, model.head.width, classes, tuple(model.out_indices))
+
+
+def vit_shape(model: nn.Module, segmenter: bool = False) -> VitShape:
+    """What the runtime must know of a timm VisionTransformer, which may be a segmenter's encoder.
+
+    Raises ValueError naming what it does not support.
+    """
     if type(model) is not VisionTransformer:
         raise ValueError(f"pack: wanted timm's plain VisionTransformer, got {type(model).__name__}")
-    _refuse_unsupported(model)
+    _refuse_unsupported(model, segmenter)
     vit: Any = model
     block, embed = vit.blocks[0], vit.patch_embed
     return VitShape(
@@ -126,7 +150,7 @@ def vit_shape(model: nn.Module) -> VitShape:
         proj_bias=block.attn.proj.bias is not None,
         patch_bias=embed.proj.bias is not None,
         pool_include_prefix=vit.pool_include_prefix,
-        global_pool=vit.global_pool,
+        global_pool="" if segmenter else vit.global_pool,
         norm_eps=float(block.norm1.eps),
     )
 
@@ -214,7 +238,7 @@ def _require(holds: bool, where: str, wanted: str, got: object) -> None:
         raise ValueError(f"pack: {where}: wanted {wanted}, got {what}")
 
 
-def _refuse_unsupported(model: VisionTransformer) -> None:
+def _refuse_unsupported(model: VisionTransformer, segmenter: bool) -> None:
     embed, head, pool = model.patch_embed, model.head, model.global_pool
     _require(
         type(embed) is PatchEmbed and isinstance(embed.norm, nn.Identity),
@@ -222,7 +246,7 @@ def _refuse_unsupported(model: VisionTransformer) -> None:
     )  # fmt: skip
     _require(embed.patch_size[0] == embed.patch_size[1], "patch_embed", "square patches", embed.patch_size)
     _require(
-        embed.img_size is not None and not getattr(embed, "dynamic_img_pad", False),
+        embed.img_size is not None and (segmenter or not getattr(embed, "dynamic_img_pad", False)),
         "patch_embed", "a fixed image size without padding", f"img_size={embed.img_size}",
     )  # fmt: skip
     _require(model.pos_embed is not None, "pos_embed", "a position embedding", None)
@@ -267,7 +291,7 @@ def _report(tensors: Mapping[str, Array], packed: int, dense: int) -> PackReport
     for name, tensor in tensors.items():
         if name.endswith((".codes", ".values", ".scale")):
             part = f"sparse {name.rsplit('.', 1)[1]}"
-        elif name.startswith(("patch_embed", "head")):
+        elif name.startswith(("patch_embed", "head", "decode_head")):
             part = name.split(".")[0]
         elif "embed" in name or "token" in name:
             part = "embeddings and tokens"

@@ -30,14 +30,14 @@ IMAGES_PER_THREAD = 4
 
 
 class Model:
-    """A packed vision transformer, as a `Predictor`.
+    """A packed vision transformer, or a segmenter made of one, as a `Predictor`.
 
     Safe to call from several threads: calls on one model are serialized, different models run in parallel.
     """
 
     def __init__(self, config: PackedConfig, native: Vit) -> None:
         self.card, self.vit = config.card, config.vit
-        self._native = native
+        self._native, self._segments = native, config.head is not None
 
     @property
     def isa(self) -> str:
@@ -53,15 +53,25 @@ class Model:
         """Logits of preprocessed images; of an encoder, its pooled features (all tokens where it pools none).
 
         Args:
-            images: float32 [B, 3, H, W].
+            images: float32 [B, 3, H, W]; of any size for a segmenter.
 
         Returns:
-            float32 [B, C], or [B, D] (or [B, L, D]) of an encoder.
+            float32 [B, C], or [B, D] (or [B, L, D]) of an encoder, or [B, C, H, W] of a segmenter.
 
         Raises:
             ValueError: another shape or type.
         """
-        return self._forward(images, features=False)
+        if not self._segments:
+            return self._forward(images, features=False)
+        images, patch = checked(images, self.vit.in_chans, None), self.vit.patch_size
+        *_, height, width = images.shape
+        padding = ((0, 0), (0, 0), (0, -height % patch), (0, -width % patch))
+        scores = self._native.scores(np.pad(images, padding), patch)
+        rows, columns = (
+            bilinear(side, patch)[:own] for side, own in zip(scores.shape[1:3], (height, width), strict=True)
+        )
+        logits: NDArray[np.float32] = np.einsum("yr,brkc,xk->bcyx", rows, scores, columns, optimize=True)
+        return logits
 
     def features(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """All tokens after the last block and the final norm, as timm's `forward_features`: float32 [B, L, D]."""
@@ -76,8 +86,8 @@ class Model:
         """An RGB image as the model's input: float32 [3, H, W]."""
         return transform(image, self.card.input, self.vit.image_height, self.vit.image_width)
 
-    def predict(self, images: Inputs, top_k: int = 5, batch_size: int | None = None) -> list[list[Prediction]]:
-        """The `top_k` most probable classes of each image, best first.
+    def predict(self, images: Inputs, top_k: int = 5, batch_size: int | None = None) -> list[Any]:
+        """The `top_k` most probable classes of each image, best first; or a segmenter's uint8 [H, W] at its size.
 
         Args:
             batch_size: images in a call of the forward; None: as many as keep all threads busy.
@@ -92,6 +102,11 @@ class Model:
         self, images: Inputs, top_k: int = 5, max_pixels: int = MAX_PIXELS, batch_size: int | None = None
     ) -> Iterator[Any]:
         """As `predict`, each as soon as it is known; of an image that cannot be read, its ValueError."""
+        if self._segments:
+            classes = self._native.classes  # of one at a time, by all threads
+            return results_of(
+                images, self.card.input, np.asarray, lambda pixels: [classes(pixels[0])], 1, processors(), max_pixels
+            )
         self._require_classes()
 
         def run(prepared: list[NDArray[np.float32]]) -> list[list[Prediction]]:
@@ -121,6 +136,13 @@ class Model:
 
     def _checked(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         return checked(images, self.vit.in_chans, (self.vit.image_height, self.vit.image_width))
+
+
+def bilinear(tokens: int, patch: int) -> NDArray[np.float32]:
+    """What every pixel of a side is made of, [tokens * patch, tokens]: torch's resizing with align_corners=False."""
+    centers = (np.arange(tokens * patch) + 0.5) / patch - 0.5
+    weights = [np.interp(centers, np.arange(tokens), one) for one in np.eye(tokens)]
+    return np.stack(weights, axis=1).astype(np.float32)
 
 
 def load(path: str | Path, threads: int | None = None, quantize: bool = True) -> Model:

@@ -20,7 +20,8 @@ MOST_TIMINGS = 32
 class _Description(ctypes.Structure):
     _fields_ = [
         ("channels", c_uint32), ("height", c_uint32), ("width", c_uint32), ("classes", c_uint32), ("outputs", c_uint32),
-        ("threads", c_uint32), ("isa", c_char_p), ("class_names", c_void_p), ("config", c_char_p),
+        ("threads", c_uint32), ("isa", c_char_p), ("class_names", c_void_p), ("config", c_char_p), ("rows", c_uint32),
+        ("columns", c_uint32),
     ]  # fmt: skip
 
 
@@ -36,6 +37,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "describe": (POINTER(_Description), [c_void_p]),
     "forward": (c_int, [c_void_p, _FLOATS, c_size_t, _FLOATS]),
     "features": (c_int, [c_void_p, _FLOATS, c_size_t, _FLOATS]),
+    "scores": (c_int, [c_void_p, _FLOATS, c_size_t, c_size_t, c_size_t, _FLOATS]),
+    "segment": (c_int, [c_void_p, POINTER(c_uint8), c_uint32, c_uint32, c_uint32, POINTER(c_uint8)]),
     "features_shape": (None, [c_void_p, POINTER(c_uint32)]),
     "close": (None, [c_void_p]),
     "error": (c_char_p, []),
@@ -116,6 +119,29 @@ class Vit:
         images, out = np.ascontiguousarray(images), np.empty((len(images), *shape), np.float32)
         call = _LIBRARY.sparsemae_features if features else _LIBRARY.sparsemae_forward
         if call(self._model, images.ctypes.data_as(_FLOATS), len(images), out.ctypes.data_as(_FLOATS)):
+            _refuse()
+        return out
+
+    def scores(self, images: NDArray[np.float32], patch: int) -> NDArray[np.float32]:
+        """Of a segmenter [B, H / patch, W / patch, C], of float32 images [B, 3, H, W] of any size in whole patches."""
+        batch, channels, height, width = images.shape
+        if images.dtype != np.float32 or channels != self._of.channels or height % patch or width % patch or not batch:
+            raise ValueError(f"images must be float32 [B, {self._of.channels}, H, W] of whole patches")
+        out = np.empty((batch, height // patch, width // patch, self._of.classes), np.float32)
+        data, to = np.ascontiguousarray(images).ctypes.data_as(_FLOATS), out.ctypes.data_as(_FLOATS)
+        if _LIBRARY.sparsemae_scores(self._model, data, batch, height, width, to):
+            _refuse()
+        return out
+
+    def classes(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Of a segmenter, of each pixel of an image uint8 [H, W, 3]: uint8 [H, W]."""
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
+            raise ValueError("pixels must be uint8 [H, W, 3]")
+        pixels, bytes_ = np.ascontiguousarray(pixels), POINTER(c_uint8)
+        out = np.empty(pixels.shape[:2], np.uint8)
+        height, width, channels = pixels.shape
+        data, to = pixels.ctypes.data_as(bytes_), out.ctypes.data_as(bytes_)
+        if _LIBRARY.sparsemae_segment(self._model, data, width, height, channels, to):
             _refuse()
         return out
 

@@ -83,14 +83,15 @@ def load_model(source: str | Path, task: str | None = None) -> tuple[Any, ModelC
     packed = read(path) if is_packed(path) else None
     state, metadata = ({}, {}) if packed is not None else read_weights(path)
     card = card_of(metadata, path) if packed is None else replace(packed.config.card, frozen=True)
+    if card.task == "segment" and packed is not None:
+        card = replace(card, patterns={f"encoder.{name}": own for name, own in card.patterns.items()})
     if task is not None and card.task != task:
         raise ValueError(f"{path}: wanted a model for {task}, got one for {card.task}")
     try:
         if packed is not None:
             state = {name: torch.from_numpy(value) for name, value in unpack(packed, masks=True).items()}
-            model = build_vit(packed.config.vit)
-        else:
-            model = _built(card, state)
+        as_is = packed is not None and packed.config.head is None  # its shape says all
+        model = build_vit(packed.config.vit) if packed is not None and as_is else _built(card, state)
         for pattern in sorted(set(card.patterns.values())):
             sparsify(model, pattern, include=[name for name, own in card.patterns.items() if own == pattern])
         load_weights(model, state, strict=True, name=path)

@@ -83,7 +83,7 @@ class Segmentation(Task[SegmentConfig]):
         ), self.validation  # fmt: skip
 
     def prepare(self, model: nn.Module, fabric: Fabric, batches: sampling.BatchPlan) -> None:
-        if batches.micro_batch < 2:
+        if batches.micro_batch < 2 and self.config.head.kind == "upernet":
             raise ValueError(
                 "trainer.device_batch: wanted at least 2 images per device and forward, got 1: the head pools to "
                 "1 x 1, where batch normalization has nothing to normalize over in a single image"
@@ -100,8 +100,10 @@ class Segmentation(Task[SegmentConfig]):
             if name != "encoder"
         )
         encoder, head = (forward.total for forward in self.forwards(meta_model(self)))
+        wide = f"{self.config.head.width} wide"
+        named = {"upernet": f"UperNet {wide}", "segformer": f"SegFormer head {wide}", "linear": "linear head"}
         cost = (
-            f"UperNet {self.config.head.width} wide: {around} parameters, dense; multiply-adds per {side} px image: "
+            f"{named[self.config.head.kind]}: {around} parameters, dense; multiply-adds per {side} px image: "
             f"{(encoder.kept + head.kept) / 1e9:.1f} G with the kept weights, {(encoder.dense + head.dense) / 1e9:.1f} "
             f"G with all, of both {head.dense / 1e9:.1f} G in the head"
         )
@@ -127,9 +129,11 @@ class Segmentation(Task[SegmentConfig]):
         use_plain_attention(model)  # matrix products, each of which the counter knows
         embed = model.eval().encoder.patch_embed
         image = torch.empty(1, model.encoder.in_chans, *embed.img_size, device="meta")
-        tokens, maps = embed.num_patches + model.encoder.num_prefix_tokens, model.forward_pyramid(image)
+        tokens = embed.num_patches + model.encoder.num_prefix_tokens
+        maps = [x.detach() for x in model.forward_maps(image)]
+        what = "encoder" if model.pyramid is None else "encoder and pyramid"
         return [
-            count_forward("encoder and pyramid", tokens, model, lambda: model.forward_pyramid(image)),
+            count_forward(what, tokens, model, lambda: model.forward_maps(image)),
             count_forward("the head", tokens, model, lambda: model.decode_head(maps)),
         ]
 

@@ -103,7 +103,7 @@ def test_the_auxiliary_head_is_transformers(figure: Any) -> None:
 
 def test_the_pyramids_strides_and_the_logits_size() -> None:
     model = segmenter().eval()
-    strides = [32 / x.shape[-1] for x in model.forward_pyramid(torch.randn(1, 3, 32, 32))]
+    strides = [32 / x.shape[-1] for x in model.forward_maps(torch.randn(1, 3, 32, 32))]
     assert strides == [2, 4, 8, 16]
     out = model(torch.randn(1, 3, 37, 50))
     assert out.logits.shape == (1, CLASSES, 37, 50)
@@ -118,7 +118,7 @@ def test_out_indices_are_the_blocks_outputs() -> None:
     for i, block in enumerate(model.encoder.blocks):
         block.register_forward_hook(lambda _, __, out, i=i: seen.__setitem__(i, out))
     image = torch.randn(1, 3, 32, 32)
-    third = model.forward_pyramid(image)[2]  # the pyramid leaves the third map as it is
+    third = model.forward_maps(image)[2]  # the pyramid leaves the third map as it is
     assert torch.equal(third, seen[2][:, 1:].transpose(1, 2).reshape(1, 32, 4, 4))
 
 

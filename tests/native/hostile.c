@@ -22,7 +22,14 @@ int main(int argc, char** argv) {
     const uint8_t pixels[12] = {255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 9, 9};
     float* input = malloc(sizeof(float) * d->channels * d->height * d->width);
     float* out = malloc(sizeof(float) * d->outputs);
-    int failed = sparsemae_prepare(model, pixels, 2, 2, 3, input) || sparsemae_forward(model, input, 1, out);
+    int failed;
+    if (d->rows) {
+      uint8_t classes[4];
+      failed = sparsemae_segment(model, pixels, 2, 2, 3, classes);
+      out[0] = failed ? 0 : classes[0];
+    } else {
+      failed = sparsemae_prepare(model, pixels, 2, 2, 3, input) || sparsemae_forward(model, input, 1, out);
+    }
     if (failed)
       printf("refused: %s\n", sparsemae_error());
     else

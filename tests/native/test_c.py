@@ -127,12 +127,19 @@ def test_the_program_of_the_page_runs(library: Path, tmp_path: Path) -> None:
 
 
 def hostile_files(folder: Path, count: int) -> list[Path]:
-    original, rng = packed(folder / "model").read_bytes(), np.random.default_rng(0)
-    header = 8 + int.from_bytes(original[:8], "little")
-    kinds = [
-        lambda: scramble(rng, original, header), lambda: scramble(rng, original, len(original)),
-        *(lambda where=where: edit(rng, original, where) for where in ("header", "config", "values")),
-    ]  # fmt: skip
+    """Of a classifier and of segmenters, damaged."""
+    rng, kinds = np.random.default_rng(0), list[Callable[[], bytes]]()
+    originals = [packed(folder / "model").read_bytes()]
+    for kind in ("linear", "segformer"):
+        write(folder / kind, reference.random_segmenter(kind))
+        originals.append((folder / kind).read_bytes())
+    for whole in originals:
+        header = 8 + int.from_bytes(whole[:8], "little")
+        kinds += [
+            lambda whole=whole, header=header: scramble(rng, whole, header),
+            lambda whole=whole: scramble(rng, whole, len(whole)),
+            *(lambda where=where, whole=whole: edit(rng, whole, where) for where in ("header", "config", "values")),
+        ]
     files = [folder / f"{i:04d}" for i in range(count)]
     for i, file in enumerate(files):
         file.write_bytes(kinds[i % len(kinds)]())
@@ -159,3 +166,26 @@ def test_a_thousand_hostile_files_under_the_address_sanitizer(
             load(file, 1)
     assert len(files) * 0.5 < refused < len(files)
     figure(f"{len(files)} files, {refused} refused, the others run; no report of the sanitizers")
+
+
+@pytest.mark.holds("take.3")
+def test_the_class_of_each_pixel_is_pythons(library: Path, tmp_path: Path) -> None:
+    program = compiled(ROOT / "tests/native/segment.c", library)
+    for kind in ("linear", "segformer"):
+        file = tmp_path / f"{kind}.safetensors"
+        write(file, reference.random_segmenter(kind))
+        for width, height in ((16, 16), (40, 23), (9, 61)):
+            done = subprocess.run([program, file, str(width), str(height)], capture_output=True, text=True, check=True)
+            *rows, sizes, said = done.stdout.splitlines()
+            x, y, c = np.meshgrid(np.arange(width), np.arange(height), np.arange(3))
+            pixels = (x * 7 + y * 3 + c).astype(np.uint8)
+            (wanted,) = load(file).predict(pixels)
+            assert np.array_equal(np.array([row.split() for row in rows], np.uint8), wanted)
+            assert len(np.unique(wanted)) > 2
+            assert (sizes, said[:30]) == ("4 4 5 80", "wanted a classifier or an enco")
+    Image.fromarray(pixels).save(tmp_path / "x.ppm")
+    done = subprocess.run(
+        [library / "sparsemae-run", file, tmp_path / "x.ppm"], capture_output=True, text=True, check=True
+    )
+    best = int(np.bincount(wanted.ravel()).argmax())
+    assert done.stdout.startswith(f"{tmp_path / 'x.ppm'}: class {best} {(wanted == best).mean():.1%}")

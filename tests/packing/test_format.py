@@ -87,8 +87,8 @@ def fill(name: str, value: int) -> Callable[..., None]:
 
 HOSTILE: dict[str, tuple[Callable[..., None], str]] = {
     "no metadata": (lambda c, t, m: m.clear() or m.update(other="x"), "wanted metadata of format"),
-    "future version": (lambda c, t, m: m.update(version="3"), "version: wanted 1 to 2, got '3': update sparsemae"),
-    "no version": (lambda c, t, m: m.update(version="x"), "version: wanted 1 to 2, got 'x'"),
+    "future version": (lambda c, t, m: m.update(version="4"), "version: wanted 1 to 3, got '4': update sparsemae"),
+    "no version": (lambda c, t, m: m.update(version="x"), "version: wanted 1 to 3, got 'x'"),
     "huge depth": (set_vit(depth=10**9), "vit.depth: wanted at least 1 and at most 512, got 1e"),
     "huge image": (set_vit(image_height=1 << 14, image_width=1 << 14), "pos_embed: wanted"),
     "negative width": (set_vit(embed_dim=-64), "vit.embed_dim: wanted at least 1"),
@@ -97,7 +97,7 @@ HOSTILE: dict[str, tuple[Callable[..., None], str]] = {
     "heads": (set_vit(num_heads=3), "vit.embed_dim: wanted a multiple of num_heads 3, got 64"),
     "eps": (set_vit(norm_eps=0.0), "vit.norm_eps: wanted more than 0"),
     "pool": (set_vit(global_pool="map"), "vit.global_pool: wanted 'avg' or 'token', got 'map'"),
-    "unknown field": (set_vit(extra=1), r"vit: wanted exactly the fields of version 2, got \[\'extra\'\]"),
+    "unknown field": (set_vit(extra=1), r"vit: wanted exactly the fields of the format, got \[\'extra\'\]"),
     "background": (lambda c, t, m: c["preprocess"].update(background=[1, 2]), "background: wanted three numbers"),
     "bits": (lambda c, t, m: c["preprocess"].update(bits=17), "preprocess.bits: wanted at least 9 and at most 16"),
     "pattern": (lambda c, t, m: c["patterns"].update({"blocks.0.mlp.fc1": "2:0"}), "pattern: wanted 'n:m'"),
@@ -109,7 +109,7 @@ HOSTILE: dict[str, tuple[Callable[..., None], str]] = {
     ),
     "codes out of range": (
         fill("blocks.1.attn.qkv.weight.codes", 255),
-        r"blocks\.1\.attn\.qkv\.weight: code of group 0",
+        r"blocks\.1\.attn\.qkv\.weight.codes: code of group 0",
     ),
     "NaN": (fill("head.weight", 0x7FC0), "head.weight: wanted finite values"),
     "infinite": (fill("blocks.0.mlp.fc1.weight.values", 0x7F80), "values: wanted finite values, got NaN or infinity"),
@@ -244,5 +244,5 @@ def test_patterns_are_read_strictly() -> None:
 def test_unpack_names_the_layer_of_a_bad_code() -> None:
     model = reference.random_model(reference.TINY)
     model.tensors["blocks.0.attn.proj.weight.codes"].fill(255)
-    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.proj\.weight: code of group 0: wanted less than 496"):
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.proj\.weight.codes: code of group 0: wanted less than 496"):
         unpack(model)
