@@ -244,5 +244,5 @@ def test_patterns_are_read_strictly() -> None:
 def test_unpack_names_the_layer_of_a_bad_code() -> None:
     model = reference.random_model(reference.TINY)
     model.tensors["blocks.0.attn.proj.weight.codes"].fill(255)
-    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.proj\.weight.codes: code of group 0: wanted less than 496"):
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.proj\.weight: code of group 0: wanted less than 496"):
         unpack(model)
