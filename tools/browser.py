@@ -83,7 +83,7 @@ class _Handler(SimpleHTTPRequestHandler):
 
 def visit(site: Path, what: str) -> list[float]:
     """Milliseconds of the runs of one subject, in a browser of its own. Raises RuntimeError on what the page says."""
-    handler = type("Handler", (_Handler,), {"done": threading.Event(), "results": {}})
+    handler: Any = type("Handler", (_Handler,), {"done": threading.Event(), "results": {}})
     with (
         ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(site))) as server,
         tempfile.TemporaryDirectory() as profile,

@@ -63,7 +63,7 @@ def test_the_containers_lines_in_an_empty_environment(tmp_path: Path, figure: Fi
     named = re.findall(r"sparsemae-\S+\.whl", block)
     built = sorted((ROOT / "build/wheels").glob("*-manylinux2014_x86_64.whl"))  # of `make wheels`
     if not built:
-        pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", tmp_path, ROOT]
+        pip: list[str | Path] = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", tmp_path, ROOT]
         subprocess.run(pip, check=True, capture_output=True)
         built = sorted(tmp_path.glob("sparsemae-*.whl"))
     assert len(set(named)) == 1
