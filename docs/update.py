@@ -84,8 +84,8 @@ def bare_install_table(measured: dict[str, Any]) -> str:
     ours = times["sparsemae.runtime"]
     busy = "on a busy machine, " * (measured["load"] > 0.5 * measured["processors"])
     return table(["package", "MB"], rows, 1) + (
-        f"\n`import sparsemae.runtime`: {1e3 * ours:.0f} ms of processor time beside Python's own start; `import numpy` "
-        f"alone {1e3 * times['numpy']:.0f} ms. `make bare-install`: {busy}medians of fresh processes.\n"
+        f"\n`import sparsemae.runtime`: {1e3 * ours:.0f} ms of processor time beside Python's own start; `import "
+        f"numpy` alone {1e3 * times['numpy']:.0f} ms. `make bare-install`: {busy}medians of fresh processes.\n"
     )
 
 
