@@ -82,10 +82,10 @@ def bare_install_table(measured: dict[str, Any]) -> str:
     rows = [[name, f"{size:.1f}"] for name, size in sorted(sizes.items(), key=lambda one: -one[1])]
     rows.append(["all", f"{sum(sizes.values()):.1f}"])
     ours = times["sparsemae.runtime"]
-    busy = "under load, " * (measured["load"] > 0.5 * measured["processors"])
+    busy = "on a busy machine, " * (measured["load"] > 0.5 * measured["processors"])
     return table(["package", "MB"], rows, 1) + (
-        f"\n`import sparsemae.runtime`: {1e3 * ours:.0f} ms beside Python's own start; `import numpy` alone "
-        f"{1e3 * times['numpy']:.0f} ms. `make bare-install`: {busy}medians of fresh processes.\n"
+        f"\n`import sparsemae.runtime`: {1e3 * ours:.0f} ms of processor time beside Python's own start; `import "
+        f"numpy` alone {1e3 * times['numpy']:.0f} ms. `make bare-install`: {busy}medians of fresh processes.\n"
     )
 
 

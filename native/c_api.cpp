@@ -81,7 +81,9 @@ struct sparsemae_model {
         config(std::move(file.config)) {
     const VitConfig& c = vit.config();
     for (const std::string& name : class_names) names.push_back(name.c_str());
+#if !defined(__wasm__)
     if (file.inference) segmenter.emplace(vit, preprocess, std::move(*file.inference));
+#endif
     const std::size_t outputs = c.all_tokens && !c.head ? vit.tokens() * c.embed_dim : vit.outputs();
     description = {static_cast<std::uint32_t>(c.in_chans),
                    static_cast<std::uint32_t>(c.image_height),
@@ -125,7 +127,10 @@ sparsemae_model* sparsemae_open_as(const void* bytes, size_t size, uint32_t thre
       at = reinterpret_cast<const std::uint8_t*>(copy.data());
     }
     PackedFile file;
-    const std::string wrong = read_packed(at, size, file);
+    std::string wrong = read_packed(at, size, file);
+#if defined(__wasm__)
+    if (file.inference) wrong = "a page has no segmenter, whose code would be a fifth of the module";
+#endif
     for (auto& [name, weights] : file.weights) weights.quantize = weights.quantize && quantize;
     if (wrong.empty() && threads <= 1024) return new sparsemae_model(std::move(file), threads, isa);
     remember((wrong.empty() ? "threads: wanted at most 1024"
@@ -188,7 +193,7 @@ int sparsemae_forward(sparsemae_model* m, const float* images, size_t batch, flo
   });
 }
 
-EXPORT(sparsemae_segment)
+#if !defined(__wasm__)
 int sparsemae_segment(sparsemae_model* m, const uint8_t* pixels, uint32_t width, uint32_t height, uint32_t channels,
                       uint8_t* out) {
   return guarded(1, [&] {
@@ -199,7 +204,6 @@ int sparsemae_segment(sparsemae_model* m, const uint8_t* pixels, uint32_t width,
   });
 }
 
-#if !defined(__wasm__)
 // What sparsemae/runtime/native.py calls beside the header: no promise to others.
 SPARSEMAE_API int sparsemae_features(sparsemae_model* m, const float* images, size_t batch, float* out) {
   return guarded(1, [&] {
@@ -222,7 +226,7 @@ SPARSEMAE_API int sparsemae_scores(sparsemae_model* m, const float* images, size
 SPARSEMAE_API void sparsemae_features_shape(const sparsemae_model* m, uint32_t* shape) {
   const VitConfig& c = m->vit.config();
   shape[0] = static_cast<uint32_t>(m->vit.tokens()), shape[1] = static_cast<uint32_t>(c.embed_dim);
-  shape[2] = c.all_tokens;
+  shape[2] = c.all_tokens && !c.head;
 }
 
 SPARSEMAE_API const char* sparsemae_math(const sparsemae_model* m) { return m->vit.kernels().math; }

@@ -3,7 +3,8 @@
     python tools/bare_install.py docs/bare-install.json
 
 Wheels of sparsemae and of what it depends on go into an empty environment; the sizes are of the files there, the times
-the medians of fresh processes, less what Python itself takes.
+the medians of fresh processes, less what Python itself takes: processor time, which other work on the machine disturbs
+little.
 """
 
 import json
@@ -12,7 +13,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -36,16 +36,18 @@ def sizes(python: Path) -> dict[str, float]:
     for file in site.rglob("*"):
         if file.is_file():
             name = file.relative_to(site).parts[0].partition("-")[0].partition(".")[0].lower()
+            name = "pillow" if name == "pil" else name
             found[name] = found.get(name, 0.0) + file.stat().st_size / 1e6
     return found
 
 
 def seconds(python: Path, code: str) -> float:
-    """Of one fresh process."""
+    """Processor time of one fresh process."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    begin = time.perf_counter()
+    before = os.times()
     subprocess.run([python, "-c", code], check=True, env=environment, cwd="/")
-    return time.perf_counter() - begin
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system
 
 
 def main() -> None:

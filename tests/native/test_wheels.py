@@ -83,7 +83,12 @@ def aarch64(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if "SPARSEMAE_TEST_AARCH64" in os.environ:  # fetched before
         return Path(os.environ["SPARSEMAE_TEST_AARCH64"])
     folder = tmp_path_factory.mktemp("aarch64")
-    script: list[str | Path] = [ROOT / "tests/native/aarch64_python.sh", sys.executable, folder, ROOT / "constraints.txt"]
+    script: list[str | Path] = [
+        ROOT / "tests/native/aarch64_python.sh",
+        sys.executable,
+        folder,
+        ROOT / "constraints.txt",
+    ]
     subprocess.run(script, check=True, capture_output=True)
     return folder
 
