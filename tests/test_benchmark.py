@@ -59,7 +59,7 @@ def test_what_was_measured_is_kept_when_it_is_stopped(
     answers = iter((0.002, 0.003, 0.016))
 
     class Worker:
-        def __init__(self, stack: object, engine: str, model: str, *rest: object) -> None:
+        def __init__(self, stack: object, module: str, engine: str, model: str, *rest: object) -> None:
             self.row = Measurement(engine, model)
 
         def ask(self, question: str) -> list[float]:
