@@ -79,7 +79,8 @@ def _export(engine: str, folder: str, threads: int) -> None:
             self.model = _model()
 
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-            return self.model((pixels - 127.5) / 63.75).logits.argmax(dim=1).to(torch.uint8)  # type: ignore[no-any-return]
+            classes: torch.Tensor = self.model((pixels - 127.5) / 63.75).logits.argmax(dim=1)
+            return classes.to(torch.uint8)
 
     example = torch.rand(1, 3, SIDE, SIDE) * 255
     converted = openvino.convert_model(ClassMap().eval(), example_input=example, input=[1, 3, SIDE, SIDE])
