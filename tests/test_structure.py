@@ -21,7 +21,7 @@ from sparsemae.options import StudyConfig
 PACKAGE = ROOT / "sparsemae"
 FILES = sorted(PACKAGE.rglob("*.py"))
 STATEMENTS = {"the commit before the house was rebuilt (f31ab9b)": 6952, "right": 1150, "held": 831, "fast": 14,
-              "own": 1645, "take": 804, "better": 611}  # fmt: skip
+              "own": 1645, "take": 801, "better": 611}  # fmt: skip
 """The house has no more than were there before; then what each later issue added, counted when it landed."""
 # Who may import whom, by first name below the package. What everybody may import imports nothing but itself.
 LEAVES = {"limits", "renamed", "card", "files", "plain_yaml", "predictor", "processors", "terminal"}
