@@ -41,7 +41,8 @@ def _random_files(folder: Path) -> list[str]:
     spec = InputSpec(SIDE, (0.5,) * 3, (0.25,) * 3, short_side=SIDE, long_side=4 * SIDE)
     settings = {
         "head": {"kind": "segformer", "width": WIDTH}, "out_indices": OUT_INDICES, "reduce_zero_label": True,
-        "inference": {"mode": "slide", "stride": 341, "scales": [1.0], "flip": False}, "palette": [[0, 0, 0]] * CLASSES,
+        "inference": {"mode": "slide", "stride": 341, "scales": [1.0], "flip": False},
+        "palette": [[0, 0, 0]] * CLASSES,
     }  # fmt: skip
     names, files = tuple(map(str, range(CLASSES))), []
     card = ModelCard("segment", "vit_base_patch16_224", {}, spec, names, settings=settings)

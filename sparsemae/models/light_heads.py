@@ -54,8 +54,9 @@ class SegFormerHead(nn.Module):
 
 
 def _init(head: nn.Module) -> None:
-    for name, module in head.named_modules():
+    """By the number of inputs: with ViTs' 0.02, a head this narrow lags behind for hundreds of steps."""
+    for module in head.modules():
         if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.01 if name == "classifier" else 0.02)
+            nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
