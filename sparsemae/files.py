@@ -71,6 +71,17 @@ def retried(action: Callable[[], T], info: Callable[[str], None]) -> T:
     return action()
 
 
+def oversized_header(path: Path) -> int:
+    """Bytes of a safetensors file's header where they are too many beside its data, else 0.
+
+    A byte of header may make twenty of memory, of tensors without values.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        header = int.from_bytes(stream.read(8), "little")
+    return header if 2**16 + size // 16 < header < size else 0
+
+
 def existing(path: Any) -> Path:
     """A path from outside, of a file or a folder, if it is there.
 

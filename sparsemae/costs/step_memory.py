@@ -23,7 +23,7 @@ from sparsemae.tasks.task import Task
 from sparsemae.training.optim import make_optimizer
 from sparsemae.training.step import optimizer_step
 
-_MASKING = (torch.ops.aten.where, torch.ops.aten.masked_fill)
+_MASKING = (torch.ops.aten.where, torch.ops.aten.masked_fill, torch.ops.sparsemae.kept_bf16)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsemae.card import ModelCard
-from sparsemae.files import existing, replacing
+from sparsemae.files import existing, oversized_header, replacing
 from sparsemae.models.names import public_names
 from sparsemae.models.torch_file import load_torch_file
 
@@ -185,11 +185,7 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
 def _opened(path: Path) -> Iterator[Any]:
     """A safetensors file; a ValueError that names it says what is wrong with it, an OSError what with the disk."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            header = int.from_bytes(stream.read(8), "little")
-        most = 2**16 + size // 16  # a byte of header may make twenty of tensors without values
-        if most < header < size:
+        if header := oversized_header(path):
             raise ValueError(f"its header of {header:,} bytes is too large beside its data")
         with safe_open(path, framework="pt", backend="pread") as file:  # a map of a file that is cut off kills
             yield file

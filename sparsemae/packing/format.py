@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from sparsemae.files import existing, write_atomic
+from sparsemae.files import existing, oversized_header, write_atomic
 from sparsemae.packing.codec import code_bytes, decode_mask
 from sparsemae.packing.metadata import FORMAT, PackedConfig, VitShape, parse_pattern, read_metadata, write_metadata
 from sparsemae.packing.segmenter import DenseHead
@@ -161,8 +161,11 @@ def is_packed(path: str | Path) -> bool:
 
     Raises ValueError, naming it, if it is a device or a pipe.
     """
+    path = existing(path)
     try:
-        with safe_open(existing(path), framework="numpy", backend="pread") as file:
+        if oversized_header(path):
+            return False
+        with safe_open(path, framework="numpy", backend="pread") as file:
             return (file.metadata() or {}).get("format") == FORMAT
     except (OSError, SafetensorError):
         return False

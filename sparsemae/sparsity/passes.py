@@ -4,18 +4,29 @@ As operators of torch, so that fake tensors and torch.compile know their shapes.
 operations it stands for, but for `pull_pruned`, whose product is rounded before it is added.
 """
 
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
-
-from sparsemae.runtime import native
 
 MOST_KEPT = 8
 """Of a group; beyond it a sort is faster."""
 
 
+@cache
+def _library() -> Any:
+    """The native library; None in a checkout where it is not built, as on a machine that only trains on a GPU."""
+    try:
+        from sparsemae.runtime import native
+    except ImportError:
+        return None
+    return native
+
+
 def fits(*tensors: Tensor) -> bool:
     """Whether the passes take them: whole fp32 tensors in the CPU's memory."""
-    return all(
+    return _library() is not None and all(
         tensor.device.type == "cpu"
         and tensor.dtype is torch.float32
         and tensor.is_contiguous()
@@ -28,7 +39,9 @@ def fits(*tensors: Tensor) -> bool:
 def select_kept(weight: Tensor, n: int, m: int) -> Tensor:
     """Of every m the n of largest magnitude, of equal ones the first: bool, in the shape of ``weight``."""
     mask = torch.empty(weight.shape, dtype=torch.bool)
-    native.run("select_kept", weight.data_ptr(), weight.numel() // m, m, n, torch.get_num_threads(), mask.data_ptr())
+    _library().run(
+        "select_kept", weight.data_ptr(), weight.numel() // m, m, n, torch.get_num_threads(), mask.data_ptr()
+    )
     return mask
 
 
@@ -42,7 +55,7 @@ def kept_bf16(weight: Tensor, mask: Tensor) -> Tensor:
     """Kept weights in bf16, the others 0."""
     kept = torch.empty(weight.shape, dtype=torch.bfloat16)
     addresses = weight.data_ptr(), mask.data_ptr(), weight.numel()
-    native.run("kept_bf16", *addresses, torch.get_num_threads(), kept.data_ptr())
+    _library().run("kept_bf16", *addresses, torch.get_num_threads(), kept.data_ptr())
     return kept
 
 
@@ -55,7 +68,7 @@ def _(weight: Tensor, mask: Tensor) -> Tensor:
 def pull_pruned(gradient: Tensor, weight: Tensor, mask: Tensor, strength: float) -> None:
     """Add ``strength`` times the pruned weights to their gradients."""
     addresses = gradient.data_ptr(), weight.data_ptr(), mask.data_ptr(), weight.numel()
-    native.run("pull_pruned", *addresses, strength, torch.get_num_threads())
+    _library().run("pull_pruned", *addresses, strength, torch.get_num_threads())
 
 
 @pull_pruned.register_fake
