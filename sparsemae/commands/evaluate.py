@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,11 @@ from sparsemae.options import EvaluateConfig, SourceConfig
 from sparsemae.packing.format import is_packed
 from sparsemae.processors import processors
 from sparsemae.renamed import OPTIONS, renamed
-from sparsemae.runtime import Model, load
 from sparsemae.tasks.class_figures import details, figures, summary
 from sparsemae.terminal import printable
+
+if TYPE_CHECKING:
+    from sparsemae.runtime import Model
 
 BATCH = 64
 
@@ -33,7 +35,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     packed = is_packed(config.model)
     if packed and config.probe is not None:
         raise ValueError(f"model: wanted a run or its weights with --probe, got a packed file: {config.model}")
-    predictor = load(config.model) if packed else None
+    predictor = _packed(config.model) if packed else None
     if predictor is None or predictor.card.task != "classify":
         from sparsemae.commands.evaluate_run import evaluate_run
 
@@ -51,7 +53,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     return metrics
 
 
-def outcomes(predictor: Model, source: Source) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _packed(file: str) -> "Model":
+    from sparsemae.runtime import load  # the native library, which a run does not want
+
+    return load(file)
+
+
+def outcomes(predictor: "Model", source: Source) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Classes [N], and the five likeliest by the model [N, 5], best first. Raises ValueError if images are unreadable.
 
     Threads read and prepare what comes next while the model computes.

@@ -40,6 +40,7 @@ for source in ("hf-hub:lab/model", "hf-hub:lab/mae", "hf-hub:lab/absent", "hf-hu
 """
 
 
+@pytest.mark.holds_only
 @pytest.mark.slow
 @pytest.mark.holds("take.2")
 def test_push_and_load_through_a_stand_in_of_the_hub(runs: Path, tmp_path: Path, figure: Callable[[str], None]) -> None:

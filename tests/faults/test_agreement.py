@@ -64,6 +64,7 @@ def one_line_each(statuses: list[int | None], output: str) -> str:
     return lines[0]
 
 
+@pytest.mark.holds_only
 @pytest.mark.slow
 @pytest.mark.holds("held.1")
 def test_1_processes_that_resume_from_different_steps(tmp_path: Path, came_out: Any) -> None:

@@ -226,6 +226,7 @@ def on_two_processes(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
+@pytest.mark.holds_only
 @pytest.mark.slow
 @pytest.mark.holds("house.6")
 def test_what_cannot_be_read_is_replaced_and_counted_on_one_and_two_processes(

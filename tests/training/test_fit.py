@@ -322,7 +322,8 @@ def test_evaluation_on_two_processes_is_that_of_one(tmp_path: Path, figure: Any)
 @pytest.mark.slow
 @pytest.mark.holds("imagenet.3")
 @pytest.mark.parametrize(
-    ("job", "precision"), [pytest.param("pretrain", "fp64", marks=pytest.mark.holds_only), ("finetune", "fp32")]
+    ("job", "precision"),
+    [pytest.param(*one, marks=pytest.mark.holds_only) for one in (("pretrain", "fp64"), ("finetune", "fp32"))],
 )
 def test_compiled_equals_eager(
     tmp_path: Path, job: str, precision: str, monkeypatch: pytest.MonkeyPatch, figure: Any
