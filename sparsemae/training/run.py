@@ -67,12 +67,13 @@ class Run:
             if self.fabric.is_global_zero:
                 try:
                     self._check_folder()
-                    self.checkpoints.mkdir(parents=True, exist_ok=True)
+                    self.folder.mkdir(parents=True, exist_ok=True)
                     self.log.lost = held.enter_context(lock.run_lock(self.folder, self.log.info))
                     held.push(self.log.close)
-                    checkpoint.remove_leftovers(self.checkpoints)
                     # first: it is what tells a run's folder from somebody's
                     write_atomic(self.folder / "environment.json", json.dumps(logs.environment(), indent=1))
+                    self.checkpoints.mkdir(exist_ok=True)
+                    checkpoint.remove_leftovers(self.checkpoints)
                     write_atomic(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
                 except (ValueError, OSError) as error:
                     problem = str(error)

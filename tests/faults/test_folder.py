@@ -141,3 +141,18 @@ def test_16_two_processes_end_together_when_their_folder_is_gone(tmp_path: Path)
     assert len(said) == 2  # one from each
     assert "Traceback" not in output
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_is_killed_before_its_first_file_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed() -> dict[str, object]:
+        raise KeyboardInterrupt
+
+    words = tiny("pretrain", tmp_path / "run", "--trainer.max_steps", "1")
+    with monkeypatch.context() as patched:
+        patched.setattr("sparsemae.training.logs.environment", killed)
+        with pytest.raises(SystemExit):
+            main(words)
+    main(words)
+    assert (tmp_path / "run" / "model.safetensors").is_file()
