@@ -18,6 +18,7 @@ from sparsemae.sparsity import iter_sparse
 from sparsemae.tasks.loading import load_model
 
 
+@pytest.mark.slow
 def test_the_file_says_what_evaluation_found(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = evaluate(EvaluateConfig(str(runs / "finetune")))
     described = load_model(runs / "finetune")[1].metrics

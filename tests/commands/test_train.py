@@ -18,6 +18,7 @@ from sparsemae.sparsity import NMPattern, iter_sparse, nm_mask
 from sparsemae.tasks.loading import load_model
 
 
+@pytest.mark.slow
 def test_finetuning_starts_from_the_full_latent_weights(runs: Path, tmp_path: Path) -> None:
     main(tiny("finetune", tmp_path / "start", "--init", str(runs / "pretrain"), "--optim.lr", "0"))
     before, after = read_weights(runs / "pretrain")[0], read_weights(tmp_path / "start")[0]

@@ -51,6 +51,7 @@ def test_the_methods_arithmetic(tmp_path: Path, pattern: str, kept: int, linear:
     assert giga(found, 1)["dense linear"][0] * 1e9 == pytest.approx(decoder)
 
 
+@pytest.mark.slow
 def test_a_recipe_beyond_the_paper_is_planned_as_the_uniform_one(tmp_path: Path) -> None:
     """Patterns of one total cost the same; a teacher that is not there is not counted."""
     model = "init: runs/mae\nmodel: {name: vit_tiny_patch16_224, args: {depth: 2}}\ntrainer: {global_batch: 8}\n"

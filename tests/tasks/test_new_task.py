@@ -110,6 +110,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TASKS, "brightness", Brightness)
 
 
+@pytest.mark.slow
 @pytest.mark.holds("house.3")
 def test_a_task_from_outside_goes_through_all_commands(
     tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]

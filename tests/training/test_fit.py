@@ -35,6 +35,7 @@ def assert_identical(one: Path, other: Path) -> None:
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.slow
 @pytest.mark.holds("foundation.6")
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("workers_live_on", [True, False])
@@ -216,6 +217,7 @@ def test_the_runs_folder(tmp_path: Path) -> None:
     assert_identical(tmp_path / "run", tmp_path / "again")
 
 
+@pytest.mark.slow
 @pytest.mark.holds("foundation.5")
 def test_a_frozen_file_holds_nm_in_every_group(tmp_path: Path) -> None:
     main(tiny("finetune", tmp_path / "run"))

@@ -24,6 +24,7 @@ def test_table_1_schedule_reaches_every_group(epoch: float, wanted: float) -> No
         assert group["lr"] == pytest.approx(wanted, rel=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.holds("foundation.4")
 def test_layer_decay_and_weight_decay_of_vit_base() -> None:
     model = timm.create_model("vit_base_patch16_224", global_pool="avg", num_classes=10)

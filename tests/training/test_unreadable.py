@@ -28,6 +28,7 @@ def words(job: str, folder: Path, out: Path, *options: str) -> list[str]:
     return own[:at] + own[at + 2 :]
 
 
+@pytest.mark.slow
 def test_a_run_names_each_unreadable_image_once_and_goes_on(
     broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
