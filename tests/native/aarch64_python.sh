@@ -6,7 +6,8 @@ python=$1
 folder=$2
 mkdir -p "$folder/state/lists/partial" "$folder/cache/archives/partial" "$folder/debs" "$folder/root"
 touch "$folder/state/status"
-echo "deb http://deb.debian.org/debian bookworm main" > "$folder/sources.list"
+from=$(apt-get indextargets --format '$(REPO_URI) $(RELEASE)' | head -n 1) # the archive that this machine has
+echo "deb $from main" > "$folder/sources.list"
 apt="-qq -o APT::Architecture=arm64 -o APT::Architectures=arm64 -o APT::Sandbox::User=root -o Dir::State=$folder/state
   -o Dir::State::status=$folder/state/status -o Dir::Cache=$folder/cache -o Dir::Etc::sourcelist=$folder/sources.list
   -o Dir::Etc::sourceparts=-"
