@@ -26,6 +26,20 @@ ROOT = Path(__file__).parent.parent
 MISSED = "MISSED"
 NEEDS_ROOT = "needs root: "
 """Begins the reason for which a test is skipped where it may not mount or make devices; CI as root fails at it."""
+SAID = """
+import contextlib, io, json, sys
+from sparsemae.cli import main
+
+def said(words):
+    out, error, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        try:
+            main(words)
+        except SystemExit as exit_:
+            status = exit_.code
+    return status or 0, out.getvalue(), error.getvalue()
+"""
+"""Of a script for a fresh process: status, output and errors of a command line."""
 RecordProperty = Callable[[str, object], None]
 Figure = Callable[[str], None]
 sys.path.insert(0, str(Path(__file__).parent))  # tests/reference.py

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import ROOT
+from conftest import ROOT, SAID
 from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision, MulticlassRecall
 
 from sparsemae.commands.evaluate import evaluate
@@ -26,24 +26,18 @@ from sparsemae.recipe_parser import recipe_parser
 from sparsemae.tasks.class_figures import details, figures, summary
 
 # No module is found that is neither Python's nor of the three packages; then command lines are run.
-DRIVER = """
-import contextlib, io, json, sys
+DRIVER = f"""
+import sys
 class Only:
     def __init__(self, finder):
         self.finder = finder
     def find_spec(self, name, path=None, target=None):
-        there = name.split(".")[0] in {*sys.stdlib_module_names, "numpy", "PIL", "safetensors", "sparsemae"}
+        there = name.split(".")[0] in set(sys.stdlib_module_names) | set("numpy PIL safetensors sparsemae".split())
         return self.finder.find_spec(name, path, target) if there else None
 sys.meta_path[:] = map(Only, sys.meta_path)
-from sparsemae.cli import main
+{SAID}
 for words in json.loads(sys.argv[1]):
-    out, error, status = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
-        try:
-            main(words)
-        except SystemExit as exit_:
-            status = exit_.code
-    print(json.dumps([status or 0, out.getvalue(), error.getvalue()]))
+    print(json.dumps(said(words)))
 """
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import ROOT, Figure
+from conftest import ROOT, SAID, Figure
 
 from sparsemae.jobs import JOBS
 
@@ -32,19 +32,15 @@ PATHS = {
 RECIPES = {**{job: ["--config", "nowhere"] for job in JOBS}, "plan": ["nowhere"]}
 
 # Runs the command lines of its arguments, one after the other; after each it prints what came of it.
-DRIVER = """
-import contextlib, io, json, sys
-from sparsemae.cli import main
+DRIVER = (
+    SAID
+    + """
 for words in json.loads(sys.argv[1]):
-    out, error, status = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
-        try:
-            main(words)
-        except SystemExit as exit_:
-            status = exit_.code
+    answer = said(words)
     heavy = [name for name in ("torch", "timm", "numpy") if name in sys.modules]
-    print(json.dumps([status or 0, out.getvalue(), error.getvalue(), heavy]))
+    print(json.dumps([*answer, heavy]))
 """
+)
 
 
 class Answer(NamedTuple):

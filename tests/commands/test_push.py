@@ -8,25 +8,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import SAID
 from hub_standin import TOKEN, hub
 
 # Runs command lines in one process without the waits between tries; after each it prints what came of it.
-DRIVER = """
-import contextlib, io, json, sys, time
+DRIVER = (
+    SAID
+    + """
+import time
 from pathlib import Path
 time.sleep = lambda seconds: None
 import timm, torch
-from sparsemae.cli import main
 from sparsemae.models.start import start_from
 
 for words in json.loads(sys.argv[1]):
-    out, error, status = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
-        try:
-            main(words)
-        except SystemExit as exit_:
-            status = exit_.code
-    print(json.dumps([status, out.getvalue(), [line for line in error.getvalue().splitlines() if "error:" in line]]))
+    status, out, error = said(words)
+    print(json.dumps([status, out, [line for line in error.splitlines() if "error:" in line]]))
 there = timm.create_model("hf-hub:lab/model", pretrained=True)
 here = timm.create_model(f"local-dir:{sys.argv[2]}", pretrained=True)
 print(all(torch.equal(here.state_dict()[name], value) for name, value in there.state_dict().items()))
@@ -38,6 +35,7 @@ for source in ("hf-hub:lab/model", "hf-hub:lab/mae", "hf-hub:lab/absent", "hf-hu
     except ValueError as error:
         print(" ".join(str(error).split()))
 """
+)
 
 
 @pytest.mark.holds_only

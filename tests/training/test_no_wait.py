@@ -67,8 +67,9 @@ class NoWait(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def prepared(job: str, sparse: SparseConfig, device: str) -> tuple[Task[Any], nn.Module]:
-    """A task that is ready for that device, and its model, on the CPU."""
+def prepared(job: str, state: str, device: str) -> tuple[Task[Any], nn.Module]:
+    """A task that is ready for that device, and its model in one of the `STATES`, on the CPU."""
+    sparse, change = STATES[state]
     config = copy.deepcopy(JOBS[job])
     config.sparse = sparse
     task = task_class(config.task)(config)
@@ -78,7 +79,8 @@ def prepared(job: str, sparse: SparseConfig, device: str) -> tuple[Task[Any], nn
     batches = BatchPlan.make(images=16, global_batch=BATCH, device_batch=None, world=1)
     fabric: Any = SimpleNamespace(device=torch.device(device), world_size=1, autocast=nullcontext)
     task.prepare(model, fabric, batches)
-    return task, model.train()
+    change(model.train())
+    return task, model
 
 
 def taken(model: nn.Module) -> None:
@@ -109,9 +111,7 @@ def step(task: Task[Any], model: nn.Module, backward: Callable[[], object], sche
 @pytest.mark.parametrize("job", JOBS)
 def test_a_step_on_a_fake_device_has_no_tensor_of_the_cpu(job: str, state: str) -> None:
     """Forward, loss, optimizer and after-step; autograd of fake CUDA tensors needs a real device."""
-    sparse, change = STATES[state]
-    task, model = prepared(job, sparse, "cuda")
-    change(model)
+    task, model = prepared(job, state, "cuda")
     example = task.example_batch(model, BATCH)
     with FakeTensorMode() as mode, torch.no_grad():
 
@@ -138,9 +138,7 @@ def test_a_step_on_a_fake_device_has_no_tensor_of_the_cpu(job: str, state: str) 
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("job", JOBS)
 def test_a_step_waits_for_nothing(job: str, state: str) -> None:
-    sparse, change = STATES[state]
-    task, model = prepared(job, sparse, "cpu")
-    change(model)
+    task, model = prepared(job, state, "cpu")
     batch, forward = task.example_batch(model, BATCH), task.wrapped(model)
     schedule = MaskSchedule(model, decay_epochs=1.0 * (state == "new"), freeze_epoch=0.5 if state == "loaded" else None)
     average = ModelEmaV3(model, decay=0.9)
