@@ -46,6 +46,7 @@ class ImageDataset(Dataset[Any]):
         smallest: images with a shorter side (px) are refused.
         rules: how files become RGB.
         max_unreadable: fraction of the images that a run tolerates to be unreadable.
+        cache_gigabytes: memory for decoded images, which are read once; those beyond it each time.
     """
 
     def __init__(
@@ -57,10 +58,13 @@ class ImageDataset(Dataset[Any]):
         smallest: int = 1,
         rules: PixelRules = DEFAULT_RULES,
         max_unreadable: float = 0.0,
+        cache_gigabytes: float = 0.0,
     ) -> None:
         self.source, self.transform, self.seed = source, transform, seed
         self.patches, self.smallest, self.rules = patches, smallest, rules
         self.tolerated = tolerated(len(source), max_unreadable)
+        self._decoded: dict[int, tuple[Image.Image, Any]] = {}
+        self._bytes_free = cache_gigabytes * 1e9
 
     def __len__(self) -> int:
         return len(self.source)
@@ -78,7 +82,7 @@ class ImageDataset(Dataset[Any]):
         failed: list[str] = []
         for index in self._candidates(epoch, index) if training else (index,):  # noqa: B020 the one used
             try:
-                image, target = self.source.read(index, self.smallest, self.rules)
+                image, target = self._read(index)
                 break
             except ConnectionError as error:
                 return Unreadable(str(error), unreachable=True)
@@ -93,6 +97,17 @@ class ImageDataset(Dataset[Any]):
         noise = {"noise": torch.rand(self.patches)} if self.patches else {}  # before the transform's own draws
         pixels, target = self.transform(image, target)
         return {"image": pixels, "target": target, "index": index, "unreadable": failed, **noise}
+
+    def _read(self, index: int) -> tuple[Image.Image, Any]:
+        """`Source.read`, from memory where it is there."""
+        if index not in self._decoded:
+            read = image, target = self.source.read(index, self.smallest, self.rules)
+            size = 4 * image.width * image.height + getattr(target, "nbytes", 0)  # Pillow's RGB has 4 bytes
+            if size > self._bytes_free:
+                return read
+            self._bytes_free -= size
+            self._decoded[index] = read
+        return self._decoded[index]
 
     def _candidates(self, epoch: int, index: int) -> Iterator[int]:
         """The image, then those that follow it in the epoch, as long as a run can go on with so many unreadable."""

@@ -52,9 +52,11 @@ class Classification(Task[FinetuneConfig]):
     def datasets(self, model: nn.Module) -> tuple[ImageDataset, ImageDataset]:
         data, smallest = self.config.data, smallest_side(model)
         transform = transforms.evaluation_transform(self.card().input)
-        self.validation = ImageDataset(self.val, transform, smallest=smallest, rules=data)
+        cache = data.cache_gigabytes
+        self.validation = ImageDataset(self.val, transform, smallest=smallest, rules=data, cache_gigabytes=cache)
         return ImageDataset(
-            self.train, transforms.training_transform(data), self.config.seed, 0, smallest, data, data.max_unreadable
+            self.train, transforms.training_transform(data), self.config.seed, 0, smallest, data, data.max_unreadable,
+            cache,
         ), self.validation  # fmt: skip
 
     def prepare(self, model: nn.Module, fabric: Fabric, batches: sampling.BatchPlan) -> None:

@@ -73,7 +73,7 @@ class Pretraining(Task[PretrainConfig]):
         patches_kept(patches, self.config.mask_ratio)
         transform, smallest = training_transform(data), smallest_side(model)
         return ImageDataset(
-            self.source, transform, self.config.seed, patches, smallest, data, data.max_unreadable
+            self.source, transform, self.config.seed, patches, smallest, data, data.max_unreadable, data.cache_gigabytes
         ), None  # fmt: skip
 
     def wrapped(self, model: nn.Module) -> nn.Module:

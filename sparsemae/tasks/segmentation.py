@@ -76,10 +76,11 @@ class Segmentation(Task[SegmentConfig]):
 
     def datasets(self, model: nn.Module) -> tuple[ImageDataset, ImageDataset]:
         data = self.config.data
-        self.validation = ImageDataset(self.val, mask_transforms.mask_evaluation_transform, rules=data)
+        evaluation, cache = mask_transforms.mask_evaluation_transform, data.cache_gigabytes
+        self.validation = ImageDataset(self.val, evaluation, rules=data, cache_gigabytes=cache)
         return ImageDataset(
             self.train, mask_transforms.mask_training_transform(data), self.config.seed, rules=data,
-            max_unreadable=data.max_unreadable,
+            max_unreadable=data.max_unreadable, cache_gigabytes=cache,
         ), self.validation  # fmt: skip
 
     def prepare(self, model: nn.Module, fabric: Fabric, batches: sampling.BatchPlan) -> None:

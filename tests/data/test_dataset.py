@@ -141,3 +141,21 @@ def test_samples_are_functions_of_seed_epoch_and_index(image_folder: Path, crop:
     index = next(i for e, i in by_key if e == 0 and (1, i) in by_key)
     assert not torch.equal(by_key[0, index][0], by_key[1, index][0])
     assert not torch.equal(by_key[0, index][1], by_key[1, index][1])
+
+
+@pytest.mark.parametrize("kept", [0, 3, 100])
+def test_images_in_memory_are_read_once_and_are_the_same(image_folder: Path, kept: int) -> None:
+    """Of 0, 3 and all images that fit: equal samples in two epochs; only those that do not fit are read again."""
+    data = folder(image_folder)
+    source = open_source(data, "train")
+    width, height = source.read(0)[0].size
+    cached = ImageDataset(source, training_transform(data), cache_gigabytes=kept * width * height * 4 / 1e9)
+    plain = ImageDataset(source, training_transform(data))
+    keys = [(epoch, index) for epoch in range(2) for index in range(len(source))]
+    wanted = [plain[key] for key in keys]
+    first = [cached[key] for key in keys[: len(source)]]
+    for index in range(min(kept, len(source))):
+        Path(source.filename(index)).unlink()
+    for ours, theirs in zip([*first, *(cached[key] for key in keys[len(source) :])], wanted, strict=True):
+        assert isinstance(ours, dict) and isinstance(theirs, dict) and not ours["unreadable"]
+        assert torch.equal(ours["image"], theirs["image"]) and ours["target"] == theirs["target"]
