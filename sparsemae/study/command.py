@@ -4,10 +4,11 @@ import json
 import math
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from rich.console import Console
 
@@ -49,23 +50,33 @@ def study(config: StudyConfig) -> None:
 def _run(config: StudyConfig, root: Path, results: Results, console: Console) -> None:
     """Choose the rates, train what has no figures yet, and write the page."""
     out = Path(config.out)
-    _train(config, selection(config, root), results, out, console)
+    _train(config, selection(config, root), results, console, result)
     trials = final(config, root, choose(config, results.rows))
-    _train(config, trials, results, out, console)
-    for trial in trials:
+
+    def measured(trial: Trial, out: Path, seconds: float) -> dict[str, Any]:
+        return tested(result(trial, out, seconds), trial, out, root)
+
+    _train(config, trials, results, console, measured)
+    for trial in trials:  # the rate's own choice trained these
         row = results.get(trial)
         if row is not None and row["test"] is None:
             results.put(tested(row, trial, out, root))
     write_page(config, results.rows, out / "study.md")
 
 
-def _train(config: StudyConfig, trials: Sequence[Trial], results: Results, out: Path, console: Console) -> None:
-    """Train what has no result yet."""
-    missing = {trial.finetuning: trial for trial in trials if results.get(trial) is None}
+def _train(
+    config: StudyConfig,
+    trials: Sequence[Trial],
+    results: Results,
+    console: Console,
+    row: Callable[[Trial, Path, float], dict[str, Any]],
+) -> None:
+    """Train what has no result yet; each is written as it comes."""
+    missing, out = {trial.finetuning: trial for trial in trials if results.get(trial) is None}, Path(config.out)
 
     def finished(stage: Stage, seconds: float) -> None:
         if stage in missing:
-            results.put(result(missing[stage], out, seconds))
+            results.put(row(missing[stage], out, seconds))
 
     run_stages(stages_of(list(missing.values())), out, 0, math.inf, console, config.at_a_time, finished)
 
