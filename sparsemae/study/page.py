@@ -140,7 +140,8 @@ def _draw(arms: dict[str, Rows], path: Path) -> None:
     curves.set(xlabel="epoch of finetuning", ylabel="top-1 on held-out images, %")
     sizes[0].set(xlabel="parameters kept", ylabel="top-1 on test images, %", xscale="log")
     sizes[1].set(xlabel="multiply-adds kept, per image", xscale="log")
-    figure.legend(loc="outside right center", fontsize=8)
+    for text in figure.legend(loc="outside right center", fontsize=8).get_texts():
+        text.set_parse_math(False)  # an arm may be called anything
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=130, format="png")
 

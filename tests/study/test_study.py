@@ -20,6 +20,7 @@ from sparsemae.config import read_config
 from sparsemae.demo.stages import SMALL as RIVAL
 from sparsemae.options import ArmConfig, FinetuneConfig, PretrainConfig, SettingConfig, StudyConfig
 from sparsemae.sparsity import summarize
+from sparsemae.study.page import write_page
 from sparsemae.study.plan import choose, final, selection, stages_of
 from sparsemae.study.statistics import T95, Paired
 from sparsemae.tasks import task_class
@@ -173,6 +174,21 @@ def test_a_study_to_its_end_and_a_deleted_result_again(small: list[str], tmp_pat
     found = next(row for row in again if all(row[key] == lost[key] for key in ("setting", "arm", "seed", "lr")))
     assert {**found, "seconds": 0} == {**lost, "seconds": 0}
     assert len(again) == len(rows)
+
+
+@pytest.mark.holds("held.1")
+def test_an_arm_may_be_called_anything(tmp_path: Path) -> None:
+    r"""``$\frac{`` in a name is shown, not read as a formula, which would end the report."""
+    name = r"half $\frac{ of $"
+    row = {
+        "setting": "all", "arm": name, "seed": 0, "lr": 1e-3, "val": 0.5, "test": 0.5, "kept": 10, "total": 20,
+        "sparse_weights": 8, "multiply_adds": 100, "curve": [[1, 0.4], [2, 0.5]], "topology": [],
+        "processor": "one", "torch": "2", "threads": 1, "commit": "abc",
+    }  # fmt: skip
+    study = StudyConfig(arms={name: ArmConfig()}, settings={"all": SettingConfig()}, learning_rates=[1e-3])
+    write_page(study, [row], tmp_path / "study.md")
+    assert f"| {name} | 50.00 |" in (tmp_path / "study.md").read_text()
+    assert (tmp_path / "study-0.png").stat().st_size > 0
 
 
 def test_a_report_of_nothing_is_refused(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
