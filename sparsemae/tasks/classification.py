@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -74,16 +75,15 @@ class Classification(Task[FinetuneConfig]):
             self.mix = Mixup(
                 config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=len(self.class_names)
             )
-        weights = None
+        smoothing = 0.0 if self.mix else config.label_smoothing
+        self.criterion: Callable[[Tensor, Tensor], Tensor] = nn.CrossEntropyLoss(label_smoothing=smoothing)
         if config.class_weights == "balanced":
             counts = self.train.class_counts()
             if counts is None:
                 raise ValueError(f"class_weights: wanted none: the labels of {config.data.source} are not listed")
             weights = torch.from_numpy(len(self.train) / (np.maximum(counts, 1) * (counts > 0).sum()))
             weights = weights.to(fabric.device, torch.float32)
-        self.criterion: Callable[[Tensor, Tensor], Tensor] = nn.CrossEntropyLoss(
-            weights, label_smoothing=0.0 if self.mix else config.label_smoothing
-        )
+            self.criterion = partial(weighted_cross_entropy, weights=weights, smoothing=config.label_smoothing)
         self.erase: Callable[[Tensor], Tensor] = lambda images: images
         if config.erasing:  # on the normalized batch; draws from the generators that the loop seeds
             self.erase = RandomErasing(config.erasing, mode="pixel", device=str(fabric.device))
@@ -107,10 +107,7 @@ class Classification(Task[FinetuneConfig]):
     def seen(self, batch: dict[str, Any]) -> list[Shown]:
         data, smoothing, names = self.config.data, self.config.label_smoothing, self.class_names
         images, target = self._mixed(batch)
-        if target.ndim == 1:
-            target = nn.functional.one_hot(target, len(names)).float()
-        else:
-            target = (target - smoothing / len(names)) / (1 - smoothing)
+        target = shares(target, len(names), smoothing)
         pictures = map(picture, transforms.denormalize(images, data.mean, data.std))
         best = target.topk(2)  # mixed of two at most
         notes = (
@@ -200,3 +197,21 @@ class Classification(Task[FinetuneConfig]):
     @classmethod
     def summary(cls, metrics: dict[str, float]) -> str:
         return class_figures.summary(metrics)
+
+
+def weighted_cross_entropy(logits: Tensor, target: Tensor, weights: Tensor, smoothing: float) -> Tensor:
+    """Mean of the images' cross-entropies ``[B, C]``, each times the weight ``[C]`` of its class, or of those it mixes.
+
+    torch's own ``weight`` weighs the smoothed part of a target too, class by class: a common image would be taught to
+    be half of a class twenty times as rare.
+    """
+    smoothed = 0.0 if target.ndim == 2 else smoothing  # mixup has smoothed its targets
+    losses = nn.functional.cross_entropy(logits, target, reduction="none", label_smoothing=smoothed)
+    return (losses * (shares(target, len(weights), smoothing) @ weights)).mean()
+
+
+def shares(target: Tensor, classes: int, smoothing: float) -> Tensor:
+    """What each image is of each class ``[B, C]``: of class numbers ``[B]``, or of mixup's smoothed targets."""
+    if target.ndim == 1:
+        return nn.functional.one_hot(target, classes).float()
+    return (target - smoothing / classes) / (1 - smoothing)
