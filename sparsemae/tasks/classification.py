@@ -18,6 +18,7 @@ from sparsemae.card import ModelCard
 from sparsemae.costs.multiply_adds import Forward, count_forward
 from sparsemae.data import loader, sampling, sources, transforms
 from sparsemae.data.dataset import ImageDataset
+from sparsemae.data.jpeg import decoded_by
 from sparsemae.data.splits import Part
 from sparsemae.models import build_vit, use_plain_attention
 from sparsemae.options import FinetuneConfig, SourceConfig
@@ -54,7 +55,8 @@ class Classification(Task[FinetuneConfig]):
         transform = transforms.evaluation_transform(self.card().input)
         self.validation = ImageDataset(self.val, transform, smallest=smallest, rules=data)
         return ImageDataset(
-            self.train, transforms.training_transform(data), self.config.seed, 0, smallest, data, data.max_unreadable
+            decoded_by(data.jpeg, self.train), transforms.training_transform(data), self.config.seed, 0, smallest,
+            data, data.max_unreadable,
         ), self.validation  # fmt: skip
 
     def prepare(self, model: nn.Module, fabric: Fabric, batches: sampling.BatchPlan) -> None:
