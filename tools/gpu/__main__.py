@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--out", type=Path, default=ROOT / "gpu-results")
     parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS))
-    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--minutes", type=float, default=bench.MINUTES)
     given = parser.parse_args()
     with bench.Bench(given.device, given.out, given.minutes) as bench_, redirect_stdout(bench_.log):  # type: ignore[type-var]
         name = torch.cuda.get_device_name() if given.device == "cuda" else "CPU"

@@ -27,13 +27,16 @@ from sparsemae.training.step import optimizer_step
 BATCHES = {"pretrain": 256, "finetune": 128, "segment": 16}
 """Images per forward of the timed steps."""
 TINY: dict[str, Any] = {
-    "model": {"args": {"embed_dim": 64, "depth": 4, "num_heads": 2}}, "data": {"img_size": 64},
+    "model": {"args": {"embed_dim": 64, "depth": 2, "num_heads": 2}}, "data": {"img_size": 64},
 }  # fmt: skip
 TINY_OF_JOB: dict[str, dict[str, Any]] = {
     "pretrain": {"decoder": {"embed_dim": 32, "depth": 1, "num_heads": 2}},
     "finetune": {},
-    "segment": {"head": {"width": 8, "auxiliary_width": 8}, "out_indices": [0, 1, 2, 3], "inference": {"stride": 64}},
-}
+    "segment": {
+        "model": {"args": {"embed_dim": 64, "depth": 4, "num_heads": 2}}, "out_indices": [0, 1, 2, 3],
+        "head": {"width": 8, "auxiliary_width": 8}, "inference": {"stride": 64},
+    },
+}  # fmt: skip
 RUNS = 8
 
 
