@@ -160,7 +160,7 @@ def plan(config: PlanConfig) -> Plan:
         "without torch.compile and the device's own context",
         # and the topology's reference and last look, in bits
         checkpoint_bytes=memory.weights + memory.optimizer + 2 * encoder.sparse_total // 8,
-        images_per_second=config.images_per_second,
+        images_per_second=config.images_per_second, loaders=max(1, recipe.data.workers) * batches.world,
     )  # fmt: skip
     if config.measure:
         rate, machine = measured_rate(task, batches, precision)
@@ -168,7 +168,6 @@ def plan(config: PlanConfig) -> Plan:
     if result.images_per_second is not None and task.sources:
         faster = ", or --data.jpeg torchvision" if getattr(recipe.data, "jpeg", "") == "pillow" else ""
         result = replace(result, loader_rate=loader_rate(task, model), faster=faster)
-    result = replace(result, loaders=max(1, recipe.data.workers) * batches.world)
     print(*map(printable, [*notes, *str(result).splitlines()]), sep="\n")
     return result
 
