@@ -64,7 +64,7 @@ DEVICE ?= cuda
 OUT ?= gpu-results
 ONLY ?=
 gpu:
-	$(PYTHON) tools/gpu.py --device $(DEVICE) --out $(OUT) $(if $(ONLY),--only $(ONLY))
+	$(PYTHON) tools/gpu --device $(DEVICE) --out $(OUT) $(if $(ONLY),--only $(ONLY))
 
 # the packed forward as WebAssembly, for `sparsemae web`
 wasm: $(STAMP)

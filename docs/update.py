@@ -90,7 +90,7 @@ def bare_install_table(measured: dict[str, Any]) -> str:
 
 
 def gpu_table(lines: list[dict[str, Any]]) -> str:
-    """Speeds of the recipes' steps, then what was held against a reference, as `tools/gpu.py` wrote them."""
+    """Speeds of the recipes' steps, then what was held against a reference, as `tools/gpu` wrote them."""
     machine = next(line for line in lines if line["part"] == "machine")
     steps = [line for line in lines if "images_per_second" in line]
     rows = [

@@ -26,6 +26,7 @@ from torch.utils.data import ConcatDataset, default_collate
 from sparsemae.benchmark.timing import aligned, seconds, take_turns
 from sparsemae.config import read_config
 from sparsemae.data.dataset import ImageDataset
+from sparsemae.data.jpeg import decoded_by
 from sparsemae.data.loader import batches
 from sparsemae.data.sampling import BatchPlan, TrainingSampler
 from sparsemae.data.sources import open_source
@@ -122,8 +123,9 @@ def _pipelines(data: ImageDataConfig, source: Source, runs: int) -> list[Rate]:
     count = max(1, _PASSES * len(source) // LOADER_BATCH)
     sampler = TrainingSampler(BatchPlan.make(len(source), LOADER_BATCH, None, 1), 0, 0, 0, 1_000_000)
 
-    def ours() -> Iterator[Tensor]:
-        for batch in batches(ImageDataset(source, training_transform(data)), sampler, workers=1):
+    def ours(library: str) -> Iterator[Tensor]:
+        dataset = ImageDataset(decoded_by(library, source), training_transform(data))
+        for batch in batches(dataset, sampler, workers=1):
             yield normalize(batch["image"], data.mean, data.std)
 
     def fed(start: Callable[[], Iterator[Any]]) -> float:
@@ -132,9 +134,11 @@ def _pipelines(data: ImageDataConfig, source: Source, runs: int) -> list[Rate]:
         return seconds(lambda: deque(islice(feed, count), 0)) / (count * LOADER_BATCH)
 
     timms = partial(_timm_loader, data, source, count)
-    own, rival = take_turns({"ours": partial(fed, ours), "timm's": partial(fed, timms)}, runs).values()
+    feeds = {library: partial(ours, library) for library in ("pillow", "torchvision")} | {"timm": timms}
+    own, fast, rival = take_turns({name: partial(fed, feed) for name, feed in feeds.items()}, runs).values()
     return [
         Rate("input pipeline", "ours, one core", 1 / own, rival / own),
+        Rate("input pipeline", "ours with data.jpeg=torchvision, one core", 1 / fast, rival / fast),
         Rate("input pipeline", "timm's create_loader, one core", 1 / rival),
     ]
 

@@ -3,6 +3,7 @@
 Everything is counted on the models that the job would build, on the meta device, not by formulas beside them.
 """
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from sparsemae.config import check_paths, read_config
 from sparsemae.costs.multiply_adds import Forward
-from sparsemae.costs.rate import measured_rate
+from sparsemae.costs.rate import loader_rate, measured_rate
 from sparsemae.costs.step_memory import StepMemory, step_memory
 from sparsemae.data.embedded import TRAIN_IMAGES
 from sparsemae.data.sampling import BatchPlan
@@ -45,6 +46,12 @@ class Plan:
     images_per_second: float | None
     machine: str = ""
     """Where that was measured, if it was."""
+    loaders: int = 1
+    """Loader processes on all devices together."""
+    loader_rate: float | None = None
+    """Images per second that one of them gives on this machine, where the plan knows the images."""
+    faster: str = ""
+    """What makes a loader process faster."""
 
     @property
     def images(self) -> int:
@@ -90,7 +97,21 @@ class Plan:
             hours, where = f"{self.hours:,.{1 if self.hours >= 1 else 3}f}", f"images/s{self.machine} on all devices"
             how = f"{hours} at {self.images_per_second:,g} {where}, evaluations not counted"
         lines.append(f"hours            {how}")
-        return "\n".join(lines)
+        return "\n".join(lines + self._loaders())
+
+    def _loaders(self) -> list[str]:
+        """What the loader must deliver for that rate, and whether it will."""
+        if self.images_per_second is None:
+            return []
+        each = self.images_per_second / self.loaders
+        line = (
+            f"loader           {each:,.0f} images/s from each of {self.loaders} processes (data.workers), a core each"
+        )
+        if self.loader_rate is None:
+            return [line]
+        enough, wanted = self.loader_rate >= each, math.ceil(self.images_per_second / self.loader_rate)
+        short = f", too slow: wanted {wanted:,} of them{self.faster}"
+        return [line, f"  one gives      {self.loader_rate:,.0f} images/s here{'' if enough else short}"]
 
 
 def plan(config: PlanConfig) -> Plan:
@@ -139,11 +160,14 @@ def plan(config: PlanConfig) -> Plan:
         "without torch.compile and the device's own context",
         # and the topology's reference and last look, in bits
         checkpoint_bytes=memory.weights + memory.optimizer + 2 * encoder.sparse_total // 8,
-        images_per_second=config.images_per_second,
+        images_per_second=config.images_per_second, loaders=max(1, recipe.data.workers) * batches.world,
     )  # fmt: skip
     if config.measure:
         rate, machine = measured_rate(task, batches, precision)
         result = replace(result, images_per_second=rate, machine=f" ({machine}, measured)")
+    if result.images_per_second is not None and task.sources:
+        faster = ", or --data.jpeg torchvision" if getattr(recipe.data, "jpeg", "") == "pillow" else ""
+        result = replace(result, loader_rate=loader_rate(task, model), faster=faster)
     print(*map(printable, [*notes, *str(result).splitlines()]), sep="\n")
     return result
 

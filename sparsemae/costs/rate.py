@@ -8,7 +8,7 @@ import platform
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import repeat
+from itertools import cycle, repeat
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from sparsemae.training.step import optimizer_step
 
 SECONDS = 20.0
 WARM_STEPS = 2
+LOADER_SECONDS, LOADER_IMAGES = 2.0, 256
 
 
 def measured_rate(task: Task[Any], plan: BatchPlan, precision: str, seconds: float = SECONDS) -> tuple[float, str]:
@@ -56,6 +57,22 @@ def measured_rate(task: Task[Any], plan: BatchPlan, precision: str, seconds: flo
     while steps == 0 or now - begin < seconds:
         now, steps = step(), steps + 1
     return steps * plan.micro_batch / (now - begin) * plan.world, _machine(fabric.device, plan.world)
+
+
+def loader_rate(task: Task[Any], model: torch.nn.Module, seconds: float = LOADER_SECONDS) -> float:
+    """Images per second that one loader process reads and augments, of those of the task's data set."""
+    dataset, threads = task.datasets(model)[0], torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a loader process
+    begin, read = time.monotonic(), 0
+    try:
+        for index in cycle(range(0, len(dataset), max(1, len(dataset) // LOADER_IMAGES))):
+            dataset[(0, index)]
+            read += 1
+            if time.monotonic() - begin > seconds:
+                break
+    finally:
+        torch.set_num_threads(threads)
+    return read / (time.monotonic() - begin)
 
 
 def _images(task: Task[Any], plan: BatchPlan, model: torch.nn.Module) -> Iterator[Any]:

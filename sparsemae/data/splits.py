@@ -5,7 +5,7 @@ import hashlib
 import io
 import os
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,6 +46,8 @@ class Source:
     """All images have the same size."""
     max_pixels: int = MAX_PIXELS
     """Images and masks of more are refused."""
+    decoder: Callable[..., Any] = decode_rgb
+    """From a file to pixels: `decode_rgb`, or what takes its arguments and makes its errors."""
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -93,7 +95,7 @@ class Source:
                     f"{name}: wanted data.exif true or false, got none for an image whose EXIF orientation is {turned} "
                     "(true turns it and its mask, false neither)"
                 )
-            image = decode_rgb(file, name, smallest, rules, self.max_pixels)
+            image = self.decoder(file, name, smallest, rules, self.max_pixels)
         target = self.target(label)
         if self.legend is None:
             return image, target

@@ -15,6 +15,7 @@ from torchvision import transforms
 
 from sparsemae.card import InputSpec
 from sparsemae.data.images import center_crop
+from sparsemae.data.jpeg import Decoded
 from sparsemae.options import ImageDataConfig
 
 
@@ -41,12 +42,13 @@ def training_transform(options: ImageDataConfig) -> ImageTransform:
         except Exception as error:  # timm reads its policy with assertions, and as numbers what follows a letter
             raise ValueError(f"data.auto_augment: wanted a policy of timm's, got {options.auto_augment!r}") from error
         _patch_posterize(steps)
+        steps.transforms[0] = _FirstStep(steps.transforms[0], options)
         return ImageTransform(steps)
     size, interpolation = (options.img_size, options.img_size), transforms.InterpolationMode(options.interpolation)
     return ImageTransform(
         transforms.Compose(
             [
-                transforms.Resize(size, interpolation),
+                _FirstStep(transforms.Resize(size, interpolation), options),
                 _RandomShift(options.crop_shift),
                 transforms.RandomHorizontalFlip(options.hflip),
                 transforms.PILToTensor(),
@@ -69,6 +71,23 @@ def _patch_posterize(steps: Any) -> None:
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
     return posterize(image, bits) if bits else Image.new(image.mode, image.size)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class _FirstStep:
+    """To a PIL image of ``img_size`` px, drawn alike whichever library has decoded it."""
+
+    step: Any
+    """That of a PIL image: RandomResizedCropAndInterpolation, or Resize."""
+    options: ImageDataConfig
+
+    def __call__(self, image: Image.Image | Decoded) -> Image.Image:
+        if isinstance(image, Image.Image):
+            return self.step(image)  # type: ignore[no-any-return]
+        box = (0, 0, image.height, image.width)
+        if self.options.crop == "resized":
+            box = self.step.get_params(image.pixels, self.step.scale, self.step.ratio)
+        return image.resized(box, self.options.img_size, self.options.interpolation)
 
 
 class _RandomShift:

@@ -119,12 +119,12 @@ def hold_masks(model: nn.Module) -> Iterator[None]:
     """Keep the masks of now: each is computed once, however many forwards run inside."""
     held = [layer for _, layer in iter_sparse(model) if not layer.frozen and layer.held_mask is None]
     for layer in held:
-        layer.held_mask = layer.current_mask()
+        layer.hold_mask()
     try:
         yield
     finally:
         for layer in held:
-            layer.held_mask = None
+            layer.held_mask = layer.held_kept = None
 
 
 @contextmanager
@@ -167,7 +167,7 @@ def densify(model: nn.Module) -> list[str]:
     for _, layer in layers:
         layer.drop_mask()
         del layer.pattern
-        for name in ("held_mask", "use_dense", "pruned_scale", "criterion"):
+        for name in ("held_mask", "held_kept", "use_dense", "pruned_scale", "criterion"):
             layer.__dict__.pop(name, None)
         layer.__class__ = nn.Linear  # type: ignore[assignment]
     return [name for name, _ in layers]

@@ -28,25 +28,28 @@ from sparsemae.sparsity.pattern import Criterion, NMPattern, check_finite, check
 class _StraightThrough(torch.autograd.Function):
     """M * W forward, the gradient of W~ passed unchanged to *all* of W backward (SR-STE with strength 0).
 
-    With a scale, (M + scale * (1 - M)) * W forward.
+    With a scale, (M + scale * (1 - M)) * W forward. ``kept`` is M * W in bf16, where that is there.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(weight: Tensor, mask: Tensor, scale: Tensor | None) -> Tensor:
-        in_bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
-        if scale is None and in_bf16 and passes.fits(weight) and mask.is_contiguous():
-            kept: Tensor = passes.kept_bf16(weight, mask)  # what autocast would make of it, in one pass
+    def forward(weight: Tensor, mask: Tensor, scale: Tensor | None, kept: Tensor | None = None) -> Tensor:
+        device = "cuda" if weight.is_cuda else "cpu"
+        in_bf16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.bfloat16
+        if scale is None and in_bf16 and kept is not None:
             return kept
+        if scale is None and in_bf16 and passes.fits(weight) and mask.is_contiguous():
+            made: Tensor = passes.kept_bf16(weight, mask)  # what autocast would make of it, in one pass
+            return made
         return torch.where(mask, weight, 0.0 if scale is None else weight * scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0], None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return grads[0], None, None, None
 
 
 class NMLinear(nn.Linear):
@@ -64,6 +67,8 @@ class NMLinear(nn.Linear):
     """Only on a frozen layer."""
     held_mask: Tensor | None = None
     """Mask that stands in for the recomputed one inside `hold_masks`; never saved."""
+    held_kept: Tensor | None = None
+    """The kept weights in bf16, where they were made with ``held_mask``."""
     use_dense: bool = False
     """True inside `dense_weights`."""
     pruned_scale: Tensor | None = None
@@ -82,6 +87,16 @@ class NMLinear(nn.Linear):
             return self.held_mask
         return select_mask(whole(self.weight), self.pattern, self.criterion)
 
+    def hold_mask(self) -> None:
+        """Keep the mask of now as ``held_mask``."""
+        n, m = self.pattern.n, self.pattern.m
+        if self.criterion is magnitude and passes.fits_kernel(self.weight, n, m):
+            from sparsemae.sparsity.kernel import select_in_one_pass
+
+            self.held_mask, self.held_kept = select_in_one_pass(self.weight.detach(), n, m)
+        else:
+            self.held_mask = self.current_mask()
+
     def forward(self, input: Tensor) -> Tensor:
         """``input [..., I]`` to ``[..., O]``."""
         if self.use_dense and not self.frozen:
@@ -89,7 +104,7 @@ class NMLinear(nn.Linear):
         elif self.frozen:
             weight = torch.where(self.weight_mask, self.weight, 0.0)  # not straight-through: pruned gradients are 0
         else:
-            weight = _StraightThrough.apply(self.weight, self.current_mask(), self.pruned_scale)
+            weight = _StraightThrough.apply(self.weight, self.current_mask(), self.pruned_scale, self.held_kept)
         return F.linear(input, weight, self.bias)
 
     def freeze(self, name: str = "layer") -> None:
@@ -117,7 +132,7 @@ class NMLinear(nn.Linear):
         return f"{super().extra_repr()}, pattern={self.pattern}{', frozen' if self.frozen else ''}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "held_mask": None, "use_dense": False, "pruned_scale": None}
+        return {**self.__dict__, "held_mask": None, "held_kept": None, "use_dense": False, "pruned_scale": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -5,6 +5,7 @@ operations it stands for, but for `pull_pruned`, whose product is rounded before
 """
 
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -12,6 +13,10 @@ from torch import Tensor
 
 MOST_KEPT = 8
 """Of a group; beyond it a sort is faster."""
+LARGEST_GROUP = 1024
+"""That the kernel holds in registers."""
+USE_KERNEL = False
+"""Select by `kernel` on a CUDA device; torch's operations do until `make gpu` has measured it faster there."""
 
 
 @cache
@@ -32,6 +37,20 @@ def fits(*tensors: Tensor) -> bool:
         and tensor.is_contiguous()
         and not hasattr(tensor, "device_mesh")  # divided by FSDP2
         for tensor in tensors
+    )
+
+
+def fits_kernel(weight: Tensor, n: int, m: int) -> bool:
+    """Whether the kernel on a CUDA device takes them, and is to."""
+    return (
+        USE_KERNEL
+        and weight.is_cuda
+        and weight.dtype is torch.float32
+        and weight.is_contiguous()
+        and not hasattr(weight, "device_mesh")
+        and n <= min(MOST_KEPT, m - 1)
+        and m <= LARGEST_GROUP
+        and find_spec("triton") is not None
     )
 
 

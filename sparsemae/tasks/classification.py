@@ -19,6 +19,7 @@ from sparsemae.card import ModelCard
 from sparsemae.costs.multiply_adds import Forward, count_forward
 from sparsemae.data import loader, sampling, sources, transforms
 from sparsemae.data.dataset import ImageDataset
+from sparsemae.data.jpeg import decoded_by
 from sparsemae.data.splits import Part
 from sparsemae.models import build_vit, use_plain_attention
 from sparsemae.options import FinetuneConfig, SourceConfig
@@ -56,8 +57,8 @@ class Classification(Task[FinetuneConfig]):
         cache = data.cache_gigabytes
         self.validation = ImageDataset(self.val, transform, smallest=smallest, rules=data, cache_gigabytes=cache)
         return ImageDataset(
-            self.train, transforms.training_transform(data), self.config.seed, 0, smallest, data, data.max_unreadable,
-            cache,
+            decoded_by(data.jpeg, self.train), transforms.training_transform(data), self.config.seed, 0, smallest,
+            data, data.max_unreadable, cache,
         ), self.validation  # fmt: skip
 
     def prepare(self, model: nn.Module, fabric: Fabric, batches: sampling.BatchPlan) -> None:

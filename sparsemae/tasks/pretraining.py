@@ -16,6 +16,7 @@ from sparsemae.card import ModelCard
 from sparsemae.costs.multiply_adds import Forward, count_forward
 from sparsemae.data import draws
 from sparsemae.data.dataset import ImageDataset
+from sparsemae.data.jpeg import decoded_by
 from sparsemae.data.sources import find_source
 from sparsemae.data.splits import Part, Source
 from sparsemae.data.transforms import denormalize, evaluation_transform, normalize, training_transform
@@ -73,7 +74,8 @@ class Pretraining(Task[PretrainConfig]):
         patches_kept(patches, self.config.mask_ratio)
         transform, smallest = training_transform(data), smallest_side(model)
         return ImageDataset(
-            self.source, transform, self.config.seed, patches, smallest, data, data.max_unreadable, data.cache_gigabytes
+            decoded_by(data.jpeg, self.source), transform, self.config.seed, patches, smallest, data,
+            data.max_unreadable, data.cache_gigabytes,
         ), None  # fmt: skip
 
     def wrapped(self, model: nn.Module) -> nn.Module:

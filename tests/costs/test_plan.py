@@ -11,7 +11,12 @@ from conftest import Figure, metrics, tiny
 
 from sparsemae.cli import main
 from sparsemae.costs.plan import Plan, plan
+from sparsemae.costs.rate import loader_rate
+from sparsemae.options import ModelConfig, PretrainConfig
 from sparsemae.options.commands import PlanConfig
+from sparsemae.options.data import ImageDataConfig
+from sparsemae.tasks.pretraining import Pretraining
+from sparsemae.tasks.sparse import meta_model
 from sparsemae.training.checkpoint import TRAINING, load_checkpoint
 
 PEAK = Path(__file__).parent / "peak.py"
@@ -199,3 +204,31 @@ def test_which_job_a_recipe_is_for(tmp_path: Path) -> None:
         plan(PlanConfig(str(recipe)))
     with pytest.raises(ValueError, match="wanted a YAML file or a recipe"):
         plan(PlanConfig("pretrain_q"))
+
+
+def test_a_plan_says_what_the_loader_must_deliver(
+    image_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What one process gives is measured where the images are known; here it is given."""
+    words = ["--data.root", str(image_folder), "--data.source", "folder", "--data.workers", "2", "--data.img_size",
+             "28", "--model.args", "{patch_size: 7, embed_dim: 32, depth: 2, num_heads: 2}", "--trainer.global_batch",
+             "8", "--trainer.device_batch", "8"]  # fmt: skip
+    for rate, faster, said in (
+        (100.0, "pillow", "100 images/s here"),
+        (99.0, "pillow", "99 images/s here, too slow: wanted 3 of them, or --data.jpeg torchvision"),
+        (25.0, "torchvision", "25 images/s here, too slow: wanted 8 of them"),
+    ):
+        monkeypatch.setattr("sparsemae.costs.plan.loader_rate", lambda task, model, rate=rate: rate)
+        config = PlanConfig("pretrain", images_per_second=200.0, words=[*words, "--data.jpeg", faster])
+        *_, wanted, given = str(plan(config)).splitlines()
+        assert wanted.split(maxsplit=1)[1].startswith("100 images/s from each of 2 processes")
+        assert given.split(maxsplit=2)[2] == said
+    assert str(planned(tmp_path, "pretrain", MEDIUM, images_per_second=200.0)).splitlines()[-1].startswith("loader")
+    assert "loader" not in str(planned(tmp_path, "pretrain", MEDIUM))
+
+
+def test_a_loaders_rate_is_measured(image_folder: Path) -> None:
+    data = ImageDataConfig(source="folder", root=str(image_folder), img_size=28)
+    task = Pretraining(PretrainConfig(data=data, model=ModelConfig(args={"patch_size": 7, "depth": 1})))
+    task.open_data()
+    assert loader_rate(task, meta_model(task), seconds=0.05) > 1

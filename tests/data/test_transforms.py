@@ -4,12 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from timm.data import create_transform
 
 from sparsemae.card import InputSpec
+from sparsemae.config import read_config, recipe_names
+from sparsemae.data.sampling import seeding
 from sparsemae.data.transforms import evaluation_transform, normalize, training_transform
+from sparsemae.jobs import training_jobs
 from sparsemae.options.data import ImageDataConfig
 
 
@@ -20,6 +24,34 @@ def test_the_evaluation_transform_is_timms(image_folder: Path) -> None:
     got = evaluation_transform(InputSpec(32, mean, std, "bicubic", 0.875))(image, 3)[0]
     assert got.dtype == torch.uint8
     torch.testing.assert_close(normalize(got[None], mean, std)[0], wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("policy", [None, "rand-m9-mstd0.5-inc1"])
+@pytest.mark.holds("fast.9")
+def test_the_training_transform_is_timms(policy: str | None) -> None:
+    """Without a wish for anything faster, bit for bit."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8))
+    data = ImageDataConfig(img_size=32, auto_augment=policy)
+    theirs = create_transform(
+        32, is_training=True, scale=data.crop_scale, hflip=0.5, color_jitter=0.0, auto_augment=policy,
+        interpolation="bicubic", mean=data.mean, use_prefetcher=True,
+    )  # fmt: skip
+    ours = training_transform(data)
+    for seed in range(10):
+        both = []
+        for transform in (lambda x: torch.as_tensor(theirs(x)), lambda x: ours(x, 0)[0]):
+            with seeding(seed, [(0, 0)]) as keys:
+                both += [transform(image) for _ in keys]
+        assert torch.equal(*both)
+
+
+@pytest.mark.holds("fast.9")
+def test_recipes_keep_the_reference_pipeline() -> None:
+    configs = [read_config(kind, ["--config", name]) for name in recipe_names() for job, kind in training_jobs().items()
+               if job in name]  # fmt: skip
+    choices = [config.data.jpeg for config in configs if isinstance(config.data, ImageDataConfig)]
+    assert len(choices) > 5
+    assert set(choices) == {ImageDataConfig().jpeg} == {"pillow"}
 
 
 def test_shift_moves_by_at_most_the_pixels_given_and_fills_with_black() -> None:

@@ -43,6 +43,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.holds("fast.4")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
 def test_neon_agrees_with_the_twin(program: Path, kind: str, dtype: str, tmp_path: Path) -> None:
     pattern, changes = KINDS[kind]

@@ -1,0 +1,45 @@
+"""Packed files of a model that was trained, on all images of its validation part, against the masked fp32 model."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Figure
+
+import sparsemae
+from sparsemae.cli import main
+from sparsemae.data.embedded import EmbeddedReader
+from sparsemae.runtime import native
+
+
+@pytest.mark.holds_only
+@pytest.mark.holds("fast.3")
+def test_int8_of_a_trained_model_gives_its_classes(tmp_path: Path, figure: Figure) -> None:
+    """The demo's model and recipe, trained for a part of its epochs, by every way to multiply int8 there is here."""
+    run = tmp_path / "run"
+    main(["finetune", "--config", "demo_finetune", "--trainer.epochs", "6", "--trainer.evaluate_every_epochs", "6",
+          "--out", str(run)])  # fmt: skip
+    main(["pack", str(run), str(tmp_path / "packed"), "--dtype", "int8"])
+    reader, model = EmbeddedReader("val"), sparsemae.load(run)
+    mean, std = (np.float32(values).reshape(3, 1, 1) for values in (model.card.input.mean, model.card.input.std))
+    images = (reader.pixels[:, None].repeat(3, axis=1) / np.float32(255) - mean) / std
+    wanted = np.concatenate([model(part) for part in np.array_split(images, 20)])
+    top = np.sort(wanted, axis=1)
+    assert (wanted.argmax(1) == reader.labels).mean() > 0.6  # it has learned
+    ways = [""] + [isa for isa in native.usable_isas() if "vnni" in isa or isa == "portable"]
+    for isa in ways:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SPARSEMAE_ISA", isa)
+            packed = sparsemae.load(tmp_path / "packed")
+        got = np.concatenate([packed(part) for part in np.array_split(images, 20)])
+        worst, error = float(np.abs(got - wanted).max()), np.abs(got - wanted).max(axis=1)
+        clear = top[:, -1] - top[:, -2] > 2 * error
+        points = 100 * abs((got.argmax(1) == reader.labels).mean() - (wanted.argmax(1) == reader.labels).mean())
+        figure(
+            f"{isa or 'chosen'}: largest error {worst / wanted.std():.1e} of the spread, {points:.2f} points of top-1"
+        )
+        assert (got.argmax(1) == wanted.argmax(1))[clear].all()
+        assert clear.mean() > 0.9
+        assert points <= 0.2
+        assert np.sqrt(np.square(got - wanted).mean()) <= 3e-2 * wanted.std()
+        assert worst <= 3e-2 * wanted.std()
