@@ -52,6 +52,7 @@ def test_a_wheel_has_what_its_tag_says(wheel: Path, tmp_path: Path, figure: Figu
     names = zipfile.ZipFile(wheel).namelist()
     assert wheel.name.split("-")[2:4] == ["py3", "none"]
     assert {f"sparsemae/web/{name}" for name in MODULES} <= set(names)
+    assert {name.partition("/")[0] for name in names} == {"sparsemae", wheel.name.partition("-py3")[0] + ".dist-info"}
     assert not [name for name in names if name.endswith((".cpp", ".h", ".xz"))]
     content = library(wheel, tmp_path).read_bytes()
     begins, at, machine = LIBRARIES[platform(wheel)]
@@ -180,10 +181,10 @@ def test_the_x86_64_wheel_in_an_empty_environment(wheel: Path, image_folder: Pat
     ):  # fmt: skip
         there, here = (
             subprocess.run(
-                [*program, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+                [*program, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
             )
             for program in ([tmp_path / "env/bin/sparsemae"], [sys.executable, "-m", "sparsemae"])
         )
-        assert (there.returncode, there.stderr) == (0, ""), there.stderr
-        assert there.stdout == here.stdout
+        assert (there.stdout, there.stderr) == (here.stdout, here.stderr)
+        assert there.stdout
     assert {file.name for file in (tmp_path / "site").iterdir()} >= {"index.html", "model.safetensors", *MODULES}
