@@ -127,10 +127,7 @@ sparsemae_model* sparsemae_open_as(const void* bytes, size_t size, uint32_t thre
       at = reinterpret_cast<const std::uint8_t*>(copy.data());
     }
     PackedFile file;
-    std::string wrong = read_packed(at, size, file);
-#if defined(__wasm__)
-    if (file.inference) wrong = "a page has no segmenter, whose code would be a fifth of the module";
-#endif
+    const std::string wrong = read_packed(at, size, file);
     for (auto& [name, weights] : file.weights) weights.quantize = weights.quantize && quantize;
     if (wrong.empty() && threads <= 1024) return new sparsemae_model(std::move(file), threads, isa);
     remember((wrong.empty() ? "threads: wanted at most 1024"

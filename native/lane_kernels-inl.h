@@ -164,6 +164,11 @@ inline void product(const float* A, size_t row, size_t column, size_t depth, con
 }
 
 constexpr size_t kProductSums = 12;  // of a product, in registers
+#if defined(__wasm__)
+constexpr size_t kProductRows = 6;  // more would be 3 KB of the module for the last of an odd number of vectors
+#else
+constexpr size_t kProductRows = 12;
+#endif
 
 template <size_t N, class>
 struct Products;
@@ -175,7 +180,7 @@ struct Products<N, std::index_sequence<R...>> {
 template <size_t N>
 inline void product_rows(size_t rows, const float* A, size_t row, size_t column, size_t depth, const float* b,
                          size_t b_stride, float* c, size_t c_stride) {
-  constexpr size_t most = kProductSums / N;
+  constexpr size_t most = kProductSums / N < kProductRows ? kProductSums / N : kProductRows;
   for (size_t a = 0; a < rows; a += most)
     Products<N, std::make_index_sequence<most>>::run[(rows - a < most ? rows - a : most) - 1](
         A + a * row, row, column, depth, b, b_stride, c + a * c_stride, c_stride);

@@ -3,6 +3,17 @@
 #include "packed_file.h"
 
 namespace sparsemae {
+
+#if defined(__wasm__)
+
+std::string read_segment(const Json&, VitConfig&, Inference&) {
+  return "a page has no segmenter, whose code would be a fifth of its module";
+}
+
+std::vector<std::pair<std::string, std::vector<std::size_t>>> head_shapes(const VitConfig&) { return {}; }
+
+#else
+
 namespace {
 
 using Kind = Json::Kind;
@@ -83,5 +94,7 @@ std::vector<std::pair<std::string, std::vector<std::size_t>>> head_shapes(const 
   add("classifier.weight", {c.head->classes, width}), add("classifier.bias", {c.head->classes});
   return shapes;
 }
+
+#endif
 
 }  // namespace sparsemae

@@ -24,13 +24,23 @@ struct DenseHead {
   std::vector<std::size_t> taps;  // blocks after which it reads; the last is the model's last
 };
 
+#if defined(__wasm__)
+// A page classifies (packed_segment.cpp): the compiler leaves out what asks for a head.
+struct MaybeHead {
+  constexpr explicit operator bool() const { return false; }
+  const DenseHead* operator->() const { __builtin_unreachable(); }
+};
+#else
+using MaybeHead = std::optional<DenseHead>;
+#endif
+
 struct VitConfig {
   std::size_t embed_dim, depth, num_heads, mlp_hidden, patch_size, image_height, image_width, in_chans, num_classes,
       reg_tokens;
   bool class_token, no_embed_class, pre_norm, final_norm, fc_norm, patch_bias, pool_include_prefix;
   bool average_pool, all_tokens;  // neither: the class token
   float norm_eps;
-  std::optional<DenseHead> head;  // of an encoder with all_tokens
+  MaybeHead head;  // of an encoder with all_tokens
 
   std::size_t rows() const { return image_height / patch_size; }
   std::size_t columns() const { return image_width / patch_size; }

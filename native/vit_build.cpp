@@ -106,13 +106,22 @@ std::vector<std::int64_t> head_rows(const Geometry& g) {
   return rows;
 }
 
-// Runs the tasks on all threads; throws what the first failing one (in their order) has thrown.
-void run_all([[maybe_unused]] ThreadPool& pool, const std::vector<std::function<void()>>& tasks) {
-#if defined(__wasm__)  // one thread, no exceptions, and 16 KB less
-  for (const auto& task : tasks) task();
+#if defined(__wasm__)
+// One thread and no exceptions: a task is done where it is named, and the module is 20 KB smaller.
+struct Tasks {
+  template <class Task>
+  void emplace_back(const Task& task) {
+    task();
+  }
+};
+void run_all(ThreadPool&, const Tasks&) {}
 #else
+using Tasks = std::vector<std::function<void()>>;
+
+// Runs the tasks on all threads; throws what the first failing one (in their order) has thrown.
+void run_all(ThreadPool& pool, const Tasks& tasks) {
   struct Call {
-    const std::vector<std::function<void()>>& tasks;
+    const Tasks& tasks;
     std::vector<std::exception_ptr> failures;
     std::atomic<std::size_t> next{0};
   } call{tasks, std::vector<std::exception_ptr>(tasks.size())};
@@ -130,8 +139,8 @@ void run_all([[maybe_unused]] ThreadPool& pool, const std::vector<std::function<
       &call);
   for (const auto& failure : call.failures)
     if (failure) std::rethrow_exception(failure);
-#endif
 }
+#endif
 
 }  // namespace
 
@@ -185,7 +194,8 @@ void Vit::build_base() {
   base_ = aligned_array<float>(residual_size_);
   const std::size_t first = config_.no_embed_class ? 0 : g.prefix;  // positions of other tokens than patches
   std::vector<float> resampled;
-  const bool same = config_.rows() == net.rows && config_.columns() == net.columns;
+  // a segmenter alone looks at other sizes
+  const bool same = !config_.head || (config_.rows() == net.rows && config_.columns() == net.columns);
   if (!same)
     resampled = resize_bicubic(net.positions.data() + first * g.width, net.rows, net.columns, config_.rows(),
                                config_.columns(), g.width);
@@ -281,7 +291,7 @@ Vit::Vit(const VitConfig& config, const std::map<std::string, Weights>& weights,
   std::fill_n(query_gain.begin(), g.width, 1.0f / std::sqrt(static_cast<float>(g.head_dim)));
 
   const auto net = std::make_shared<Net>();
-  std::vector<std::function<void()>> layers;
+  Tasks layers;
   const auto layer = [&](Layer& to, const Kernels& kernels, const std::string& name, const auto& rows,
                          const std::vector<float>* gain, float bound) {
     layers.emplace_back([&to, &kernels, &rows, gain, bound, name, &weights, &optional_vector, this] {

@@ -97,8 +97,8 @@ def rank(logits: NDArray[np.float32], class_names: Sequence[str], top_k: int = 5
 
     Raises ValueError if they are not finite.
     """
-    if top_k < 1:
-        raise ValueError(f"top_k: wanted at least 1, got {top_k}")
+    if not isinstance(top_k, int | np.integer) or top_k < 1:  # a second image that is not in a list comes here
+        raise ValueError(f"top_k: wanted at least 1, got {top_k!r:.40}")
     require_finite(np.isfinite(logits).all())
     exponentials = np.exp(logits - logits.max(), dtype=np.float64)
     probabilities = exponentials / exponentials.sum()

@@ -172,6 +172,8 @@ def test_what_both_kinds_refuse(predictor: Predictor, photograph: Path) -> None:
     assert predictor.features(frozen).shape[:2] == (1, 17)
     with pytest.raises(ValueError, match="top_k: wanted at least 1, got 0"):
         predictor.predict(photograph, top_k=0)
+    with pytest.raises(ValueError, match=r"top_k: wanted at least 1, got 'two\.jpg'"):
+        predictor.predict(photograph, "two.jpg")  # type: ignore[arg-type]
 
 
 def test_a_stream_that_is_left_leaves_no_thread(packed: Path, photograph: Path) -> None:

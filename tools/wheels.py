@@ -33,14 +33,17 @@ def build(platform: str, folder: Path) -> Path:
     target, system, processor = PLATFORMS[platform]
     scratch = folder / "build" / platform
     scratch.mkdir(parents=True, exist_ok=True)
-    compiler, archiver = scratch / "c++", scratch / "ar"
-    for file, words in ((compiler, f"c++ -target {target}"), (archiver, "ar")):
+    # -O3 also where CMake tries the compiler, or zig would build a C++ library for that alone
+    tools = {"CMAKE_CXX_COMPILER": f"c++ -target {target} -O3", "CMAKE_AR": "ar", "CMAKE_RC_COMPILER": "rc"}
+    options = {
+        "CMAKE_SYSTEM_NAME": system, "CMAKE_SYSTEM_PROCESSOR": processor, "CMAKE_OSX_SYSROOT": "",
+        "CMAKE_TRY_COMPILE_TARGET_TYPE": "STATIC_LIBRARY",
+    }  # fmt: skip
+    for variable, words in tools.items():
+        file = scratch / words.split()[0]
         file.write_text(f'#!/bin/sh\nexec "{ZIG}" {words} "$@"\n')
         file.chmod(0o755)
-    options = {
-        "CMAKE_SYSTEM_NAME": system, "CMAKE_SYSTEM_PROCESSOR": processor, "CMAKE_CXX_COMPILER": compiler,
-        "CMAKE_AR": archiver, "CMAKE_OSX_SYSROOT": "", "CMAKE_TRY_COMPILE_TARGET_TYPE": "STATIC_LIBRARY",
-    }  # fmt: skip
+        options[variable] = str(file)
     raw = scratch / "wheel"
     shutil.rmtree(raw, ignore_errors=True)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(raw), str(ROOT)]

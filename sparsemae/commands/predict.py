@@ -33,9 +33,17 @@ def predict(config: PredictConfig) -> dict[str, Any]:
     ValueError counts them.
     """
     files = list(_files(config))
+    if config.null and "-" not in config.images:
+        raise ValueError("null: wanted - among the images, for paths from standard input, got none")
+    read = {path.resolve() for path in (Path(config.model), *files)}
+    if config.out is not None and Path(config.out).resolve() in read:
+        raise ValueError(f"out: wanted another file than what is read, got {config.out}")
     predictor = sparsemae.load(config.model)
     card, results, unreadable = predictor.card, dict[str, Any](), 0
-    pictures = Pictures(card, files, Path(config.pictures)) if "palette" in card.settings else None
+    drawn = "palette" in card.settings
+    if config.pictures is not None and not drawn:
+        raise ValueError(f"pictures: wanted a segmenter, got {config.model}, which gives no masks")
+    pictures = Pictures(card, files, Path(config.pictures or "predictions")) if drawn else None
     with _output(config) as write:
         for file, result in zip(files, predictor.stream(files, config.top_k, config.max_pixels), strict=True):
             if isinstance(result, ValueError):

@@ -112,8 +112,9 @@ class PredictConfig(Options):
     JSON object an image."""
     out: str | None = None
     """File to write to, which appears when all is done; None: standard output."""
-    pictures: str = "predictions"
-    """Of a segmenter: folder for NAME.png, the mask as a palette PNG, and NAME-overlay.png with its legend."""
+    pictures: str | None = None
+    """Of a segmenter: folder for NAME.png, the mask as a palette PNG, and NAME-overlay.png with its legend; None:
+    predictions."""
     max_pixels: int = option(MAX_PIXELS, AT_LEAST_1)
     """Of an image; a larger one is not read. Decoding takes up to 16 bytes for each."""
 

@@ -139,6 +139,8 @@ def read(path: str | Path) -> PackedModel:
         OSError: the file cannot be opened.
     """
     path = existing(path)
+    if path.is_dir():
+        raise ValueError(f"{path}: wanted a packed model, as sparsemae pack makes one of a run, got a folder")
     path.open("rb").close()  # a missing or unreadable file is an OSError of its own
     try:
         with safe_open(path, framework="numpy", backend="pread") as file:  # a map of a file that is cut off kills

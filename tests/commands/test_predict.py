@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reference
 import torch
 from conftest import SceneRun
 from PIL import Image
@@ -23,6 +24,7 @@ from sparsemae.data.tree import image_files
 from sparsemae.models.weights import save_model
 from sparsemae.options.commands import PredictConfig
 from sparsemae.options.model import InferenceConfig
+from sparsemae.packing.format import write
 from sparsemae.predictor import Prediction
 from sparsemae.sparsity import hold_masks
 from sparsemae.tasks.loading import load_model
@@ -187,3 +189,20 @@ def test_an_overlays_legend_is_as_large_as_its_picture_asks(size: tuple[int, int
     assert swatch == pytest.approx(13 * max(1, min(size) / 700), abs=1)
     outline = (picture[:, : size[0] * magnified] == 255).all(-1)[-1].sum()
     assert outline == max(1, round(min(size) / 700))
+
+
+@pytest.mark.parametrize("words", ["--out MODEL", "--out LINK", "--out IMAGE", "--null true", "--pictures DRAWN"])
+def test_an_output_over_an_input_and_an_option_without_effect_are_refused(
+    image_folder: Path, tmp_path: Path, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {"MODEL": tmp_path / "small", "LINK": tmp_path / "link", "IMAGE": image_folder / "val/cat/0.png"}
+    write(files["MODEL"], reference.random_model(reference.TINY))
+    files["LINK"].symlink_to(files["MODEL"])
+    before = [file.read_bytes() for file in files.values()]
+    option, value = words.split()
+    with pytest.raises(SystemExit) as exit_:
+        main(["predict", str(files["MODEL"]), str(files["IMAGE"]), option, str(files.get(value, value))])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert exit_.value.code == 2
+    assert line.startswith(f"sparsemae predict: error: {option[2:]}: wanted ")
+    assert [file.read_bytes() for file in files.values()] == before

@@ -215,3 +215,11 @@ def test_without_modules_one_line_says_how_to_build_them(
     assert "make wasm builds them" in line
     assert not (tmp_path / "site").exists()
     assert re.search(r"^wasm:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@needs_modules
+def test_a_run_folder_is_refused_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["web", str(tmp_path), str(tmp_path / "site")])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"{tmp_path}: wanted a packed model, as sparsemae pack makes one of a run, got a folder")

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reference
+from conftest import Figure
 
 from sparsemae.packing.format import PackedModel, write
 
@@ -50,6 +51,19 @@ def test_modules_agree_with_the_native_kernels(modules: Path, pattern: str | Non
     assert np.abs(relaxed - wanted).max() <= 2e-5 * float(wanted.std())
 
 
-def test_modules_are_small(modules: Path) -> None:
+@pytest.mark.holds("fast.5")
+def test_modules_are_small(modules: Path, figure: Figure) -> None:
+    sizes = {module.name: module.stat().st_size for module in sorted(modules.glob("*.wasm"))}
+    figure(", ".join(f"{name} {size:,} bytes" for name, size in sizes.items()))
+    assert len(sizes) == 2
+    assert max(sizes.values()) <= 150_000
+
+
+@pytest.mark.parametrize("kind", ["linear", "segformer"])
+def test_a_segmenter_is_refused_in_words(modules: Path, kind: str, tmp_path: Path) -> None:
     for module in modules.glob("*.wasm"):
-        assert module.stat().st_size <= 175_000  # fast.5 wants 150,000: 147,700 without the heads
+        with pytest.raises(subprocess.CalledProcessError) as failed:
+            run(module, reference.random_segmenter(kind), np.zeros((1, 3, 16, 16), np.float32), tmp_path)
+        said = failed.value.stderr.decode()
+        assert (failed.value.returncode, said.count("\n")) == (1, 1)
+        assert said.startswith("wanted a packed model, got one that cannot be used: a page has no segmenter")

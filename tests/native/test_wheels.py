@@ -6,7 +6,9 @@ import shutil
 import struct
 import subprocess
 import sys
+import venv
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +52,7 @@ def test_a_wheel_has_what_its_tag_says(wheel: Path, tmp_path: Path, figure: Figu
     names = zipfile.ZipFile(wheel).namelist()
     assert wheel.name.split("-")[2:4] == ["py3", "none"]
     assert {f"sparsemae/web/{name}" for name in MODULES} <= set(names)
+    assert {name.partition("/")[0] for name in names} == {"sparsemae", wheel.name.partition("-py3")[0] + ".dist-info"}
     assert not [name for name in names if name.endswith((".cpp", ".h", ".xz"))]
     content = library(wheel, tmp_path).read_bytes()
     begins, at, machine = LIBRARIES[platform(wheel)]
@@ -130,15 +133,58 @@ def test_the_aarch64_wheel_in_python_under_qemu(wheel: Path, aarch64: Path, tmp_
 
 
 @pytest.mark.holds("take.6")
-@pytest.mark.parametrize("wheel", [w for w in WHEELS if platform(w) == "musllinux_1_2_aarch64"], ids=platform)
-def test_the_musl_wheels_library_in_a_c_program_under_qemu(wheel: Path, aarch64: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("wheel", [w for w in WHEELS if "musllinux" in platform(w)], ids=platform)
+def test_the_musl_wheels_library_in_a_c_program(
+    wheel: Path, tmp_path: Path, request: pytest.FixtureRequest, figure: Figure
+) -> None:
+    """Under Debian's musl: its loader for this processor runs the program, qemu the one for aarch64."""
     shared, zig = library(wheel, tmp_path), Path(pytest.importorskip("ziglang").__file__).with_name("zig")
+    processor = platform(wheel).removeprefix("musllinux_1_2_")
     build: list[str | Path] = [
-        zig, "cc", "-target", "aarch64-linux-musl", "-dynamic", "-I", ROOT / "include",
+        zig, "cc", "-target", f"{processor}-linux-musl", "-dynamic", "-I", ROOT / "include",
         ROOT / "tests/native/forward.c", shared, "-o", tmp_path / "forward", f"-Wl,-rpath,{shared.parent}",
     ]  # fmt: skip
     subprocess.run(build, check=True, capture_output=True)
-    portable, _ = native_and_wanted(reference.random_model(reference.TINY), tmp_path)
-    command: list[str | Path] = ["qemu-aarch64", "-L", aarch64 / "root", tmp_path / "forward", "model", "images"]
-    done = subprocess.run([*command, "portable"], cwd=tmp_path, capture_output=True, check=True)
-    assert (np.frombuffer(done.stdout, np.float32).reshape(3, -1) == portable).all()
+    if processor == "aarch64":
+        runner: list[str | Path] = ["qemu-aarch64", "-L", request.getfixturevalue("aarch64") / "root"]
+    else:
+        if not shutil.which("apt-get"):
+            pytest.skip("needs apt-get")
+        fetch = "apt-get download musl && dpkg -x musl_*.deb ."
+        subprocess.run(fetch, shell=True, check=True, capture_output=True, cwd=tmp_path)
+        runner = [tmp_path / "lib/ld-musl-x86_64.so.1"]
+    for dtype in ("fp32", "bf16", "int8"):
+        portable, wanted = native_and_wanted(reference.random_model(reference.TINY, dtype=dtype), tmp_path)
+        for isa in ("portable", "") if dtype == "fp32" else ("portable",):  # none: the fastest
+            command = [*runner, tmp_path / "forward", "model", "images", isa]
+            done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
+            got = np.frombuffer(done.stdout, np.float32).reshape(len(portable), -1)
+            assert isa != "portable" or (got == portable).all()
+            assert np.abs(got - wanted).max() <= 2e-5 * max(float(wanted.std()), 0.3)
+    figure("3 types of weights: portable kernels have equal bits")
+
+
+@pytest.mark.holds("take.6")
+@pytest.mark.parametrize("wheel", [w for w in WHEELS if platform(w) == "manylinux2014_x86_64"], ids=platform)
+def test_the_x86_64_wheel_in_an_empty_environment(wheel: Path, image_folder: Path, tmp_path: Path) -> None:
+    """What it prints there for a packed file is what this checkout prints."""
+    model = reference.random_model(reference.vit_shape(num_classes=2), dtype="fp32")
+    card = replace(model.config.card, class_names=("cat", "dog"))
+    write(tmp_path / "small", PackedModel(replace(model.config, card=card), model.tensors))
+    venv.create(tmp_path / "env", with_pip=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    pip: list[str | Path] = [tmp_path / "env/bin/python", "-m", "pip", "install", "--quiet", wheel]
+    subprocess.run(pip, check=True, capture_output=True, env=environment)
+    for words in (
+        ["predict", "small", str(image_folder / "val"), "--format", "csv"], ["evaluate", "small", str(image_folder)],
+        ["web", "small", "site"],
+    ):  # fmt: skip
+        there, here = (
+            subprocess.run(
+                [*program, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+            )
+            for program in ([tmp_path / "env/bin/sparsemae"], [sys.executable, "-m", "sparsemae"])
+        )
+        assert (there.stdout, there.stderr) == (here.stdout, here.stderr)
+        assert there.stdout
+    assert {file.name for file in (tmp_path / "site").iterdir()} >= {"index.html", "model.safetensors", *MODULES}
