@@ -31,42 +31,30 @@ std::vector<KernelTiming> time_kernels(Vit& model, std::size_t rounds) {
   Vit::Workspace& w = *model.workspaces_[0];
   void* scratch = model.scratch_[0].get();
 
-  // What a layer reads: the activation itself, or its int8 copy, rounded before.
-  const auto copy_of = [&](const Aligned<char>& activation) {
-    if (&activation == &state.normed) return state.quantized.get();
-    return &activation == &w.hidden ? w.quantized_hidden.get() : w.quantized.get();
+  const auto normed_for = [&](const Vit::Layer& layer) {
+    return layer.view.quantize ? state.quantized.get() : state.normed.get();
   };
-  const auto input = [&](const Vit::Layer& layer, const Aligned<char>& activation) {
-    return layer.view.quantize ? copy_of(activation) : activation.get();
-  };
-  const auto round = [&](const Vit::Layer& layer, const Aligned<char>& activation) {
-    if (layer.view.quantize)
-      kernels.quantize(g, layer.view.columns, activation.get(), copy_of(activation), 0, g.padded_tokens);
-  };
-  const auto linear = [&](const Vit::Layer& layer, const Aligned<char>& activation, Output kind, void* output) {
-    kernels.linear(g, layer.view, input(layer, activation), kind, state.residual.get(), output, 0,
-                   kernels.token_parts(g), 0, layer.view.rows / kRowBlock, scratch);
+  const auto linear = [&](const Vit::Layer& layer, const void* input, void* quantized, Output kind, void* output) {
+    linear_rounded(kernels, g, layer.view, input, layer.view.quantize ? quantized : nullptr, kind, state.residual.get(),
+                   output, 0, kernels.token_parts(g), scratch);
   };
   const auto norm = [&] {
-    kernels.norm(g, state.residual.get(), block.norm1.weight.data(), block.norm1.bias.data(), model.config_.norm_eps,
-                 state.normed.get(), 0, g.padded_tokens);
-    round(block.qkv, state.normed);
+    norm_rounded(kernels, g, block.qkv.view, state.residual.get(), block.norm1.weight.data(), block.norm1.bias.data(),
+                 model.config_.norm_eps, state.normed.get(), state.quantized.get(), 0, g.padded_tokens);
   };
   const auto qkv = [&] {
     for (std::size_t head = 0; head < g.heads; ++head)
-      kernels.project_head(g, block.qkv.view, input(block.qkv, state.normed), head, scratch);
+      kernels.project_head(g, block.qkv.view, normed_for(block.qkv), head, scratch);
   };
   const auto attention = [&] {
     for (std::size_t head = 0; head < g.heads; ++head) kernels.attend_head(g, w.attended.get(), head, scratch);
   };
   const auto proj = [&] {
-    round(block.proj, w.attended);
-    linear(block.proj, w.attended, Output::residual, state.residual.get());
+    linear(block.proj, w.attended.get(), w.quantized.get(), Output::residual, state.residual.get());
   };
-  const auto fc1 = [&] { linear(block.fc1, state.normed, Output::gelu, w.hidden.get()); };
+  const auto fc1 = [&] { linear(block.fc1, normed_for(block.fc1), nullptr, Output::gelu, w.hidden.get()); };
   const auto fc2 = [&] {
-    round(block.fc2, w.hidden);
-    linear(block.fc2, w.hidden, Output::residual, state.residual.get());
+    linear(block.fc2, w.hidden.get(), w.quantized_hidden.get(), Output::residual, state.residual.get());
   };
   struct Subject {
     const char* kernel;

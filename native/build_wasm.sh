@@ -19,7 +19,7 @@ build() {
   module=$1
   shift
   zig -O3 -mllvm -unroll-runtime=false "$@" -c kernels_portable.cpp -o "$objects/kernels_portable.o"
-  for file in bounds c_api codes dispatch json packed_file packed_segment preprocess processor vit vit_build; do
+  for file in bounds c_api codes dispatch json packed_file packed_preprocess packed_segment preprocess processor vit vit_build; do
     zig -Oz "$@" -c $file.cpp -o "$objects/$file.o"
   done
   zig -Oz "$@" -s "$objects"/*.o -o "$folder/$module"

@@ -21,6 +21,9 @@ inline size_t activation_bytes(size_t features, const Geometry& g) { return g.pa
 inline void store_bf16(void* to, __m512 x) {
   _mm256_storeu_si256(static_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
 }
+inline void store_bf16(void* to, __m512 low, __m512 high) {
+  _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+}
 inline __mmask16 first_lanes(size_t count) { return static_cast<__mmask16>(count < 16 ? (1u << count) - 1u : 0xFFFFu); }
 
 // Parts are tiles of tokens; the last units have some that no token is in.
@@ -37,16 +40,23 @@ inline size_t end_of(const Geometry& g, size_t token) {
 inline size_t scales_bytes(const Geometry& g) { return g.padded_tokens * sizeof(float); }
 inline size_t quantized_stride(size_t features) { return (tiles_of<Int8>(features) + 1) * 64; }
 
-// Rounds a token's inputs, `tiles` tiles of 64, to int8 plus 128, and returns what they have been divided by.
-inline float quantize_token(const uint16_t* from, size_t tiles, std::uint8_t* to) {
+// What a token's inputs, `tiles` tiles of 64, have to be divided by to become int8.
+inline float int8_scale(const uint16_t* from, size_t tiles) {
   const __m512i magnitude = _mm512_set1_epi16(0x7FFF), odd = _mm512_set1_epi32(static_cast<int>(0xFFFF0000));
   __m512i maxima[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};  // bf16 magnitudes are ordered as integers
-  for (size_t i = 0; i < 2 * tiles; ++i)
-    maxima[i % 2] = _mm512_max_epu16(maxima[i % 2], _mm512_and_si512(_mm512_loadu_si512(from + i * 32), magnitude));
-  maxima[0] = _mm512_max_epu16(maxima[0], maxima[1]);
-  const __m512 larger = _mm512_max_ps(_mm512_castsi512_ps(_mm512_slli_epi32(maxima[0], 16)),
-                                      _mm512_castsi512_ps(_mm512_and_si512(maxima[0], odd)));
-  const float maximum = _mm512_reduce_max_ps(larger), scale = maximum > 1e-30f ? maximum / 127.0f : 1e-30f;
+  for (size_t tile = 0; tile < tiles; ++tile, from += 64) {
+    maxima[0] = _mm512_max_epu16(maxima[0], _mm512_and_si512(_mm512_loadu_si512(from), magnitude));
+    maxima[1] = _mm512_max_epu16(maxima[1], _mm512_and_si512(_mm512_loadu_si512(from + 32), magnitude));
+  }
+  const __m512i both = _mm512_max_epu16(maxima[0], maxima[1]);
+  const float maximum = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)),
+                                                           _mm512_castsi512_ps(_mm512_and_si512(both, odd))));
+  return maximum > 1e-30f ? maximum / 127.0f : 1e-30f;
+}
+
+// Rounds a token's inputs to int8, plus 128.
+inline void round_token(const uint16_t* from, size_t tiles, float scale, std::uint8_t* to) {
+  const __m512i odd = _mm512_set1_epi32(static_cast<int>(0xFFFF0000));
   const __m512 inverse = _mm512_set1_ps(1.0f / scale);
   // Packing takes four numbers from each 128-bit lane of its operands in turn; this puts even and odd ones in order.
   alignas(64) static constexpr std::uint8_t kOrder[64] = {
@@ -65,20 +75,24 @@ inline float quantize_token(const uint16_t* from, size_t tiles, std::uint8_t* to
     const __m512i bytes = _mm512_packs_epi16(words(from), words(from + 32));
     _mm512_storeu_si512(to, _mm512_xor_si512(_mm512_permutexvar_epi8(order, bytes), offset));
   }
-  return scale;
 }
 
 inline void quantize(const Geometry& g, size_t features, const void* activation, void* quantized, size_t first,
                      size_t last) {
-  const size_t stride = stride_of(features), to_stride = quantized_stride(features);
-  for (size_t t = first; t < end_of(g, last); ++t)
-    static_cast<float*>(quantized)[t] =
-        quantize_token(static_cast<const uint16_t*>(activation) + t * stride, tiles_of<Int8>(features),
-                       static_cast<std::uint8_t*>(quantized) + scales_bytes(g) + t * to_stride);
+  const size_t stride = stride_of(features), tiles = tiles_of<Int8>(features), end = end_of(g, last);
+  const auto* from = static_cast<const uint16_t*>(activation);
+  auto* scales = static_cast<float*>(quantized);
+  auto* to = static_cast<std::uint8_t*>(quantized) + scales_bytes(g);
+  // A token's scale takes long to come out of its maxima: meanwhile the token before is rounded.
+  for (size_t t = first; t < end; ++t) {
+    if (t == first) scales[t] = int8_scale(from + t * stride, tiles);
+    if (t + 1 < end) scales[t + 1] = int8_scale(from + (t + 1) * stride, tiles);
+    round_token(from + t * stride, tiles, scales[t], to + t * quantized_stride(features));
+  }
 }
 #endif
 
-// sink(token, row, slab, y) as in multiply, for tokens of [first_token, last_token).
+// sink as in multiply, for tokens of [first_token, last_token).
 template <class Sink>
 inline void multiply_layer(const Geometry& g, const Linear& l, const void* input, size_t first_token, size_t last_token,
                            size_t first, size_t last, bool slabwise, const Sink& sink) {
@@ -101,13 +115,17 @@ inline size_t pack_any_block(const RowSource& source, const Linear& l, size_t bl
 }
 
 inline auto add_to_residual(const Linear& l, const float* residual, float* output) {
-  return [&l, residual, output](size_t token, size_t row, size_t slab, __m512 y) {
+  const auto add = [&l, residual, output](size_t token, size_t row, size_t slab, __m512 y) {
     float* to = output + token * l.used + row;
     const float* from = slab ? to : residual + token * l.used + row;
     if (row + kHalf <= l.used) return _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(from), y));
     if (row >= l.used) return;
     const __mmask16 mask = first_lanes(l.used - row);
     _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, from), y));
+  };
+  return [add](size_t token, size_t row, size_t slab, __m512 low, __m512 high) {
+    add(token, row, slab, low);
+    add(token, row + kHalf, slab, high);
   };
 }
 
@@ -121,8 +139,9 @@ inline void linear(const Geometry& g, const Linear& l, const void* input, Output
   auto* activation = static_cast<uint16_t*>(output);
   const size_t stride = stride_of(l.used);
   multiply_layer(g, l, input, first_token, last_token, first, last, false,
-                 [&](size_t token, size_t row, size_t, __m512 y) {
-                   store_bf16(activation + token * stride + row, kind == Output::gelu ? gelu(y) : y);
+                 [&](size_t token, size_t row, size_t, __m512 low, __m512 high) {
+                   if (kind == Output::gelu) low = gelu(low), high = gelu(high);
+                   store_bf16(activation + token * stride + row, low, high);
                  });
 }
 
@@ -200,8 +219,8 @@ inline void project_head(const Geometry& g, const Linear& qkv, const void* input
   const size_t hd = g.padded_head_dim, origin = head * 3 * hd, keys = g.padded_tokens;
   uint16_t* parts[3] = {s.q, s.k_rows, s.v_rows};
   multiply_layer(g, qkv, input, 0, g.padded_tokens, origin / kRowBlock, (origin + 3 * hd) / kRowBlock, false,
-                 [&](size_t token, size_t row, size_t, __m512 y) {
-                   store_bf16(parts[(row - origin) / hd] + token * hd + (row - origin) % hd, y);
+                 [&](size_t token, size_t row, size_t, __m512 low, __m512 high) {
+                   store_bf16(parts[(row - origin) / hd] + token * hd + (row - origin) % hd, low, high);
                  });
   for (size_t t = 0; t < keys; t += 16)  // rows beyond the padded tokens stay zero
     for (size_t d = 0; d < hd; d += 32)

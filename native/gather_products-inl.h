@@ -181,9 +181,9 @@ __attribute__((noinline)) inline void accumulate_dense(const char* record, size_
 }
 
 // Multiplies blocks [first, last) of a layer with tokens [first_token, last_token), whole tiles of kTokens, whose
-// inputs are `stride` bytes apart. sink(token, row, slab, y) gets the scaled sums of 16 rows from `row` on for one
-// token; with `slabwise` one slab after the other, otherwise whole. token_scale: what a token's inputs have been
-// divided by, or null.
+// inputs are `stride` bytes apart. sink(token, row, slab, low, high) gets the scaled sums of a block's rows, from `row`
+// on, for one token: with `slabwise` one slab after the other, otherwise whole. token_scale: what a token's inputs have
+// been divided by, or null.
 template <class P, class Sink>
 inline void multiply(const Linear& l, const char* x, size_t stride, const float* token_scale, size_t first_token,
                      size_t last_token, size_t first, size_t last, bool slabwise, const Sink& sink) {
@@ -209,15 +209,20 @@ inline void multiply(const Linear& l, const char* x, size_t stride, const float*
           accumulate<P>(data + reinterpret_cast<const std::uint32_t*>(data)[slab], data + header.counts + first_tile,
                         last_tile - first_tile, from, stride, start, sums);
         }
+        const size_t row = block * kRowBlock;
+        __m512 scale[2], bias[2];
         for (size_t half = 0; half < 2; ++half) {
-          const size_t row = block * kRowBlock + half * kHalf;
-          const __m512 scale = _mm512_loadu_ps(l.scale + row);
-          const __m512 bias = slab ? _mm512_setzero_ps() : _mm512_loadu_ps(l.bias + row);
-          for (size_t t = 0; t < kTokens; ++t) {
-            __m512 y = P::to_float(sums[half][t]);
-            if (token_scale) y = _mm512_mul_ps(y, _mm512_set1_ps(token_scale[token + t]));
-            sink(token + t, row, slab, _mm512_fmadd_ps(y, scale, bias));
+          scale[half] = _mm512_loadu_ps(l.scale + row + half * kHalf);
+          bias[half] = slab ? _mm512_setzero_ps() : _mm512_loadu_ps(l.bias + row + half * kHalf);
+        }
+        for (size_t t = 0; t < kTokens; ++t) {
+          __m512 y[2];
+          for (size_t half = 0; half < 2; ++half) {
+            y[half] = P::to_float(sums[half][t]);
+            if (token_scale) y[half] = _mm512_mul_ps(y[half], _mm512_set1_ps(token_scale[token + t]));
+            y[half] = _mm512_fmadd_ps(y[half], scale[half], bias[half]);
           }
+          sink(token + t, row, slab, y[0], y[1]);
         }
       }
 }

@@ -40,13 +40,14 @@ inline void multiply_tiles(const Linear& l, const char* x, size_t first_token, s
       _tile_stored(1, &sums[0][0][16], 128);
       _tile_stored(2, sums[1], 128);
       _tile_stored(3, &sums[1][0][16], 128);
-      for (size_t half = 0; half < 2; ++half) {
-        const size_t row = block * kRowBlock + half * kHalf;
-        const __m512 scale = _mm512_loadu_ps(l.scale + row), bias = _mm512_loadu_ps(l.bias + row);
-        for (size_t t = token; t < token + 32 && t < last_token; ++t) {
-          const size_t i = (t - token) / 16;
-          sink(t, row, 0, _mm512_fmadd_ps(_mm512_load_ps(&sums[i][t - from[i]][half * 16]), scale, bias));
-        }
+      const size_t row = block * kRowBlock;
+      for (size_t t = token; t < token + 32 && t < last_token; ++t) {
+        const size_t i = (t - token) / 16;
+        const auto y = [&](size_t half) {
+          return _mm512_fmadd_ps(_mm512_load_ps(&sums[i][t - from[i]][half]), _mm512_loadu_ps(l.scale + row + half),
+                                 _mm512_loadu_ps(l.bias + row + half));
+        };
+        sink(t, row, 0, y(0), y(kHalf));
       }
     }
   }

@@ -32,6 +32,8 @@ struct Json;
 // The head and how it looks at an image, from the metadata's `segment`, for a ViT that has been read; what is wrong
 // with it, or nothing.
 std::string read_segment(const Json& fields, VitConfig&, Inference&);
+// How an image is prepared for `channels`, from the metadata's `preprocess`; what is wrong with it, or nothing.
+std::string read_preprocess(const Json& fields, const std::string& version, std::size_t channels, Preprocess&);
 // Names and shapes of the head's tensors, if there is one.
 std::vector<std::pair<std::string, std::vector<std::size_t>>> head_shapes(const VitConfig&);
 

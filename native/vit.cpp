@@ -222,7 +222,8 @@ void Vit::run_embedding(Image& image, Stages& stages, void* scratch) const {
     for (std::size_t u = first; u < last; ++u)
       embedding_->patches(g, image.pixels, image.w.patches.get(), u * kTokenUnit);
   });
-  run_linear(g, *embedding_, net_->embed, image.w.patches.get(), Output::residual, residual, residual, stages, scratch);
+  run_linear(g, *embedding_, net_->embed, image.w.patches.get(), nullptr, Output::residual, residual, residual, stages,
+             scratch);
   if (net_->norm_pre)
     stages.run_tokens(g, [&](std::size_t first, std::size_t last) {
       kernels_->norm_residual(g, residual, net_->norm_pre->weight.data(), net_->norm_pre->bias.data(), config_.norm_eps,
@@ -233,27 +234,32 @@ void Vit::run_embedding(Image& image, Stages& stages, void* scratch) const {
 void Vit::run_norm(const Norm& norm, const Layer& next, Image& image, Stages& stages) const {
   stages.run_tokens(geometry_, [&](std::size_t first, std::size_t last) {
     State& s = image.out;
-    kernels_->norm(geometry_, s.residual.get(), norm.weight.data(), norm.bias.data(), config_.norm_eps, s.normed.get(),
-                   first, last);
-    if (next.view.quantize)
-      kernels_->quantize(geometry_, geometry_.width, s.normed.get(), s.quantized.get(), first, last);
+    norm_rounded(*kernels_, geometry_, next.view, s.residual.get(), norm.weight.data(), norm.bias.data(),
+                 config_.norm_eps, s.normed.get(), s.quantized.get(), first, last);
   });
 }
 
-void Vit::run_linear(const Geometry& g, const Kernels& kernels, const Layer& layer, const void* input, Output kind,
-                     const float* residual, void* output, Stages& stages, void* scratch) const {
+void Vit::run_linear(const Geometry& g, const Kernels& kernels, const Layer& layer, const void* input, void* quantized,
+                     Output kind, const float* residual, void* output, Stages& stages, void* scratch) const {
   const std::size_t parts = kernels.token_parts(g), blocks = layer.view.rows / kRowBlock;
-  const auto multiply = [&](std::size_t first_part, std::size_t last_part, std::size_t first, std::size_t last) {
-    kernels.linear(g, layer.view, input, kind, residual, output, first_part, last_part, first, last, scratch);
+  const auto all_rows = [&](std::size_t first, std::size_t last) {
+    linear_rounded(kernels, g, layer.view, input, quantized, kind, residual, output, first, last, scratch);
   };
-  if (!stages.crew) return multiply(0, parts, 0, blocks);
+  if (!stages.crew) return all_rows(0, parts);
   if (stages.token_partitioned && &kernels == kernels_)
-    return stages.run_own([&] { multiply(stages.first_part, stages.last_part, 0, blocks); });
+    return stages.run_own([&] { all_rows(stages.first_part, stages.last_part); });
+  if (quantized) {
+    stages.run_tokens(g, [&](std::size_t first, std::size_t last) {
+      kernels.quantize(g, layer.view.columns, input, quantized, first, last);
+    });
+    input = quantized;
+  }
   const std::size_t ranges = stages.ranges(blocks, parts);
   stages.run(parts * ranges, 1, [&](std::size_t first, std::size_t last) {
     for (std::size_t unit = first; unit < last; ++unit) {
       const std::size_t part = unit / ranges, range = unit % ranges;
-      multiply(part, part + 1, blocks * range / ranges, blocks * (range + 1) / ranges);
+      kernels.linear(g, layer.view, input, kind, residual, output, part, part + 1, blocks * range / ranges,
+                     blocks * (range + 1) / ranges, scratch);
     }
   });
 }
@@ -262,32 +268,26 @@ void Vit::run_block(const Block& block, Image& image, Stages& stages, void* scra
   const Geometry& g = geometry_;
   Workspace& w = image.w;
   State& out = image.out;
-  const auto input_of = [](const Layer& layer, const Aligned<char>& activation, const Aligned<char>& quantized) {
-    return layer.view.quantize ? quantized.get() : activation.get();
+  const auto normed_for = [](const Layer& layer, const State& s) {
+    return layer.view.quantize ? s.quantized.get() : s.normed.get();
   };
-  const auto quantized = [&](const Layer& next, const Aligned<char>& activation, const Aligned<char>& copy) {
-    if (next.view.quantize)
-      stages.run_tokens(g, [&](std::size_t first, std::size_t last) {
-        kernels_->quantize(g, next.view.columns, activation.get(), copy.get(), first, last);
-      });
-    return input_of(next, activation, copy);
+  const auto add_to_residual = [&](const Layer& layer, const Aligned<char>& input, const Aligned<char>& quantized,
+                                   const State& from) {
+    run_linear(g, *kernels_, layer, input.get(), layer.view.quantize ? quantized.get() : nullptr, Output::residual,
+               from.residual.get(), out.residual.get(), stages, scratch);
   };
-  const auto linear = [&](const Layer& layer, const void* input, Output kind, const float* residual, void* output) {
-    run_linear(g, *kernels_, layer, input, kind, residual, output, stages, scratch);
-  };
-  const char* normed = input_of(block.qkv, image.in.normed, image.in.quantized);
+  const char* normed = normed_for(block.qkv, image.in);
   stages.run(g.heads, 1, [&](std::size_t first, std::size_t last) {
     for (std::size_t head = first; head < last; ++head) {
       kernels_->project_head(g, block.qkv.view, normed, head, scratch);
       kernels_->attend_head(g, w.attended.get(), head, scratch);
     }
   });
-  linear(block.proj, quantized(block.proj, w.attended, w.quantized), Output::residual, image.in.residual.get(),
-         out.residual.get());
+  add_to_residual(block.proj, w.attended, w.quantized, image.in);
   run_norm(block.norm2, block.fc1, image, stages);
-  linear(block.fc1, input_of(block.fc1, out.normed, out.quantized), Output::gelu, nullptr, w.hidden.get());
-  linear(block.fc2, quantized(block.fc2, w.hidden, w.quantized_hidden), Output::residual, out.residual.get(),
-         out.residual.get());
+  run_linear(g, *kernels_, block.fc1, normed_for(block.fc1, out), nullptr, Output::gelu, nullptr, w.hidden.get(),
+             stages, scratch);
+  add_to_residual(block.fc2, w.hidden, w.quantized_hidden, out);
 }
 
 // What the head reads of a step's tokens is added to the sum that the step before has left.
@@ -312,8 +312,8 @@ void Vit::run_tap(std::size_t step, Image& image, Stages& stages, void* scratch)
     embedding_->norm(geometry_, image.out.residual.get(), norm.weight.data(), norm.bias.data(), config_.norm_eps,
                      image.w.head_input.get(), first, last);
   });
-  run_linear(fused_, *embedding_, net_->projections[k], image.w.head_input.get(), Output::residual, before, sum, stages,
-             scratch);
+  run_linear(fused_, *embedding_, net_->projections[k], image.w.head_input.get(), nullptr, Output::residual, before,
+             sum, stages, scratch);
 }
 
 void Vit::run_dense_head(Image& image, Stages& stages, void* scratch) const {
@@ -331,10 +331,10 @@ void Vit::run_dense_head(Image& image, Stages& stages, void* scratch) const {
     embedding_->norm(g, from, norm.weight.data(), norm.bias.data(), config_.norm_eps, w.head_input.get(), first, last);
   });
   if (fused)
-    run_linear(g, *embedding_, net_->fuse, w.head_input.get(), Output::gelu, nullptr, w.head_hidden.get(), stages,
-               scratch);
-  run_linear(logits_, *embedding_, net_->classifier, (fused ? w.head_hidden : w.head_input).get(), Output::residual,
-             logits, logits, stages, scratch);
+    run_linear(g, *embedding_, net_->fuse, w.head_input.get(), nullptr, Output::gelu, nullptr, w.head_hidden.get(),
+               stages, scratch);
+  run_linear(logits_, *embedding_, net_->classifier, (fused ? w.head_hidden : w.head_input).get(), nullptr,
+             Output::residual, logits, logits, stages, scratch);
   stages.run(g.tokens, kTokenUnit, [&](std::size_t first, std::size_t last) {
     const std::size_t classes = config_.head->classes;
     for (std::size_t t = std::max(first, g.prefix); t < last; ++t)

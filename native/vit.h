@@ -150,8 +150,9 @@ class Vit {
   void run_block(const Block&, Image&, Stages&, void* scratch) const;
   void run_norm(const Norm&, const Layer& next, Image&, Stages&) const;
   // g: as wide as what is written, where that is a residual.
-  void run_linear(const Geometry& g, const Kernels&, const Layer&, const void* input, Output, const float* residual,
-                  void* output, Stages&, void* scratch) const;
+  // quantized: where the inputs are rounded to, or null.
+  void run_linear(const Geometry& g, const Kernels&, const Layer&, const void* input, void* quantized, Output,
+                  const float* residual, void* output, Stages&, void* scratch) const;
   void run_head(Image&, Stages&) const;
   void run_tap(std::size_t block, Image&, Stages&, void* scratch) const;
   void run_dense_head(Image&, Stages&, void* scratch) const;

@@ -1,6 +1,7 @@
 // What building and running a model share and nobody else needs.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <new>
 
@@ -21,6 +22,32 @@ inline std::size_t residual_size(const Geometry& g) { return g.padded_tokens / k
 
 inline std::size_t residual_index(const Kernels& kernels, const Geometry& g, std::size_t token, std::size_t feature) {
   return kernels.blocked_residual ? residual_at(g, token, feature) : token * g.width + feature;
+}
+
+// Inputs of int8 layers are rounded a few tokens at a time, just after a norm has written them or just before a product
+// reads them: they are in the first-level cache then.
+inline void norm_rounded(const Kernels& kernels, const Geometry& g, const Linear& next, const float* residual,
+                         const float* weight, const float* bias, float eps, void* activation, void* quantized,
+                         std::size_t first, std::size_t last) {
+  for (std::size_t end; first < last; first = end) {
+    end = std::min(first + kTokenUnit, last);
+    kernels.norm(g, residual, weight, bias, eps, activation, first, end);
+    if (next.quantize) kernels.quantize(g, g.width, activation, quantized, first, end);
+  }
+}
+
+// All rows of a layer for parts of the tokens. quantized: where the inputs are rounded to, or null where a norm has
+// done it or nothing is rounded.
+inline void linear_rounded(const Kernels& kernels, const Geometry& g, const Linear& layer, const void* input,
+                           void* quantized, Output kind, const float* residual, void* output, std::size_t first_part,
+                           std::size_t last_part, void* scratch) {
+  const std::size_t blocks = layer.rows / kRowBlock;
+  if (!quantized)
+    return kernels.linear(g, layer, input, kind, residual, output, first_part, last_part, 0, blocks, scratch);
+  for (std::size_t part = first_part; part < last_part; ++part) {
+    kernels.quantize(g, layer.columns, input, quantized, kernels.part_begin(g, part), kernels.part_begin(g, part + 1));
+    kernels.linear(g, layer, quantized, kind, residual, output, part, part + 1, 0, blocks, scratch);
+  }
 }
 
 struct Vit::State {

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[2]
 COMPILER = "aarch64-linux-gnu-g++"
 SOURCES = (
     "bench", "bounds", "c_api", "codes", "dispatch", "json", "kernels_neon", "kernels_portable", "masks",
-    "packed_file", "packed_segment", "preprocess", "processor", "segmenter", "team", "thread_pool", "vit", "vit_build",
+    "packed_file", "packed_preprocess", "packed_segment", "preprocess", "processor", "segmenter", "team",
+    "thread_pool", "vit", "vit_build",
 )  # fmt: skip
 FLAGS = ["-std=c++20", "-O3", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno", "-fno-schedule-insns"]
 KINDS = {
