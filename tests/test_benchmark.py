@@ -10,7 +10,7 @@ import pytest
 import reference
 import torch
 
-from sparsemae.benchmark import packed, saving
+from sparsemae.benchmark import packed, saving, training
 from sparsemae.benchmark.command import benchmark
 from sparsemae.benchmark.packed import DENSE, Measurement, table
 from sparsemae.benchmark.timing import aligned, take_turns
@@ -76,6 +76,28 @@ def test_what_was_measured_is_kept_when_it_is_stopped(
         ["packed", "a", "2.00", "16.00"], ["packed", "b", "3.00", "-"],
     ]  # fmt: skip
     assert shown.err.splitlines()[-1] == "batch 8, run 1 of 1: packed, a: 16.00 ms"
+
+
+def test_sections_of_training_keep_what_they_have(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Stopped after a part, or after a recipe: the table and the file have what was measured."""
+
+    def stopped(*_: object) -> Any:
+        raise KeyboardInterrupt
+
+    photographs.class_folders(tmp_path / "images" / "train", 2 * training.LOADER_BATCH)
+    monkeypatch.setattr(training, "_pipelines", lambda *_: [training.Rate("input pipeline", "timm", 300.0)])
+    monkeypatch.setattr(training, "_stages", stopped)
+    answers = iter([saving.Saving("pretrain_t", 1.0, 2.0, 0.5, 0.1, 0.0, 1.0)])
+    monkeypatch.setattr(saving, "subject", lambda *_: None)
+    monkeypatch.setattr(saving, "_measure", lambda *_: next(answers, None) or stopped())
+    kept_by: dict[Any, str] = {"training": "timm", "saving": "pretrain_t"}
+    for section, kept in kept_by.items():
+        file = tmp_path / f"{section}.json"
+        benchmark(BenchmarkConfig(section=section, images=str(tmp_path / "images"), json=str(file)))
+        assert [row["subject"] for row in json.loads(file.read_text())["results"]] == [kept]
+        assert kept in capsys.readouterr().out
 
 
 def test_subjects_take_turns_and_the_first_turn_does_not_count() -> None:

@@ -5,8 +5,10 @@ state; then the thread that hashes and writes takes a core's time from the steps
 is measured as well: how long the steps took that ran until the file was whole, against as many undisturbed ones.
 """
 
+import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -49,8 +51,16 @@ class Saving:
 
 def measure(step_batch: int, threads: int, runs: int, folder: str) -> list[Saving]:
     """Measure each recipe, in a temporary folder on the disk of ``folder``; none: where such folders are made."""
-    with using(threads), tempfile.TemporaryDirectory(dir=folder or None) as temporary:
-        return [_measure(name, subject(name, step_batch, "2:32"), Path(temporary) / name, runs) for name in RECIPES]
+    rows: list[Saving] = []
+    with (
+        using(threads),
+        tempfile.TemporaryDirectory(dir=folder or None) as temporary,
+        suppress(KeyboardInterrupt),  # what there is until then is the result
+    ):
+        for name in RECIPES:
+            rows.append(_measure(name, subject(name, step_batch, "2:32"), Path(temporary) / name, runs))
+            print(f"{name}: held up {rows[-1].held_fraction:.1%} of a save", file=sys.stderr, flush=True)
+    return rows
 
 
 def table(rows: list[Saving]) -> str:

@@ -10,7 +10,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial, reduce
 from itertools import chain, islice, repeat
@@ -74,18 +74,19 @@ def measure(images: str | None, step_batch: int, threads: int, runs: int) -> lis
 
     Raises ValueError, naming the folder, if it cannot be read, or holds fewer images than a batch.
     """
-    rates = []
-    if images is not None:
-        data = ImageDataConfig(source="folder", root=images)
-        source = open_source(data, "train")
-        if len(source) < LOADER_BATCH:
-            raise ValueError(f"images: {images}: wanted {LOADER_BATCH} training images or more, got {len(source)}")
-        with using(1, one_core=True):
-            for part in (_pipelines, _stages):
-                rates += _told(part(data, source, runs))
-    if step_batch:
-        with using(threads):
-            rates += _told(_steps(step_batch, runs))
+    rates: list[Rate] = []
+    with suppress(KeyboardInterrupt):  # what there is until then is the result
+        if images is not None:
+            data = ImageDataConfig(source="folder", root=images)
+            source = open_source(data, "train")
+            if len(source) < LOADER_BATCH:
+                raise ValueError(f"images: {images}: wanted {LOADER_BATCH} training images or more, got {len(source)}")
+            with using(1, one_core=True):
+                for part in (_pipelines, _stages):
+                    rates += _told(part(data, source, runs))
+        if step_batch:
+            with using(threads):
+                rates += _told(_steps(step_batch, runs))
     return rates
 
 
