@@ -39,8 +39,10 @@ std::vector<KernelTiming> time_kernels(Vit& model, std::size_t rounds) {
                    output, 0, kernels.token_parts(g), scratch);
   };
   const auto norm = [&] {
-    norm_rounded(kernels, g, block.qkv.view, state.residual.get(), block.norm1.weight.data(), block.norm1.bias.data(),
-                 model.config_.norm_eps, state.normed.get(), state.quantized.get(), 0, g.padded_tokens);
+    kernels.norm(g, state.residual.get(), block.norm1.weight.data(), block.norm1.bias.data(), model.config_.norm_eps,
+                 state.normed.get(), 0, g.padded_tokens);
+    if (block.qkv.view.quantize)
+      kernels.quantize(g, g.width, state.normed.get(), state.quantized.get(), 0, g.padded_tokens);
   };
   const auto qkv = [&] {
     for (std::size_t head = 0; head < g.heads; ++head)

@@ -15,6 +15,7 @@ std::vector<const Kernels*> usable_kernels() {
   if (processor.avx512bf16 && processor.avx512vnni && processor.avx512vbmi) tables.push_back(avx512vnni_kernels());
   if (processor.avx512bf16) tables.push_back(avx512bf16_kernels());
   if (processor.avx512) tables.push_back(avx512_kernels());
+  if (processor.avxvnni) tables.push_back(avxvnni_kernels());
   if (processor.avx2) tables.push_back(avx2_kernels());
 #elif defined(SPARSEMAE_NEON)
   tables.push_back(neon_kernels());  // every such processor has it
@@ -24,6 +25,7 @@ std::vector<const Kernels*> usable_kernels() {
 }
 
 static bool can_run(const Kernels& table, const Needs& needs) {
+  if (!needs.quantize && table.math == std::string("int8")) return false;
   if (needs.exact && table.math != std::string("fp32")) return false;
   if (needs.odd_heads && table.even_heads) return false;
   return table.max_magnitude == 0.0f || needs.max_input < table.max_magnitude;

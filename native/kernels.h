@@ -77,7 +77,7 @@ struct Peak {
 
 struct Kernels {
   const char* name;
-  const char* math;               // "fp32", "bf16" or "fp16": what products are made of
+  const char* math;               // "fp32", "bf16" or "fp16": what products are made of; "int8": of int8 layers alone
   bool blocked_residual = false;  // layout of the residual
   bool even_heads = false;        // needs an even head_dim
   std::size_t head_step;          // head_dim is padded to a multiple of it
@@ -129,6 +129,7 @@ struct Kernels {
 const Kernels* portable_kernels();
 const Kernels* neon_kernels();
 const Kernels* avx2_kernels();
+const Kernels* avxvnni_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx512bf16_kernels();
 const Kernels* avx512vnni_kernels();

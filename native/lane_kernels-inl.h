@@ -21,6 +21,10 @@ using sparsemae::kTokenUnit;
 using sparsemae::Output;
 using sparsemae::residual_at;
 
+#if defined(__AVXVNNI__)
+#include "zip_products-inl.h"
+#endif
+
 struct KeptFloat {
   float value;
   std::uint32_t bytes;
@@ -188,6 +192,9 @@ inline void product_rows(size_t rows, const float* A, size_t row, size_t column,
 
 // A dense layer has its rows as they are: blocks of [kRowBlock][columns] floats.
 inline size_t pack_any_block(const RowSource& source, const Linear& l, size_t block, void* out) {
+#if defined(__AVXVNNI__)
+  if (l.quantize) return zips::pack_block(source, l, block, out);
+#endif
   if (!l.dense) return (l.exact ? pack_block<KeptFloat> : pack_block<KeptBf16>)(source, l, block, out);
   auto* to = static_cast<float*>(out);
   for (size_t r = 0; to && r < kRowBlock; ++r) {
@@ -227,6 +234,9 @@ inline void multiply_rows(const Geometry& g, const Linear& l, const void* input,
       for (size_t j = 0; j < vectors; ++j) sink(row, chunk, j, V::fma(sum[j], scale, bias));
     }
   };
+#if defined(__AVXVNNI__)
+  if (l.quantize) return zips::multiply(g, l, input, first_chunk, last_chunk, first, last, sums, finish);
+#endif
   if (l.dense)
     multiply_dense(g, l, x, first_chunk, last_chunk, first, last, sums, finish);
   else if (l.exact)
@@ -340,7 +350,10 @@ inline void dense_rows(const float* weight, const float* bias, const float* x, s
 
 inline void no_thread_state() {}
 
-inline sparsemae::Peak peak(sparsemae::Product, size_t rounds, float* sink) {
+inline sparsemae::Peak peak([[maybe_unused]] sparsemae::Product product, size_t rounds, float* sink) {
+#if defined(__AVXVNNI__)
+  if (product == sparsemae::Product::int8) return zips::peak(rounds, sink);
+#endif
   V sums[kProductSums];
   for (V& sum : sums) sum = V::set(0.0f);
   const V one = V::set(1.0f);
@@ -366,6 +379,9 @@ constexpr sparsemae::Kernels table(const char* name) {
       .patches = patches,
       .norm = norm,
       .norm_residual = norm_residual,
+#if defined(__AVXVNNI__)
+      .quantize = zips::quantize,
+#endif
       .token_parts = token_parts,
       .part_begin = part_begin,
       .linear = linear,

@@ -55,7 +55,9 @@ void find_features(Processor& p) {
   p.avx512vnni = p.avx512 && bit(c, 11);
   const bool vbmi2 = bit(c, 6), fp16 = bit(d, 23), amx = bit(d, 22) && bit(d, 24) && bit(d, 25);  // BF16, TILE, INT8
   unsigned a1, b1, c1, d1;
-  p.avx512bf16 = p.avx512 && __get_cpuid_count(7, 1, &a1, &b1, &c1, &d1) && bit(a1, 5);
+  const bool more = __get_cpuid_count(7, 1, &a1, &b1, &c1, &d1);
+  p.avxvnni = p.avx2 && more && bit(a1, 4);
+  p.avx512bf16 = p.avx512 && more && bit(a1, 5);
   p.amx = p.avx512bf16 && vbmi2 && amx && tiles && request_tiles();
   p.avx512fp16 = p.amx && fp16;
 }
@@ -75,6 +77,7 @@ std::vector<std::string> Processor::features() const {
     if (has) names.emplace_back(feature);
   };
   add(avx2, "avx2");
+  add(avxvnni, "avxvnni");
   add(avx512, "avx512");
   add(avx512bf16, "bf16");
   add(avx512vnni, "vnni");

@@ -234,8 +234,10 @@ void Vit::run_embedding(Image& image, Stages& stages, void* scratch) const {
 void Vit::run_norm(const Norm& norm, const Layer& next, Image& image, Stages& stages) const {
   stages.run_tokens(geometry_, [&](std::size_t first, std::size_t last) {
     State& s = image.out;
-    norm_rounded(*kernels_, geometry_, next.view, s.residual.get(), norm.weight.data(), norm.bias.data(),
-                 config_.norm_eps, s.normed.get(), s.quantized.get(), first, last);
+    kernels_->norm(geometry_, s.residual.get(), norm.weight.data(), norm.bias.data(), config_.norm_eps, s.normed.get(),
+                   first, last);
+    if (next.view.quantize)
+      kernels_->quantize(geometry_, geometry_.width, s.normed.get(), s.quantized.get(), first, last);
   });
 }
 

@@ -1,7 +1,6 @@
 // What building and running a model share and nobody else needs.
 #pragma once
 
-#include <algorithm>
 #include <cstring>
 #include <new>
 
@@ -22,18 +21,6 @@ inline std::size_t residual_size(const Geometry& g) { return g.padded_tokens / k
 
 inline std::size_t residual_index(const Kernels& kernels, const Geometry& g, std::size_t token, std::size_t feature) {
   return kernels.blocked_residual ? residual_at(g, token, feature) : token * g.width + feature;
-}
-
-// Inputs of int8 layers are rounded a few tokens at a time, just after a norm has written them or just before a product
-// reads them: they are in the first-level cache then.
-inline void norm_rounded(const Kernels& kernels, const Geometry& g, const Linear& next, const float* residual,
-                         const float* weight, const float* bias, float eps, void* activation, void* quantized,
-                         std::size_t first, std::size_t last) {
-  for (std::size_t end; first < last; first = end) {
-    end = std::min(first + kTokenUnit, last);
-    kernels.norm(g, residual, weight, bias, eps, activation, first, end);
-    if (next.quantize) kernels.quantize(g, g.width, activation, quantized, first, end);
-  }
 }
 
 // All rows of a layer for parts of the tokens. quantized: where the inputs are rounded to, or null where a norm has

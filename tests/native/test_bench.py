@@ -16,7 +16,7 @@ SMALL = reference.vit_shape(depth=1)
 
 def test_every_table_is_measured() -> None:
     rows = kernels.measure(1, SMALL)
-    assert [row.isa for row in rows if row.weights == "2:32 bf16"] == native.usable_isas()
+    assert list(dict.fromkeys(row.isa for row in rows)) == native.usable_isas()
     for row in rows:
         assert set(row.milliseconds) == {"norm", "qkv", "attention", "proj", "fc1", "fc2"}
         assert min(row.milliseconds.values()) > 0
