@@ -45,8 +45,9 @@ def flat(kind: str, what: str, amount: str, samples: Any, soaked: Callable[..., 
     resident, descriptors, threads = (float(value) for value in np.median(late[:, 1:], axis=0))
     soaked(what, amount, len(rows), resident / 1e6, slope, rise, BOUND_MB[kind], descriptors, threads)
     assert rise <= BOUND_MB[kind], f"{rise:.1f} MB more"
-    assert descriptors == np.median(early[:, 2])
-    assert threads == np.median(early[:, 3])
+    # a save in the background is a thread and a file more, for as long as it writes: a leak is there all the time
+    for column in (2, 3):
+        assert late[:, column].min() <= np.median(early[:, column])
 
 
 def test_serving(tmp_path: Path, soaked: Callable[..., None]) -> None:
