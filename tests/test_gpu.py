@@ -150,7 +150,7 @@ def exported(factor: float) -> Iterator[None]:
         def forward(self, images: Tensor) -> Tensor:
             return images.mean(1).flatten(1)[:, :10] * self.factor
 
-    card = SimpleNamespace(input=SimpleNamespace(in_chans=3, img_size=8))
+    card = SimpleNamespace(input=SimpleNamespace(img_size=8))
     with (
         patch.object(jobs, "train"), patch.object(jobs, "small"), patch.object(right, "export"),
         patch.object(right, "load_model", return_value=(Model(1.0), card)),

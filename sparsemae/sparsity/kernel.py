@@ -44,7 +44,7 @@ def select_in_one_pass(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
     mask, kept = torch.empty_like(weight, dtype=torch.bool), torch.empty_like(weight, dtype=torch.bfloat16)
     groups, width = weight.numel() // m, triton.next_power_of_2(m)
     rows = max(1, _ELEMENTS // width)
-    with torch.cuda.device_of(weight):
+    with torch.cuda.device_of(weight):  # type: ignore[no-untyped-call]
         _select[(triton.cdiv(groups, rows),)](weight, mask, kept.view(torch.int16), groups, n, m, width, rows)
     return mask, kept
 

@@ -44,10 +44,11 @@ def cases() -> dict[str, bytes]:
         f"{mode} {width}x{height}": saved(photograph(width, height, mode)) for mode in MODES for width, height in SIZES
     }
     found |= {f"EXIF {turned}": saved(photograph(70, 44), turned) for turned in range(1, 10)}
-    for name, options in {
+    ways: dict[str, dict[str, Any]] = {
         "progressive": {"progressive": True}, "4:4:4": {"subsampling": 0}, "4:2:2": {"subsampling": 1},
         "restarts": {"restart_marker_rows": 1}, "low quality": {"quality": 5}, "as RGB": {"keep_rgb": True},
-    }.items():  # fmt: skip
+    }  # fmt: skip
+    for name, options in ways.items():
         found[name] = saved(photograph(301, 203), 1, **options)
     return found
 
@@ -99,10 +100,10 @@ def test_errors_are_the_references() -> None:
     harmed |= {f"without its last {count}": whole[:-count] for count in (1, 2, 3, 8)}
     rng = random.Random(0)
     for number in range(200):
-        content = bytearray(whole)
+        changed = bytearray(whole)
         for _ in range(rng.choice((1, 4, 16))):
-            content[rng.randrange(len(content))] = rng.randrange(256)
-        harmed[f"bytes {number}"] = bytes(content)
+            changed[rng.randrange(len(changed))] = rng.randrange(256)
+        harmed[f"bytes {number}"] = bytes(changed)
     same = 0
     for name, content in harmed.items():
         wanted, got = read(decode_rgb, content), read(jpeg.decode, content)

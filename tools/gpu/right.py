@@ -186,7 +186,7 @@ def exported_agrees(bench: Bench) -> None:
         export(ExportConfig(f"{folder}/run", f"{folder}/timm"))
         opened = timm.create_model(f"local-dir:{folder}/timm", pretrained=True).eval().to(bench.device)
         model, card = load_model(f"{folder}/run")
-    images = torch.randn(8, card.input.in_chans, card.input.img_size, card.input.img_size)
+    images = torch.randn(8, 3, card.input.img_size, card.input.img_size)
     with torch.inference_mode():
         wanted, got = model.eval()(images), opened(images.to(bench.device)).cpu()
     found = float((got - wanted).abs().max() / wanted.std())
