@@ -25,7 +25,6 @@ from sparsemae.options.tasks import FinetuneConfig
 from sparsemae.sparsity import MaskSchedule, NMPattern, freeze, iter_sparse, nm_mask, sparsify
 from sparsemae.tasks.loading import load_model
 from sparsemae.training.checkpoint import list_checkpoints
-from sparsemae.training.optim import make_optimizer
 from sparsemae.training.step import optimizer_step
 
 NOISE = 0.1
@@ -163,7 +162,7 @@ def one_process_of_ddp(bench: Bench) -> None:
             model = sparse_linear()
             fabric = Fabric(accelerator=bench.device, devices=1, strategy=strategy)
             fabric.launch()
-            wrapped, optimizer = fabric.setup(model, make_optimizer(model, OptimConfig(lr=1e-2)))
+            wrapped, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
             images, masks = torch.randn(4, 64, device=bench.device), MaskSchedule(model)
             for _ in range(2):
                 backward = partial(_backward, fabric, wrapped, images)
