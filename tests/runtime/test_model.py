@@ -80,7 +80,8 @@ def test_encoder_has_no_classes(tmp_path: Path) -> None:
 def test_isa_is_forced(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for isa in native.usable_isas():
         monkeypatch.setenv("SPARSEMAE_ISA", isa)
-        assert load(packed).isa == isa
+        below = {"avxvnni": "avx2"}  # what multiplies int8 alone leaves a file of bf16 to the next one down
+        assert load(packed).isa == below.get(isa, isa)
     monkeypatch.setenv("SPARSEMAE_ISA", "sse9")
     with pytest.raises(ValueError, match=r"model\.safetensors: .*(ISA|instruction set).*sse9"):
         load(packed)
