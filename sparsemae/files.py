@@ -55,20 +55,25 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def retried(action: Callable[[], T], info: Callable[[str], None]) -> T:
-    """What an action gives, tried again where the system fails it (a disk, a network, memory), which may pass.
+def retried(action: Callable[[Path], T], path: Path, info: Callable[[str], None]) -> T:
+    """What an action on a file gives, tried again where the system fails it (disk, network, memory), which may pass.
 
-    A missing file is no such failure.
+    A missing file is no such failure. Raises OSError naming the file where it does not pass.
     """
-    for pause in RETRY_PAUSES_SECONDS:
+    pauses = iter(RETRY_PAUSES_SECONDS)
+    while True:
         try:
-            return action()
+            return action(path)
         except FileNotFoundError:
             raise
         except (OSError, MemoryError) as error:
-            info(f"{error or 'out of memory'}; trying again in {pause:g} s")
+            reason = str(error) or "out of memory"
+            said = reason if str(path) in reason else f"{path}: {reason}"
+            pause = next(pauses, None)
+            if pause is None:
+                raise OSError(said) from error
+            info(f"{said}; trying again in {pause:g} s")
             time.sleep(pause)
-    return action()
 
 
 def oversized_header(path: Path) -> int:

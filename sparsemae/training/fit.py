@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import partial
 from statistics import fmean
 from typing import Any, NoReturn
 
@@ -158,7 +157,7 @@ class _Loop:
         best = None if state.best is None else int(state.best["step"])
         if run.trainer.keep == "best" and best not in (None, last):
             self.fabric.barrier()  # the first process has written it
-            retried(partial(state.restore, checkpoint.checkpoint_path(run.checkpoints, best)), run.log.info)
+            retried(state.restore, checkpoint.checkpoint_path(run.checkpoints, best), run.log.info)
         if state.average is not None:
             self.model.load_state_dict(state.average.module.state_dict())
             run.log.info(f"the weights written are the moving average of trainer.ema_decay {run.trainer.ema_decay:g}")

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -199,7 +198,7 @@ def _kept_config(folder: Path, info: Callable[[str], None]) -> dict[str, Any]:
     if not kept:
         return {}
     with suppress(ValueError, FileNotFoundError):  # damaged: `fit` will say so
-        counters = retried(partial(read_metadata, kept[-1] / f"{checkpoint.TRAINING}.safetensors"), info)
+        counters = retried(read_metadata, kept[-1] / f"{checkpoint.TRAINING}.safetensors", info)
     counters = checkpoint.migrated(counters, kept[-1])
     try:
         before = renamed(counters.get("config") or read_yaml(folder / "config.yaml"), OPTIONS)

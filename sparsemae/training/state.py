@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,15 +157,13 @@ class TrainingState:
         counters, damaged = dict[str, Any](), list[Path]()
         for path in reversed(list_checkpoints(folder)):
             try:
-                counters = retried(partial(self.restore, path), info)
+                counters = retried(self.restore, path, info)
                 break
             except DamagedCheckpoint as error:
                 damaged.append(path)
                 info(str(error))
-            except (OSError, MemoryError) as error:
-                raise ValueError(
-                    f"{path}: {error or 'out of memory'}; nothing is lost, the same command goes on when it can be read"
-                ) from error
+            except OSError as error:
+                raise ValueError(f"{error}; nothing is lost, the same command goes on when it can be read") from error
         if damaged and not self.done:
             raise ValueError(f"{folder}: no intact checkpoint to continue from; choose another --out")
         return counters, damaged

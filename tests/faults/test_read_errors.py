@@ -84,6 +84,8 @@ def test_12_an_error_that_passes_is_waited_for(
     one, other = (read_weights(folder)[0] for folder in (original / "whole", stopped / "run"))
     assert all(torch.equal(one[key], other[key]) for key in one)
     line = next(line for line in said if "trying again" in line)
+    assert "step-00000004" in line
+    assert (str(error) or "out of memory") in line
     came_out("checkpoint that cannot be read for a while", f"{error!r} twice while it is read", 0, line, equal=True)
 
 
@@ -104,6 +106,7 @@ def test_12_an_error_that_stays_ends_the_resume_and_nothing_is_lost(
     assert len(calls) == 3
     said = capfd.readouterr().err.splitlines()[-1]
     assert "error:" in said
+    assert "step-00000004" in said
     assert "Input/output error" in said
     assert tree(stopped) == before
     came_out("checkpoint that cannot be read", "EIO each time", 2, said)
