@@ -82,7 +82,8 @@ def measure(runs: int, vit: VitShape = BLOCK) -> list[KernelRow]:
             if block.isa != isa:
                 continue  # avxvnni has int8 products only
             row = _measure(vit, block, pattern, dtype, runs)
-            if dtype == "bf16" or not rows or row.instructions != rows[-1].instructions:
+            other = (isa, f"{pattern} bf16", row.instructions)  # int8 weights multiplied as bf16 are no second row
+            if dtype == "bf16" or not rows or (rows[-1].isa, rows[-1].weights, rows[-1].instructions) != other:
                 rows.append(row)
                 print(f"{isa}, {row.weights}: {row.gmacs:.0f} GMAC/s", file=sys.stderr, flush=True)
     return rows

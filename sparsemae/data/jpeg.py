@@ -1,4 +1,4 @@
-"""JPEGs of a training decoded, cropped and resized by torchvision, in about half of Pillow's time.
+"""JPEGs of a training decoded, cropped and resized by torchvision, in less time than by Pillow.
 
 It is behind `decode_rgb`, not beside it: Pillow reads the header, and what is not a JPEG in RGB or gray (CMYK among
 them, which the two convert differently), is too large or too small, or cannot be decoded, is `decode_rgb`'s, with its

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import reference
@@ -26,6 +27,21 @@ def test_every_table_is_measured() -> None:
         multiply_adds = SMALL.tokens * (4 * 64 * 64 + 2 * 64 * 128) * int(row.weights[0]) / 32
         linears = sum(row.milliseconds[name] for name in ("qkv", "proj", "fc1", "fc2"))
         assert row.gmacs == pytest.approx(multiply_adds / linears / 1e6)
+    made_of = {(row.isa, row.weights): row.instructions for row in rows}
+    for (isa, weights), instructions in made_of.items():  # both patterns, and int8 where it is multiplied otherwise
+        assert (isa, weights.replace("2:32", "4:32")) in made_of
+        assert weights.endswith("bf16") or made_of.get((isa, weights.replace("int8", "bf16"))) != instructions
+
+
+@pytest.mark.holds_only
+@pytest.mark.holds("fast.2")
+@pytest.mark.skipif("avx512vnni" not in native.usable_isas(), reason="needs AVX-512 with VNNI, VBMI and BF16")
+def test_gathers_come_near_their_instructions_peak(benchmark_line: Any) -> None:
+    """One core, the linear layers of a block of SparseMAE-T, rounding included."""
+    rows = {(row.isa, row.weights): row for row in kernels.measure(100)}
+    for weights, bar in {"2:32 int8": 0.55, "2:32 bf16": 0.65}.items():
+        row = rows["avx512vnni", weights]
+        benchmark_line(f"{row.processor.split(':')[0]}, {weights}, {row.instructions}", row.share, bar, True)
 
 
 def test_own_rows_are_replaced_and_others_stay(
