@@ -215,7 +215,8 @@ def test_options_and_commands_in_the_text_exist() -> None:
         *SHORT_NAMES,
     }
     groups = {name.split(".")[0] for name in options if "." in name}
-    foreign = {"holds", "index_url", "kill_on_bad_exit", "ntasks", "signal"}  # pytest's, pip's and Slurm's
+    slurms = {"kill_on_bad_exit", "ntasks", "ntasks_per_node", "signal"}
+    foreign = {"holds", "index_url"} | slurms  # of pytest and pip the first two
     for page in DOCUMENTS:
         for code in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", page.read_text()):
             if code.startswith(("pytest", "torchrun", ".venv", "python")):
