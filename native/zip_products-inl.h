@@ -3,12 +3,10 @@
 // lane_kernels-inl.h.
 //
 //   quantized   a float per token, then uint8 [chunk][feature][32], 128 larger than what they stand for. A chunk has up
-//   to
-//               four vectors of tokens: byte 4 v + i % 4 + i / 4 * 16 is token i of vector v, where packing puts it,
+//               to four vectors of tokens: byte 4 v + i % 4 + i / 4 * 16 is token i of vector v, where packing puts it,
 //               and from where zips bring it back in order
 //   block       per slab and pair of rows the number of steps (uint16); what the sums of the rows start from (int32);
-//   the
-//               steps
+//               the steps
 #ifndef SPARSEMAE_ZIP_PRODUCTS_INL_H
 #define SPARSEMAE_ZIP_PRODUCTS_INL_H
 
