@@ -141,8 +141,8 @@ class DataConfig(SourceConfig):
     """Fraction of the training images that may turn out unreadable, each replaced by the next of its epoch, before the
     run stops; 0 stops at the first."""
     cache_gigabytes: float = option(0.0, AT_LEAST_0, may_change=True)
-    """Memory for decoded images, which are then read once: of the training and of the validation images each, in each
-    loader worker. Small images that are seen many times gain most."""
+    """Memory for decoded images, which are then read once: of the training images in each loader worker, and with
+    data.workers 0 of the validation images, too. Small images that are seen many times gain most."""
     img_size: int = option(224, AT_LEAST_1, from_data=True)
     """Side of the model's input, px; in segmentation of the training crop and of the window."""
     mean: tuple[float, float, float] = option((0.485, 0.456, 0.406), from_data=True)

@@ -65,7 +65,7 @@ def test_serving(tmp_path: Path, soaked: Callable[..., None]) -> None:
 
 
 def test_training(tmp_path: Path, soaked: Callable[..., None]) -> None:
-    """The process that trains, with two loader processes that each epoch has anew."""
+    """The process that trains, with two loader processes."""
     out = tmp_path / "run"
     steps_per_epoch = 40
     words = tiny("pretrain", out, "--data.train_images", str(16 * steps_per_epoch), "--data.workers", "2",
