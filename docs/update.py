@@ -70,7 +70,11 @@ def browser_table(measured: dict[str, Any]) -> str:
     rows = [[name, f"{ms:.0f}"] for name, ms in measured["milliseconds"].items()]
     ours, dense = measured["megabytes"]
     busy = f"under load ({measured['load']:.0f}), " * (measured["load"] > 0.5 * measured["processors"])
-    return table(["in the browser", "ms"], rows, 1) + (
+    in_node = measured["node_milliseconds"]
+    rival = list(in_node.values())[-1]
+    node = [[name, f"{ms:.0f}", f"{ms / rival:.2f}"] for name, ms in in_node.items()]
+    return (
+        table(["in the browser", "ms"], rows, 1) + "\n" + table(["in Node, one thread", "ms", "of the rival"], node, 1) + 
         f"\n`make browser`: {measured['browser']}, {busy}medians of 9 runs of one photograph of 224 x 224 px after the "
         f"crop; models of {ours:.0f} and {dense:.0f} MB.\n"
     )

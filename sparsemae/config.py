@@ -77,10 +77,12 @@ def _with_recipes(
     try:
         parsed: Any = parser.instantiate(parser.parse_args([*first, *words]))
     except ValueError as error:
+        from sparsemae.recipe_parser import reworded
+
         said, files = " ".join(str(error).split()), [path for path in recipes if "\n" not in path]
-        if files and said.startswith(("Parser key", "Group")) and not any(name in said for name in named - {"config"}):
-            said = f"--config: {', '.join(files)}: {said}"
-        raise ValueError(said) from error
+        in_recipe = said.startswith(("Parser key", "Group")) and not any(name in said for name in named - {"config"})
+        where = f"--config: {', '.join(files)}: " if files and in_recipe else ""
+        raise ValueError(where + reworded(said)) from error
     config = kind(**{member.name: getattr(parsed, member.name) for member in fields(kind)})  # type: ignore[arg-type]
     if not recipes and not getattr(config, "from_data", True):
         open_ones = [name for name, _ in marked(config, "from_data") if name not in named]

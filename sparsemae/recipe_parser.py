@@ -1,5 +1,6 @@
 """Options of the commands that take recipes and nested settings, read by jsonargparse."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
@@ -8,6 +9,12 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 OPTIONAL_POSITIONAL = "files"
 """A list field of this name takes any number of positional arguments, none included."""
+
+_TYPES = {
+    "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list",
+    "dict": "options by name", "NoneType": "null",
+}  # fmt: skip
+_EXPECTED = re.compile(r"Expected an? (.+?)(?=\. $| - Expected| Given value type|$)")
 
 
 class _Parser(ArgumentParser):
@@ -29,3 +36,22 @@ def recipe_parser(kind: type[Any], program: str, positional: Sequence[str]) -> A
         default: Any = {"default": []} if nargs == "*" else {}
         parser.add_argument(name, nargs=nargs, type=str, help="Files or folders.", **default)
     return parser
+
+
+def reworded(message: str) -> str:
+    """What jsonargparse says of an option, one line, as the rest of the package does: what was wanted, what was got."""
+    if found := re.match(r'Parser key "([\w.]+)": (.*?)G(?:ot|iven) value: (.*)', message):
+        wanted = dict.fromkeys(_in_words(kind) for kind in _EXPECTED.findall(found[2]))
+        return f"{found[1]}: wanted {' or '.join(wanted)}, got {found[3]}" if wanted else message
+    if found := re.match(r"Parser key \"([\w.]+)\": Unable to load config '(.*?)' - ", message):
+        return f"{found[1]}: wanted {_TYPES['dict']}, got {found[2]}"
+    if found := re.fullmatch(r"Group '([\w.]+)' does not accept option '(.*)'", message):
+        return f"{found[1]}: wanted options it has, got {found[2]}"
+    return message
+
+
+def _in_words(kind: str) -> str:
+    if kind.startswith("typing.Literal"):
+        return ", ".join(re.findall(r"'([^']*)'", kind))
+    named = re.fullmatch(r"<class '(\w+)'>", kind)
+    return _TYPES.get(named[1], named[1]) if named else f"a {kind}"

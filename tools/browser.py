@@ -1,9 +1,10 @@
-"""The page of `sparsemae web` beside onnxruntime-web, in one headless Chromium: `make browser`.
+"""The page of `sparsemae web` beside onnxruntime-web, in one headless Chromium, and in Node: `make browser`.
 
     python tools/browser.py FOLDER docs/browser.json
 
 FOLDER has onnxruntime-web from npm in node_modules. Ours is SparseMAE-T (random weights, 224², bf16), one photograph
-through the page's own worker, on its one thread; theirs a dense ViT-B in int8 (dynamic), on one thread and on all.
+through the page's own worker, on its one thread; theirs a dense ViT-B in int8 (dynamic), on one thread and on all. In Node
+both modules take bf16 and int8 files, in turns with the rival, each on one thread.
 """
 
 import json
@@ -19,13 +20,16 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from sparsemae.benchmark.packed import DENSE, _export, _random_files
 from sparsemae.commands.web import web
 from sparsemae.options import WebConfig
 
+ROOT = Path(__file__).parents[1]
 RUNS = 9
+ROUNDS = 3
 SECONDS = 900
 PAGE = """<!doctype html><script type="module">
 const answer = (body) => fetch("result", { method: "POST", body: JSON.stringify(body) });
@@ -58,6 +62,19 @@ try {
   await answer({ error: `${error}` });
 }
 </script>""".replace("RUNS", str(RUNS))
+
+NODE_RIVAL = """import ort from "FOLDER/onnxruntime-web/dist/ort.node.min.mjs";
+ort.env.wasm.numThreads = 1;
+const session = await ort.InferenceSession.create("dense.onnx", { executionProviders: ["wasm"] });
+const image = new ort.Tensor("float32", new Float32Array(3 * 224 * 224).fill(0.5), [1, 3, 224, 224]);
+const times = [];
+for (let i = 0; i < RUNS; ++i) {
+  const start = performance.now();
+  await session.run({ [session.inputNames[0]]: image });
+  times.push(performance.now() - start);
+}
+process.stderr.write(`${JSON.stringify(times)}\\n`);
+""".replace("RUNS", str(RUNS // ROUNDS + 1))
 
 
 class _Handler(SimpleHTTPRequestHandler):
@@ -108,6 +125,27 @@ def visit(site: Path, what: str) -> list[float]:
     return rounds
 
 
+def in_node(files: dict[str, str], site: Path, modules: Path, version: str) -> dict[str, float]:
+    """Milliseconds in Node, one thread each: ours by module and file, and the rival; medians, in turns."""
+    (site / "rival.mjs").write_text(NODE_RIVAL.replace("FOLDER", str(modules)))
+    np.full((1, 3, 224, 224), 0.5, np.float32).tofile(site / "images")
+    node = ["node", "--no-warnings", "--experimental-wasm-relaxed-simd"]
+    subjects = {
+        f"SparseMAE-T {dtype}, {module}": [
+            *node, str(ROOT / "tests/native/forward.mjs"), f"{module}.wasm", file, "images", "1", str(RUNS // ROUNDS + 1)
+        ]
+        for dtype, file in files.items()
+        for module in ("sparsemae", "sparsemae-relaxed")
+    }  # fmt: skip
+    subjects[f"onnxruntime-web {version}, dense ViT-B int8"] = [*node, "rival.mjs"]
+    times: dict[str, list[float]] = {name: [] for name in subjects}
+    for _ in range(ROUNDS):
+        for name, command in subjects.items():
+            done = subprocess.run(command, cwd=site, capture_output=True, check=True)
+            times[name] += json.loads(done.stderr.splitlines()[-1])[1:]
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
 def main() -> None:
     """Measure, and write the figures to the file named."""
     modules = Path(sys.argv[1]).resolve() / "node_modules"
@@ -115,8 +153,9 @@ def main() -> None:
     threads = os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as temporary:
         folder, site = Path(temporary), Path(temporary) / "site"
-        ours = next(file for file in _random_files(folder) if "T" in Path(file).name and "bf16" in file)
-        web(WebConfig(ours, str(site)))
+        small = [file for file in _random_files(folder) if "T" in Path(file).name]
+        files = {dtype: next(file for file in small if dtype in file) for dtype in ("bf16", "int8")}
+        web(WebConfig(files["bf16"], str(site)))
         _export("onnxruntime int8", DENSE["B"], str(folder), threads)
         (dense,) = folder.glob("*onnxruntime int8.onnx")
         shutil.move(dense, site / "dense.onnx")
@@ -129,9 +168,10 @@ def main() -> None:
             for n in sorted({1, threads})
         }
         found = {name: statistics.median(visit(site, what)) for name, what in subjects.items()}
+        node = in_node(files, site, modules, package["version"])
     version = subprocess.run(["chromium", "--version"], capture_output=True, text=True, check=True).stdout.split()[1]
     document = {
-        "milliseconds": found, "megabytes": [one / 1e6 for one in size], "browser": f"Chromium {version}",
+        "milliseconds": found, "node_milliseconds": node, "megabytes": [one / 1e6 for one in size], "browser": f"Chromium {version}",
         "load": os.getloadavg()[0], "processors": threads,
     }  # fmt: skip
     Path(sys.argv[2]).write_text(json.dumps(document, indent=1) + "\n")

@@ -40,7 +40,12 @@ def test_data(refused: Callable[..., str], tmp_path: Path, image_folder: Path, j
     ("options", "message"),
     [
         (["--optim.lrr", "1"], "unrecognized arguments: --optim.lrr"),
-        (["--optim.lr", "fast"], 'key "optim.lr"'),
+        (["--optim.lr", "fast"], "optim.lr: wanted a number, got fast"),
+        (["--optim.clip_grad", "x"], "optim.clip_grad: wanted a number or null, got x"),
+        (["--trainer.keep", "first"], "trainer.keep: wanted last, best, got first"),
+        (["--trainer.compile", "maybe"], "trainer.compile: wanted true or false or auto, got maybe"),
+        (["--trainer", "3"], "trainer: wanted options by name, got 3"),
+        (["--model", "{nam: 3}"], "model: wanted options it has, got nam"),
         (["--config", "no_such"], "wanted a YAML file or a recipe (demo_finetune, demo_pretrain, demo_segment,"),
         (["--sparse.pattern", "2:48"], "attn.qkv: pattern 2:48 wants in_features divisible by 48, got in_features=32"),
         (["--sparse.pattern", "33:32"], "wanted 1 <= n <= m (n kept of every m), got n=33, m=32"),

@@ -130,4 +130,4 @@ def test_10_a_recipe_with_a_wrong_value_or_name_is_named(tmp_path: Path, refused
         recipe.write_text(text)
         assert f"error: --config: {recipe}: " in refused("finetune", "--config", str(recipe))
     recipe.write_text("cutmix: 0.5")
-    assert "error: Parser key" in refused("finetune", "--config", str(recipe), "--mixup", "x")
+    assert "error: mixup: wanted a number, got x" in refused("finetune", "--config", str(recipe), "--mixup", "x")
