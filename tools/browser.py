@@ -3,8 +3,8 @@
     python tools/browser.py FOLDER docs/browser.json
 
 FOLDER has onnxruntime-web from npm in node_modules. Ours is SparseMAE-T (random weights, 224², bf16), one photograph
-through the page's own worker, on its one thread; theirs a dense ViT-B in int8 (dynamic), on one thread and on all. In Node
-both modules take bf16 and int8 files, in turns with the rival, each on one thread.
+through the page's own worker, on its one thread; theirs a dense ViT-B in int8 (dynamic), on one thread and on all. In
+Node both modules take bf16 and int8 files, in turns with the rival, each on one thread.
 """
 
 import json
@@ -130,9 +130,10 @@ def in_node(files: dict[str, str], site: Path, modules: Path, version: str) -> d
     (site / "rival.mjs").write_text(NODE_RIVAL.replace("FOLDER", str(modules)))
     np.full((1, 3, 224, 224), 0.5, np.float32).tofile(site / "images")
     node = ["node", "--no-warnings", "--experimental-wasm-relaxed-simd"]
+    runs = str(RUNS // ROUNDS + 1)
     subjects = {
         f"SparseMAE-T {dtype}, {module}": [
-            *node, str(ROOT / "tests/native/forward.mjs"), f"{module}.wasm", file, "images", "1", str(RUNS // ROUNDS + 1)
+            *node, str(ROOT / "tests/native/forward.mjs"), f"{module}.wasm", file, "images", "1", runs
         ]
         for dtype, file in files.items()
         for module in ("sparsemae", "sparsemae-relaxed")
@@ -171,7 +172,8 @@ def main() -> None:
         node = in_node(files, site, modules, package["version"])
     version = subprocess.run(["chromium", "--version"], capture_output=True, text=True, check=True).stdout.split()[1]
     document = {
-        "milliseconds": found, "node_milliseconds": node, "megabytes": [one / 1e6 for one in size], "browser": f"Chromium {version}",
+        "milliseconds": found, "node_milliseconds": node, "megabytes": [one / 1e6 for one in size],
+        "browser": f"Chromium {version}",
         "load": os.getloadavg()[0], "processors": threads,
     }  # fmt: skip
     Path(sys.argv[2]).write_text(json.dumps(document, indent=1) + "\n")
