@@ -36,7 +36,7 @@ class StudyConfig(Options):
 
     out: str = "runs/study"
     """Folder of the runs and of results.jsonl. Started again, the study goes on there."""
-    root: str | None = option(None, must_exist=True)
+    root: str | None = option(None, must_exist=lambda config: config.report is None)
     """Images in class folders below train, val and test. Learning rates are chosen by val, figures taken on test.
     None: the embedded images, 2,000 training images of which are val."""
     pretrain: dict[str, Any] = field(default_factory=lambda: {"config": "demo_pretrain"})

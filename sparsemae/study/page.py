@@ -50,7 +50,7 @@ def _choice(config: StudyConfig, setting: str, rows: Rows) -> str:
     rates = sorted(config.learning_rates)
     first, best = next(iter(config.arms)), dict[str, Rows]()
     lines = [
-        f"Top-1 on held-out images by learning rate, means of {len(seeds)} seeds; and {first} less each arm, each at "
+        f"Top-1 on held-out images by learning rate, means of {_seeds(len(seeds))}; and {first} less each arm, each at "
         "its best rate:\n",
         f"| arm | {' | '.join(f'{rate:g}' for rate in rates)} | difference | ± s.e. |",
         "|---|" + "---:|" * (len(rates) + 2),
@@ -60,22 +60,31 @@ def _choice(config: StudyConfig, setting: str, rows: Rows) -> str:
         means = {rate: fmean(row["val"] for row in some) for rate, some in by_rate.items() if some}
         best[arm] = by_rate[max(means, key=lambda rate: means[rate])]
         pair = _paired(best.get(first, []), best[arm], "val")
-        told = f"{pair.mean:+.2f} | {pair.error:.2f}" if arm != first and pair.differences else " | "
+        error = f"{pair.error:.2f}" if len(pair.differences) > 1 else ""
+        told = f"{pair.mean:+.2f} | {error}" if arm != first and pair.differences else " | "
         cells = (f"{100 * means[rate]:.2f}" if rate in means else "" for rate in rates)
         lines.append(f"| {arm} | {' | '.join(cells)} | {told} |")
     return "\n".join([*lines, ""])
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed{'s' * (count > 1)}"
 
 
 def _introduction(config: StudyConfig, rows: Rows) -> str:
     machines = {f"{row['processor']}, torch {row['torch']}, {row['threads']} thread" for row in rows}
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     rates = ", ".join(f"{rate:g}" for rate in config.learning_rates)
+    figures = (
+        "figures are of the test images, which nothing is chosen by, at all seeds of pretraining and finetuning. "
+        "Differences are paired by seed, on the same processor; an order is claimed only where the 95 % t-interval of "
+        "the paired difference excludes 0."
+    )
     return (
         "# Study\n\n"
         f"Learning rates of finetuning ({rates}) are chosen for each arm and setting by the mean top-1 on held-out "
-        f"images at {config.selection_seeds} seeds; figures are of the test images, which nothing is chosen by, at all "
-        "seeds of pretraining and finetuning. Differences are paired by seed, on the same processor; an order is "
-        "claimed only where the 95 % t-interval of the paired difference excludes 0.\n\n"
+        f"images at {_seeds(config.selection_seeds)}; "
+        f"{figures if config.seeds else 'the test images are not looked at.'}\n\n"
         f"{len(rows)} trainings on {'; '.join(sorted(machines))}. Commits: {commits}. Each line of results.jsonl holds "
         "the commands that made it.\n"
     )
