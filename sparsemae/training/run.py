@@ -142,7 +142,8 @@ def start(config: TrainingConfig, group: Group) -> Run:
         raise ValueError(f"trainer.accelerator: {trainer.accelerator} cannot be had here: {error}") from error
     group.launch(fabric.device)
     fabric.launch()
-    atexit.register(_leave_process_group, group)
+    if group.world > 1:
+        atexit.register(_leave_process_group, group)
     folder = Path(config.out)
     log = logs.RunLog(folder, fabric.is_global_zero)
     before = _kept_config(folder, log.info)

@@ -1,5 +1,6 @@
 """The loop on the real command line, made tiny: determinism, resuming, processes and accumulation."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from lightning_fabric import Fabric
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparsemae.cli import main
+from sparsemae.data.dataset import ImageDataset
 from sparsemae.models.weights import read_weights
 from sparsemae.options.training import OptimConfig
 from sparsemae.sparsity import NMPattern, nm_mask
@@ -51,6 +53,12 @@ def test_same_seed_same_weights_with_any_workers(
         main([*words, "--trainer.max_steps", "3"])
     main(words)
     assert_identical(tmp_path / "one", tmp_path / "other")
+
+
+def test_of_a_run_that_has_ended_nothing_stays_in_the_process(tmp_path: Path) -> None:
+    main(tiny("finetune", tmp_path / "run", "--trainer.max_steps", "1"))
+    gc.collect()
+    assert not [one for one in gc.get_objects() if isinstance(one, ImageDataset | fit._Loop | torch.optim.Optimizer)]
 
 
 def test_another_seed_gives_other_weights(tmp_path: Path) -> None:
