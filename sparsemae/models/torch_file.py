@@ -41,6 +41,7 @@ PLAIN = re.compile(
 )
 """What a pickle may name; weights_only refuses some of it in turn."""
 ZIP = b"PK\x03\x04"  # what torch goes by
+PICKLE = b"\x80"  # protocol 2 or later, as torch has always written
 LEGACY_PICKLES = 5  # magic number, protocol, system, content, storage keys
 
 
@@ -49,8 +50,12 @@ def load_torch_file(path: Path) -> dict[str, Tensor]:
 
     Networks that lie under other keys (``model_ema``, ``teacher``) have that key before their names.
 
-    Raises ValueError, naming the file, if it is damaged, needs more than tensors to load, or holds none.
+    Raises ValueError, naming the file, if it is of another kind, is damaged, needs more than tensors to load, or holds
+    none.
     """
+    with path.open("rb") as file:
+        if not file.read(len(ZIP)).startswith((ZIP, PICKLE)):
+            raise ValueError(f"{path}: wanted a model, as a safetensors or a torch file, got a file of another kind")
     with _copied(path) as copy:
         content = _loaded(copy, f"{path}: wanted a torch file of tensors only, got one that")
         size = copy.stat().st_size
