@@ -22,29 +22,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``sparsemae``."""
     words = list(sys.argv[1:] if argv is None else argv)
     make_safe()
-    if not words or words[0] in ("-h", "--help"):
-        return print(usage())
-    if words[0] == "--version":
-        return print(__version__)
-    if words[0] == "--completion":
-        return _print_completion(" ".join(words[1:]))
-    name = words.pop(0)
-    if name not in JOBS:
-        meant = difflib.get_close_matches(name, JOBS, 1)
-        hint = f" (did you mean {meant[0]}?)" if meant else ""
-        fail("sparsemae", f"wanted a command ({', '.join(JOBS)}), got {name!r}{hint}")
-    debug = "--debug" in words
-    words = [word for word in words if word != "--debug"]
-    program, job = f"sparsemae {name}", JOBS[name]
-    if {"-h", "--help"} & set(words):
-        return print(help_page(job.options, program, job.examples, job.common))
-    if name == "plan" and words and words[0] in training_jobs():
-        own, others = split_words(job.options, words[1:])
-        words = [words[0], *own, f"--words={json.dumps(others)}"]
+    debug = "--debug" in words[1:]
+    words = words[:1] + [word for word in words[1:] if word != "--debug"]
+    program = f"sparsemae {words[0]}" if words and words[0] in JOBS else "sparsemae"
     try:
-        config: Any = read_config(job.options, words, program, job.recipe)
-        check_paths(config)
-        resolve(job.function)(config)
+        try:
+            _obey(words, program)
+        except SystemExit:  # argparse's, after the page of --help-all
+            sys.stdout.flush()
+            raise
         sys.stdout.flush()
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
@@ -56,9 +42,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if debug or (isinstance(error, RuntimeError) and not _is_for_want_of_memory(error)):
             raise
-        if not (isinstance(error, BrokenPipeError) and _reader_has_left()):
+        left = isinstance(error, BrokenPipeError) and _reader_has_left()
+        try:
+            sys.stdout.flush()
+        except OSError:  # the end of Python would try again, and say so
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not left:
             fail(program, str(error) or "out of memory")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the end of python would say so
+
+
+def _obey(words: list[str], program: str) -> Any:
+    """What the words say."""
+    if not words or words[0] in ("-h", "--help"):
+        return print(usage())
+    if words[0] == "--version":
+        return print(__version__)
+    if words[0] == "--completion":
+        shell = " ".join(words[1:])
+        return print(completion(shell, {name: resolve(job.options) for name, job in JOBS.items()}))
+    name, *words = words
+    if name not in JOBS:
+        meant = difflib.get_close_matches(name, JOBS, 1)
+        hint = f" (did you mean {meant[0]}?)" if meant else ""
+        raise ValueError(f"wanted a command ({', '.join(JOBS)}), got {name!r}{hint}")
+    job = JOBS[name]
+    if {"-h", "--help"} & set(words):
+        return print(help_page(job.options, program, job.examples, job.common))
+    if name == "plan" and words and words[0] in training_jobs():
+        own, others = split_words(job.options, words[1:])
+        words = [words[0], *own, f"--words={json.dumps(others)}"]
+    config: Any = read_config(job.options, words, program, job.recipe)
+    check_paths(config)
+    return resolve(job.function)(config)
 
 
 def fail(program: str, message: str) -> NoReturn:
@@ -80,13 +95,6 @@ def usage() -> str:
     )
 
 
-def _print_completion(shell: str) -> None:
-    try:
-        print(completion(shell, {name: resolve(job.options) for name, job in JOBS.items()}))
-    except ValueError as error:
-        fail("sparsemae", str(error))
-
-
 def _is_for_want_of_memory(error: RuntimeError) -> bool:
     """In torch's words, on a CPU or a GPU; or of what is nested too deeply."""
     return isinstance(error, RecursionError) or "allocate" in str(error)
@@ -94,6 +102,8 @@ def _is_for_want_of_memory(error: RuntimeError) -> bool:
 
 def _reader_has_left() -> bool:
     """Whether standard output is a pipe that nobody reads any more, as after ``| head``."""
+    if not hasattr(select, "poll"):  # Windows
+        return True
     poll = select.poll()
     poll.register(sys.stdout, select.POLLERR)
     return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -172,6 +172,23 @@ def test_a_bar_moves_from_the_first_step_and_knows_the_epochs(tmp_path: Path, fi
 
 @pytest.mark.slow
 @pytest.mark.holds("own.5")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", ["--help", "finetune --help-all", "plan demo_finetune"])
+def test_an_output_that_takes_nothing(words: str, unbuffered: str) -> None:
+    """A full disk is one line and status 2, a reader that has left is nothing; python has a buffer or none."""
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    program = f"{shlex.quote(sys.executable)} -m sparsemae {words}"
+    for command, status, lines in (
+        (f"{program} > /dev/full", 2, 1), (f"(sleep 0.3; {program}) | :; exit ${{PIPESTATUS[0]}}", 0, 0)
+    ):  # fmt: skip
+        done = subprocess.run(
+            ["bash", "-c", command], capture_output=True, text=True, check=False, cwd=ROOT, env=environment
+        )
+        assert (done.returncode, done.stderr.count("\n")) == (status, lines), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.holds("own.5")
 def test_a_reader_that_leaves_ends_the_command_quietly(runs: Path, tmp_path: Path) -> None:
     """As ``sparsemae predict DIR | head -1``, and with more output than a pipe holds."""
     for i in range(40):
