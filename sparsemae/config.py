@@ -52,15 +52,16 @@ def read_config(
         ValueError: in one line, on an unknown option, a value of the wrong type, or an unknown recipe.
     """
     recipes, words = _resolved(kind, argv)
-    named = {name for word in words for name in _names(word)}
+    parser: Any = _parser(kind, program)  # type: ignore[arg-type]
+    plain = isinstance(parser, PlainParser)
+    named = set() if plain else {name for word in words for name in _names(word)}
     if recipe and not recipes and not named & {"data", "data.root", "data.source", "help", "help_all"}:
         print(f"{program}: no data and no --config given, using the recipe {recipe} (embedded Fashion-MNIST)",
               file=sys.stderr)  # fmt: skip
         recipes = [_recipe(recipe)]
-    parser = _parser(kind, program)  # type: ignore[arg-type]
     words = ["--help" if word == "--help_all" else word for word in words]
     try:
-        if isinstance(parser, PlainParser):
+        if plain:
             made: Config = parser.made(words, [settings for _, settings in recipes])
             return made
         return _with_recipes(kind, parser, [recipe for recipe, _ in recipes], words, named)

@@ -81,7 +81,10 @@ def _unfolded(word: str) -> list[str]:
     name, _, value = word.partition("=")
     if not value.lstrip().startswith("{"):
         return [word]
-    return [f"{name}.{key}={_text(one)}" for key, one in flatten(_flow(value)).items()]
+    try:
+        return [f"{name}.{key}={_text(one)}" for key, one in flatten(_flow(value)).items()]
+    except ValueError:
+        raise ValueError(f"{name}: wanted names and values in braces, got {value!r:.60}") from None
 
 
 def _flow(text: str) -> Any:
