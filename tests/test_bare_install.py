@@ -72,7 +72,8 @@ def test_predict_and_evaluate_with_three_packages_alone(packed: Path, image_fold
     predicted, table, *evaluated, page = bare([
         ["predict", model, str(image_folder / "val"), "--top-k", "2"],
         ["predict", model, str(image_folder / "val"), "--format", "csv"],
-        *(["evaluate", model, root] for root in sources), ["evaluate", "--help"],
+        *(["evaluate", model, root] for root in sources),
+        ["evaluate", model, f"--data={{source: folder, root: {sources[0]}}}"], ["evaluate", "--help"],
     ])  # fmt: skip
     assert (predicted[0], predicted[2], table[0]) == (0, "", 0)
     assert table[1].count("\n") == 1 + 2 * len(predicted[1].splitlines())
@@ -87,17 +88,25 @@ def test_predict_and_evaluate_with_three_packages_alone(packed: Path, image_fold
 
 @pytest.mark.slow
 @pytest.mark.holds("take.6")
-def test_what_wants_more_says_so_in_one_line(packed: Path, image_folder: Path, runs: Path) -> None:
+def test_what_wants_more_says_so_in_one_line(packed: Path, image_folder: Path, runs: Path, tmp_path: Path) -> None:
     root, run = str(image_folder), str(runs / "finetune")
     lines = [
         ["finetune", root], ["pack", run, "x"], ["export", run, "x"], ["check", root], ["report", run],
         ["predict", run, root], ["evaluate", run], ["evaluate", str(packed), root, "--data.source", "hfds"],
-        ["evaluate", str(packed), root, "--config", "finetune_t"],
+        ["evaluate", str(packed), root, "--config", "finetune_t"], ["finetune", "--help"], ["pretrain"],
     ]  # fmt: skip
     for words, (status, out, error) in zip(lines, bare(lines), strict=True):
         assert (status, out, error.count("\n")) == (2, "", 1), (words, error)
         assert error.endswith("pip install 'sparsemae[train]'\n"), error
-    (found,) = bare([["evaluate", str(packed), "--data.source", "embedded"]])
+    write(tmp_path / "encoder", reference.random_model(reference.vit_shape(num_classes=0)))
+    write(tmp_path / "unnamed", reference.random_model(reference.vit_shape(num_classes=2)))
+    found, *others = bare([
+        ["evaluate", str(packed), "--data.source", "embedded"], ["evaluate", str(tmp_path / "encoder"), root],
+        ["evaluate", str(tmp_path / "unnamed"), root],
+    ])  # fmt: skip
+    for (status, _, error), got in zip(others, ("an encoder", "one without"), strict=True):
+        assert status == 2
+        assert error.endswith(f"wanted a classifier with the names of its classes, got {got}\n")
     assert found[2].count("\n") == 1
     assert "sparsemae-images, got none: pip install ./images in a checkout" in found[2]
 
@@ -141,6 +150,7 @@ WORDS: dict[Any, list[list[str]]] = {
         ["model", "--data.source=auto", "--data.root=images", "--data.background=[0, 1, 2]", "--data.exif=false"],
         ["model", "--inference={mode: whole, scales: [0.75, 1.25], flip: true}", "--split=all"],
         ["model", "--data={source: csv, root: x, val_share: 0.25, image_column: a b}", "--data.workers=0"],
+        ["model", "--data={source: folder"],
         ["model", "--data.background=[0, 1]"], ["model", "--data.background=[0, 1, x]"], ["model", "--data.bits=null"],
         ["model", "--data.val_share=2"],
         ["model", "--probe=svm"], ["model", "--data.workers=1.5"], ["model", "--data.source=zip"],

@@ -41,6 +41,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
 
         return evaluate_run(config)
     card = predictor.card
+    if not card.class_names:
+        got = "one without" if predictor.vit.num_classes else "an encoder"
+        raise ValueError(f"{config.model}: wanted a classifier with the names of its classes, got {got}")
     if any(value is not None for value in vars(config.inference).values()):
         raise ValueError(f"inference: wanted none for a model for {card.task}, got {config.inference}")
     if config.data.exif and card.input.exif is False:
