@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TextIO
 
 import numpy as np
@@ -50,7 +51,7 @@ def predict(config: PredictConfig) -> dict[str, Any]:
                 if len(files) == 1:
                     raise result
                 unreadable += 1
-                print(f"sparsemae predict: {printable(' '.join(str(result).split()))}", file=sys.stderr)
+                print(f"sparsemae predict: {printable(result)}", file=sys.stderr)
                 continue
             if pictures is not None:
                 image = as_rgb(file, card.input, config.max_pixels)
@@ -90,7 +91,8 @@ def _output(config: PredictConfig) -> Iterator[Callable[[str, Any], None]]:
 
 def _writer(style: str, file: TextIO, text: Callable[[str], str]) -> Callable[[str, Any], None]:
     """What writes a result in one of the formats; names in CSV and JSON are passed through ``text``."""
-    table = csv.writer(file, lineterminator="\n")
+    rows: Any = SimpleNamespace(write=lambda row: file.write(row.removesuffix("\r\n") + "\n"))
+    table = csv.writer(rows)  # of these ends of lines, which have it quote a carriage return
     if style == "csv":
         table.writerow(COLUMNS)
 

@@ -29,6 +29,7 @@ from sparsemae.predictor import Prediction
 from sparsemae.sparsity import hold_masks
 from sparsemae.tasks.loading import load_model
 from sparsemae.tasks.sliding_window import predict_scores
+from sparsemae.terminal import printable
 
 
 def test_predictions_of_files_and_folders(runs: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,7 +54,7 @@ def test_unreadable_images_are_named_and_left_out(
         model = tmp_path / "m.safetensors"
     folder = image_folder / "val"
     good = sorted(folder.glob("*/*.png"))
-    broken = good[0].with_name("00.png")
+    broken = good[0].with_name("0  0\n.png")
     broken.write_bytes(good[0].read_bytes()[:40])
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_:
@@ -62,12 +63,12 @@ def test_unreadable_images_are_named_and_left_out(
     printed = capsys.readouterr()
     assert [line.split(": ")[0] for line in printed.out.splitlines()] == [str(file) for file in good]
     named, last = printed.err.splitlines()[-2:]
-    assert named.startswith(f"sparsemae predict: {broken}: ")
+    assert named.startswith(f"sparsemae predict: {printable(broken)}: ")
     assert last == "sparsemae predict: error: 1 of 7 images could not be read; the others are done"
     with pytest.raises(SystemExit):
         main(["predict", str(model), str(broken)])
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"sparsemae predict: error: {broken}: ")
+    assert line.startswith(f"sparsemae predict: error: {folder}")
 
 
 def test_predictions_are_palette_masks_and_overlays(
@@ -101,7 +102,16 @@ def test_predictions_are_palette_masks_and_overlays(
         predict(PredictConfig(str(scene_run.folder), [folder, str(tmp_path / "twice")], pictures="out"))
 
 
-NAMES = ("a,b.png", 'say "cheese".png', "two\nlines.png", "caf\u00e9.png", os.fsdecode(b"\xff.png"), "1.png")
+NAMES = (
+    "a,b.png",
+    'say "cheese".png',
+    "two\nlines.png",
+    "back\rhere.png",
+    "crlf\r\n.png",
+    "caf\u00e9.png",
+    os.fsdecode(b"\xff.png"),
+    "1.png",
+)
 
 
 def lines_of(style: str, text: bytes) -> list[tuple[str, list[Prediction]]]:
