@@ -96,6 +96,24 @@ def test_packed_files_answer_so_without_torch(packed: Path, photograph: Path) ->
     assert done.stdout.strip() == str(wanted * 5)
 
 
+def test_what_is_no_model_is_said_to_be_none_without_torch(packed: Path, tmp_path: Path) -> None:
+    """And not that torch is missing, which it is not for this."""
+    (tmp_path / "cut.safetensors").write_bytes(packed.read_bytes()[:100])
+    (tmp_path / "empty.safetensors").touch()
+    (tmp_path / "header.safetensors").write_bytes((2**20).to_bytes(8, "little") + bytes(2**20 + 1))
+    code = WITHOUT_TORCH + (
+        "import sparsemae\nfor name in sys.argv[1:]:\n"
+        "    try:\n        sparsemae.load(name)\n    except ValueError as error:\n        print(error)"
+    )
+    names = ("cut.safetensors", "empty.safetensors", "header.safetensors", "absent.safetensors")
+    command = [sys.executable, "-c", code, *names]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    *damaged, absent = done.stdout.splitlines()
+    for name, line in zip(names[:3], damaged, strict=True):
+        assert line.startswith(f"{name}: not a readable safetensors file: ")
+    assert absent == "absent.safetensors: no such file or run folder"
+
+
 def test_order_is_kept_and_gray_is_repeated(predictor: Predictor) -> None:
     generator = np.random.default_rng(1)
     images = [generator.integers(0, 256, (28 + i, 40 - i), dtype=np.uint8) for i in range(30)]

@@ -161,16 +161,22 @@ def read(path: str | Path) -> PackedModel:
 def is_packed(path: str | Path) -> bool:
     """Whether a file says of itself that it is a packed model; `read` tells whether it is a usable one.
 
-    Raises ValueError, naming it, if it is a device or a pipe.
+    Raises ValueError, naming it, if it is not there, a device or a pipe, or a damaged safetensors file by its name.
     """
     path = existing(path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or run folder")
     try:
-        if oversized_header(path):
-            return False
+        if header := oversized_header(path):
+            raise SafetensorError(f"its header of {header:,} bytes is too large beside its data")
         with safe_open(path, framework="numpy", backend="pread") as file:
             return (file.metadata() or {}).get("format") == FORMAT
-    except (OSError, SafetensorError):
+    except OSError:
         return False
+    except SafetensorError as error:
+        if path.suffix != ".safetensors":
+            return False
+        raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
 
 
 def unpack(model: PackedModel, masks: bool = False) -> dict[str, Array]:
