@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, a kill at any moment included."""
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -101,8 +102,14 @@ def existing(path: Any) -> Path:
 
 
 def fsync(path: Path) -> None:
-    """Have the system write a file, or a folder's entries, to the disk now."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Have the system write a file, or a folder's entries, to the disk now.
+
+    Windows wants a file to be open for writing, and has nothing of the kind for folders.
+    """
+    windows = sys.platform == "win32"
+    if windows and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

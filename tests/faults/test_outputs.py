@@ -3,6 +3,7 @@
 import os
 import re
 import stat
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +31,22 @@ MAKE: dict[str, Callable[[Path], None]] = {
 }
 ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: makes a device")
 KINDS = [pytest.param(kind, marks=ROOT_ONLY) if kind == "device" else kind for kind in MAKE]
+
+
+def test_windows_writes_files_to_the_disk_that_are_open_for_writing_and_no_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = os.open
+
+    def as_there(path: str | Path, flags: int, *more: int) -> int:
+        if os.path.isdir(path) or not flags & (os.O_RDWR | os.O_WRONLY):
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, flags, *more)
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(os, "open", as_there)
+    write_atomic(tmp_path / "out", "text")
+    assert (tmp_path / "out").read_text() == "text"
 
 
 @pytest.mark.holds("held.1")
