@@ -99,6 +99,10 @@ int main(int argc, char** argv) {
     return 2;
   }
   const sparsemae_description& d = *sparsemae_describe(model);
+  if (!raw && !d.classes) {
+    std::fprintf(stderr, "sparsemae-run: error: %s: wanted a model with classes, got an encoder\n", path);
+    return 2;
+  }
   std::vector<float> input(std::size_t{d.channels} * d.height * d.width), logits(d.outputs);
   int status = 0;
   for (int i = 2 + raw; i < argc; ++i) {
@@ -116,6 +120,8 @@ int main(int argc, char** argv) {
         (sparsemae_prepare(model, image.values.data(), image.width, image.height, image.channels, input.data()) ||
          sparsemae_forward(model, input.data(), 1, logits.data())))
       wrong = sparsemae_error();
+    if (wrong.empty() && !raw && !std::all_of(logits.begin(), logits.end(), [](float x) { return std::isfinite(x); }))
+      wrong = "wanted finite logits, got NaN or infinite ones";
     if (!wrong.empty()) {
       std::fprintf(stderr, "sparsemae-run: %s: %s\n", argv[i], wrong.c_str());
       status = 2;

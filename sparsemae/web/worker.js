@@ -62,6 +62,7 @@ async function classified(file) {
     if (api.sparsemae_forward(model, input, 1, out)) throw new Error(text(api.sparsemae_error()));
     const ms = performance.now() - start;
     const logits = Array.from(new Float32Array(api.memory.buffer, out, outputs));
+    if (!logits.every(Number.isFinite)) throw new Error("wanted finite logits, got NaN or infinite ones");
     const highest = Math.max(...logits);
     const exponentials = logits.map((logit) => Math.exp(logit - highest));
     const sum = exponentials.reduce((a, b) => a + b, 0);

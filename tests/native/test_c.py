@@ -107,10 +107,15 @@ def test_the_program_names_classes_and_what_it_cannot_read(library: Path, tmp_pa
     cases: dict[str, list[str]] = {
         "usage:": [], "wanted a packed model": [str(tmp_path / "red.ppm"), "x.ppm"],
         "No such file": ["absent", "x.ppm"],
+        "wanted a model with classes": [str(packed(tmp_path / "encoder", num_classes=0)), str(tmp_path / "red.ppm")],
+        "wanted finite logits": [str(tmp_path / "infinite"), str(tmp_path / "red.ppm")],
     }  # fmt: skip
+    model = reference.random_model(reference.vit_shape(num_classes=2), dtype="fp32")
+    model.tensors["head.weight"][:] = 3e38
+    write(tmp_path / "infinite", model)
     for wanted, words in cases.items():
         done = subprocess.run([run, *words], capture_output=True, check=False)
-        assert done.returncode == 2
+        assert (done.returncode, done.stdout) == (2, b"")
         (line,) = done.stderr.decode().splitlines()
         assert wanted in line
 
