@@ -35,6 +35,8 @@ def export(config: ExportConfig) -> Path:
     """Write the folder, whole or not at all, print what was held against what, and push it where that is wanted."""
     if config.push is not None:
         validate_repo_id(config.push)
+        if "/" not in config.push:
+            raise ValueError(f"push: wanted OWNER/NAME, got {config.push}")
     model, card = load_model(config.model)
     card = replace(card, license=config.license or card.license)
     writer: Writer = _write_onnx if config.to == "onnx" else _write_timm

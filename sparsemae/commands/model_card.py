@@ -90,9 +90,11 @@ def _size_and_speed(model: Any, card: ModelCard) -> str:
 def _of_run(folder: Path) -> tuple[str, str, list[str]]:
     """What a model was trained on, what it started from, and by which words, as its run's folder says; or nothing."""
     config, machine = folder / "config.yaml", folder / "environment.json"
+    if not (config.exists() and machine.exists()):  # one alone may be anybody's
+        return "", "", []
     try:
-        kept = read_mapping(config) if config.exists() else {}
-        words = json.loads(existing(machine).read_text())["command"][1:] if machine.exists() else []
+        kept = read_mapping(config)
+        words = json.loads(existing(machine).read_text())["command"][1:]
         data = kept.get("data", {})
         name = Path(str(data.get("root") or data.get("source", "unknown"))).name if kept else ""
         start = str(kept.get("init") or "") or "random weights" * bool(kept)

@@ -1,6 +1,7 @@
 """Models that others open: timm, transformers and ONNX Runtime give the same logits, and prepare images the same."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from io import BytesIO
@@ -193,7 +194,9 @@ def test_a_packed_file_is_a_frozen_torch_model_again(runs: Path, tmp_path: Path,
     main(["pack", str(packed), str(again), "--dtype", dtype])
     first, second = load_file(packed), load_file(again)
     assert {name: value.tolist() for name, value in first.items()} == {n: v.tolist() for n, v in second.items()}
+    (tmp_path / "config.yaml").write_text("data: {source: of another program}\n")  # which is no run's beside it
     folder = export(ExportConfig(str(packed), str(tmp_path / "timm")))
+    assert not re.search(r"\| (data|started from|command) \|", (folder / "README.md").read_text())
     theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     with torch.inference_mode():
         assert np.array_equal(theirs(torch.from_numpy(images)).numpy(), got)
@@ -212,6 +215,7 @@ def test_what_cannot_be_exported_is_one_line(
         ([str(runs / "finetune"), new, "--masked", "true"], "masked: wanted a pretrained run"),
         ([str(runs / "pretrain"), new, "--to", "onnx"], "to: wanted timm or hf for a pretrained run"),
         ([str(runs / "finetune"), new, "--push", "a/b/c"], "a/b/c"),
+        ([str(runs / "finetune"), new, "--push", "mine"], "push: wanted OWNER/NAME, got mine"),
     ):
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit_:
