@@ -1,6 +1,7 @@
 """A stand-in for the hub's HTTP API: what huggingface_hub asks of it when a folder is pushed and a file is fetched.
 
-A repository's name says what goes wrong: `conflict` at the commit, `dropped` while weights are sent.
+A repository's name says what goes wrong: `conflict` at the commit, `dropped` while weights are sent, `lost` the answer
+to a commit that is made.
 """
 
 from __future__ import annotations
@@ -112,6 +113,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self.server.repositories[name][value["path"]] = base64.b64decode(value["content"])
             if line["key"] == "lfsFile":
                 self.server.repositories[name][value["path"]] = self.server.objects[value["oid"]]
+        if name.endswith("/lost"):
+            self.close_connection = True
+            return self.connection.close()
         return self._json(200, {"commitUrl": f"{self.server.endpoint}/{name}/commit/{SHA}", "commitOid": SHA})
 
     def _json(self, status: int, answer: Any, headers: dict[str, str] | None = None) -> None:

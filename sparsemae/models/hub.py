@@ -71,7 +71,7 @@ def push(folder: Path, repository: str) -> str:
         return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload by sparsemae"))
     except Exception as error:  # the client's own, of whatever library it is built on
         reason = f"{error}" or type(error).__name__
-        raise ValueError(f"push: {repository}: nothing was committed to {api.endpoint}: {reason}") from error
+        raise ValueError(f"push: {repository}: no commit was confirmed by {api.endpoint}: {reason}") from error
 
 
 @contextmanager

@@ -44,7 +44,7 @@ for source in ("hf-hub:lab/model", "hf-hub:lab/mae", "hf-hub:lab/absent", "hf-hu
 def test_push_and_load_through_a_stand_in_of_the_hub(runs: Path, tmp_path: Path, figure: Callable[[str], None]) -> None:
     words = [
         ["export", str(runs / "finetune"), str(tmp_path / name), "--push", f"lab/{name}", *more]
-        for name, *more in (("model",), ("conflict",), ("dropped",), ("yaml", "--license", "no-such"))
+        for name, *more in (("model",), ("conflict",), ("dropped",), ("lost",), ("yaml", "--license", "no-such"))
     ]
     words.append(["export", str(runs / "pretrain"), str(tmp_path / "mae"), "--to", "hf", "--push", "lab/mae"])
     words.append(["export", str(runs / "finetune"), str(tmp_path / "again"), "--push", "lab/model"])
@@ -64,17 +64,18 @@ def test_push_and_load_through_a_stand_in_of_the_hub(runs: Path, tmp_path: Path,
     assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
     assert "401" in refused.stderr
     lines = done.stdout.splitlines()
-    model, conflict, dropped, yaml, mae, again = (json.loads(line) for line in lines[:6])
+    model, conflict, dropped, lost, yaml, mae, again = (json.loads(line) for line in lines[:7])
     for status, out, errors in (model, mae, again):
         assert (status, errors) == (0, [])
         assert f"{server.endpoint}/lab/" in out
-    for (status, out, errors), said in ((conflict, "409"), (dropped, "commit"), (yaml, "license")):
+    for (status, out, errors), said in ((conflict, "409"), (dropped, "commit"), (lost, "commit"), (yaml, "license")):
         assert status == 2
         (line,) = errors
-        assert "nothing was committed" in line
+        assert "no commit was confirmed" in line
         assert said in line
         assert f"{server.endpoint}/lab/" not in out
     assert files["lab/conflict"] == files["lab/dropped"] == files["lab/yaml"] == {}
+    assert files["lab/lost"]  # of which the client cannot know
     for name in ("model", "conflict", "dropped"):  # the folder is whole, whatever came of the push
         assert sorted(file.name for file in (tmp_path / name).iterdir()) == [
             "README.md",
@@ -82,7 +83,7 @@ def test_push_and_load_through_a_stand_in_of_the_hub(runs: Path, tmp_path: Path,
             "model.safetensors",
         ]
     assert {name: (tmp_path / "again" / name).read_bytes() for name in files["lab/model"]} == files["lab/model"]
-    same, ours, theirs, absent, empty = lines[6:]
+    same, ours, theirs, absent, empty = lines[7:]
     assert (same, ours, theirs) == ("True", "1.0", "1.0")
     for line, name in ((absent, "absent"), (empty, "conflict")):
         assert line.startswith(f"--init hf-hub:lab/{name}: ")
