@@ -172,8 +172,10 @@ def test_a_bar_moves_from_the_first_step_and_knows_the_epochs(tmp_path: Path, fi
 
 @pytest.mark.slow
 @pytest.mark.holds("own.5")
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("words", ["--help", "finetune --help-all", "plan demo_finetune"])
+@pytest.mark.parametrize(
+    ("words", "unbuffered"),
+    [("--help", ""), ("--help", "1"), ("finetune --help", ""), ("finetune --help", "1"), ("predict --help-all", "")],
+)
 def test_an_output_that_takes_nothing(words: str, unbuffered: str) -> None:
     """A full disk is one line and status 2, a reader that has left is nothing; python has a buffer or none."""
     environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
