@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 
 import sparsemae
 from sparsemae.cli import main
-from sparsemae.commands.export import export
+from sparsemae.commands.export import compared, export
 from sparsemae.data.transforms import evaluation_transform
 from sparsemae.options import ExportConfig
 from sparsemae.sparsity import dense_weights, hold_masks
@@ -165,6 +166,13 @@ def test_onnx_has_the_logits_and_says_how_images_are_prepared(
         (got,) = session.run(None, {"images": batch})
         error = np.abs(got - wanted[: len(batch)]).max() / wanted.std()
         assert error < 1e-4
+    if find_spec("openvino"):  # of the extra `bench`
+        import openvino
+
+        exact = {"INFERENCE_PRECISION_HINT": "f32"}
+        network = openvino.Core().compile_model(folder / "model.onnx", "CPU", exact)
+        for batch in (images, images[:1]):
+            assert np.abs(network(batch)[0] - wanted[: len(batch)]).max() < 1e-4 * wanted.std()
     assert tuple(json.loads(metadata["class_names"])) == predictor.card.class_names
     assert (metadata["task"], metadata["license"]) == ("classify", "cc0-1.0")
     figure(f"largest difference of a logit {error:.1e} of the spread")
@@ -201,6 +209,15 @@ def test_a_packed_file_is_a_frozen_torch_model_again(runs: Path, tmp_path: Path,
     with torch.inference_mode():
         assert np.array_equal(theirs(torch.from_numpy(images)).numpy(), got)
     assert HubCard.load(folder / "README.md").data.license == "mit"
+
+
+def test_other_logits_are_not_called_done() -> None:
+    wanted = np.random.default_rng(0).standard_normal((2, 10), np.float32)
+    assert compared(wanted + np.float32(1e-5), wanted, "x").startswith("in x, largest difference of a logit 1.")
+    assert "0.0e+00" in compared(wanted * 0, wanted * 0, "x")
+    for other in (wanted + np.float32(0.01), wanted * np.float32(np.nan)):
+        with pytest.raises(ValueError, match="wanted the same logits in x, got some that are off by"):
+            compared(other, wanted, "x")
 
 
 def test_what_cannot_be_exported_is_one_line(
