@@ -90,8 +90,8 @@ struct Kernels {
   float max_density = 1.0f;       // it is the best where no sparse layer keeps more than this fraction of its weights
   bool best_for_int8 = false;     // and of these, where layers are int8
   float max_magnitude = 0.0f;     // sums and activations must stay below (0: no bound); vit_build.cpp sees to it
-  // Pixels become bf16. Those of a flat surface all lose the same, and that adds up; so the embedding gets what a column
-  // of pixels has lost, too, times the mean of its weights.
+  // Pixels become bf16. Those of a flat surface all lose the same, and that adds up; so the embedding gets what a
+  // column of pixels has lost, too, times the mean of its weights.
   bool rounds_pixels = false;
   // Whose patches and linear make the embedding; its residual has the same layout. Null: its own.
   const Kernels* (*embedding)() = nullptr;
