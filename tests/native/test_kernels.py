@@ -73,7 +73,7 @@ def test_forward_agrees_with_the_twin(isa: str, kind: str) -> None:
 @pytest.mark.holds("fast.3")
 @pytest.mark.parametrize("isa", ISAS)
 def test_flat_surfaces_are_embedded_as_if_pixels_were_not_rounded(isa: str) -> None:
-    """Every pixel of a column loses the same, and no weight makes up for it; two patch sides, blocks that add nothing."""
+    """Every pixel of a column loses the same, and no weight makes up for it. The blocks add nothing."""
     for side in (4, 20):
         vit = reference.vit_shape(depth=1, patch_size=side, image_height=2 * side, image_width=2 * side)
         model = reference.random_model(vit, dense="bf16")

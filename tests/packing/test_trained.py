@@ -20,7 +20,7 @@ def train_the_demo(run: Path) -> None:
 
 
 def train_on_own_images(run: Path) -> None:
-    """What docs/own-images.md says of a folder, by `sparsemae finetune IMAGES`: ViT-Ti, 64 px; a third of its epochs."""
+    """What docs/own-images.md says of a folder, `sparsemae finetune IMAGES`: ViT-Ti, 64 px; fewer epochs."""
     reader, images = EmbeddedReader("train"), run.parent / "images"
     for index, label in enumerate(reader.labels[:400]):
         file = images / str(label) / f"{index}.png"
