@@ -42,6 +42,29 @@ inline std::uint16_t to_bf16(float value) {
   return static_cast<std::uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
 }
 
+// Patches of image [C][H][W] for tokens [first, first + kTokenUnit): write(token, feature, mask, bf16) for up to 16
+// pixels of a row, and after a patch's pixels for what rounding has taken from each column of a channel.
+template <class Write>
+inline void round_patches(const Geometry& g, const float* image, std::size_t first, const Write& write) {
+  const std::size_t across = g.image_width / g.patch, pixels = patch_inputs(g, false);
+  for (std::size_t t = first < g.prefix ? g.prefix : first; t < first + kTokenUnit && t < g.tokens; ++t) {
+    const float* patch = image + (t - g.prefix) / across * g.patch * g.image_width + (t - g.prefix) % across * g.patch;
+    for (std::size_t c = 0; c < g.channels; ++c)
+      for (std::size_t x = 0; x < g.patch; x += 16) {
+        const __mmask16 mask = static_cast<__mmask16>(g.patch - x < 16 ? (1u << (g.patch - x)) - 1u : 0xFFFFu);
+        __m512 taken = _mm512_setzero_ps();
+        for (std::size_t y = 0; y < g.patch; ++y) {
+          const __m512 from = _mm512_maskz_loadu_ps(mask, patch + (c * g.image_height + y) * g.image_width + x);
+          const auto rounded = (__m256i)_mm512_cvtneps_pbh(from);
+          const __m512i bits = _mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16);
+          taken = _mm512_add_ps(taken, _mm512_sub_ps(from, _mm512_castsi512_ps(bits)));
+          write(t, (c * g.patch + y) * g.patch + x, mask, rounded);
+        }
+        write(t, pixels + c * g.patch + x, mask, (__m256i)_mm512_cvtneps_pbh(taken));
+      }
+  }
+}
+
 // Transposes 16 x 16 dwords; `step` is the distance of rows, in dwords, of both.
 inline void transpose16(const std::uint32_t* from, std::size_t from_step, std::uint32_t* to, std::size_t to_step) {
   __m512i a[16], b[16];

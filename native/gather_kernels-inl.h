@@ -270,16 +270,10 @@ inline void attend_head(const Geometry& g, void* output, size_t head, void* scra
 }
 
 inline void patches(const Geometry& g, const float* image, void* activation, size_t first) {
-  const size_t across = g.image_width / g.patch, stride = stride_of(g.channels * g.patch * g.patch);
-  for (size_t t = first < g.prefix ? g.prefix : first; t < first + kTokenUnit && t < g.tokens; ++t) {
-    const size_t row = (t - g.prefix) / across * g.patch, column = (t - g.prefix) % across * g.patch;
-    uint16_t* to = static_cast<uint16_t*>(activation) + t * stride;
-    for (size_t c = 0; c < g.channels; ++c)
-      for (size_t y = 0; y < g.patch; ++y, to += g.patch) {
-        const float* from = image + (c * g.image_height + row + y) * g.image_width + column;
-        for (size_t x = 0; x < g.patch; ++x) to[x] = to_bf16(from[x]);
-      }
-  }
+  const size_t stride = stride_of(patch_inputs(g, true));
+  round_patches(g, image, first, [&](size_t token, size_t feature, __mmask16 mask, __m256i bf16) {
+    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(activation) + token * stride + feature, mask, bf16);
+  });
 }
 
 // write(d, lanes, y) for 16 features of one normalized token after the other.
@@ -355,6 +349,7 @@ constexpr Kernels table(const char* name) {
       .name = name,
       .math = "bf16",
       .head_step = kRowBlock,
+      .rounds_pixels = true,
       .activation_bytes = activation_bytes,
       .scratch_bytes = scratch_bytes,
       .pack_block = pack_any_block,

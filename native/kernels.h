@@ -56,6 +56,12 @@ struct Geometry {
   std::size_t channels = 0, image_height = 0, image_width = 0, patch = 0, prefix = 0;
 };
 
+// Inputs of the patch embedding: a patch's pixels and, where kernels round these, for each channel and column of them
+// the sum of what rounding has taken (Kernels::rounds_pixels).
+static constexpr std::size_t patch_inputs(const Geometry& g, bool rounded) {
+  return g.channels * g.patch * (g.patch + (rounded ? 1 : 0));
+}
+
 // Where a feature of a token is in a residual by units. These are a line longer than they need to be, because at a
 // distance of whole pages they would fall on the same sets of the cache.
 static constexpr std::size_t residual_unit(const Geometry& g) { return (g.width + 1) * kTokenUnit; }
@@ -84,6 +90,9 @@ struct Kernels {
   float max_density = 1.0f;       // it is the best where no sparse layer keeps more than this fraction of its weights
   bool best_for_int8 = false;     // and of these, where layers are int8
   float max_magnitude = 0.0f;     // sums and activations must stay below (0: no bound); vit_build.cpp sees to it
+  // Pixels become bf16. Those of a flat surface all lose the same, and that adds up; so the embedding gets what a
+  // column of pixels has lost, too, times the mean of its weights.
+  bool rounds_pixels = false;
   // Whose patches and linear make the embedding; its residual has the same layout. Null: its own.
   const Kernels* (*embedding)() = nullptr;
 

@@ -94,18 +94,14 @@ void quantize(const Geometry& g, size_t features, const void* activation, void* 
 }
 
 void patches(const Geometry& g, const float* image, void* activation, size_t first) {
-  const size_t across = g.image_width / g.patch, width = tiles(g.channels * g.patch * g.patch);
-  for (size_t t = first < g.prefix ? g.prefix : first; t < first + kTokenUnit && t < g.tokens; ++t) {
-    const size_t row = (t - g.prefix) / across * g.patch, column = (t - g.prefix) % across * g.patch;
-    size_t f = 0;
-    for (size_t c = 0; c < g.channels; ++c)
-      for (size_t y = 0; y < g.patch; ++y) {
-        const float* from = image + (c * g.image_height + row + y) * g.image_width + column;
-        for (size_t x = 0; x < g.patch; ++x, ++f)
-          reinterpret_cast<std::uint16_t*>(pair_address(activation, width, f / 2, t / 16))[t % 16 * 2 + f % 2] =
-              to_bf16(from[x]);
-      }
-  }
+  const size_t width = tiles(patch_inputs(g, true));
+  round_patches(g, image, first, [&](size_t token, size_t feature, __mmask16 mask, __m256i bf16) {
+    uint16_t values[16];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(values), bf16);
+    for (size_t i = 0, f = feature; mask >> i; ++i, ++f)
+      reinterpret_cast<uint16_t*>(pair_address(activation, width, f / 2, token / 16))[token % 16 * 2 + f % 2] =
+          values[i];
+  });
 }
 
 void norm(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps, void* activation,
@@ -153,6 +149,7 @@ constexpr Kernels kTable = {
     .blocked_residual = true,
     .even_heads = true,
     .head_step = kRowBlock,
+    .rounds_pixels = true,
     .activation_bytes = activation_bytes,
     .scratch_bytes = scratch_bytes,
     .pack_block = pack_block,

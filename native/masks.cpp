@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -26,23 +27,29 @@ void in_parts(std::size_t count, std::size_t weights_each, std::size_t threads, 
   for (std::thread& other : others) other.join();
 }
 
-// One group. Magnitudes are compared as integers, in the order of the floats they are the bits of.
+// One group. Magnitudes are compared as integers, in the order of the floats they are the bits of. `keys` is scratch.
 template <std::size_t kM>
 void select_group(const float* weights, std::size_t m, std::size_t n, std::int32_t* keys, std::uint8_t* mask) {
   const std::size_t size = kM ? kM : m;
   std::memcpy(keys, weights, size * sizeof(float));
   for (std::size_t i = 0; i < size; ++i) keys[i] &= 0x7fffffff;
-  for (std::size_t pass = 0; pass < n; ++pass) {
-    std::int32_t largest = -1;
-    for (std::size_t i = 0; i < size; ++i) largest = keys[i] > largest ? keys[i] : largest;
-    std::int32_t first = static_cast<std::int32_t>(size);
-    for (std::size_t i = 0; i < size; ++i) {
-      const std::int32_t here = keys[i] == largest ? static_cast<std::int32_t>(i) : static_cast<std::int32_t>(size);
-      first = here < first ? here : first;
-    }
-    keys[first] = -1;
+  // From the largest magnitude down to the least that is kept, equal ones together.
+  std::int32_t bound = std::numeric_limits<std::int32_t>::max(), least = bound;
+  std::size_t kept = 0;
+  while (kept < n) {
+    least = -1;
+    for (std::size_t i = 0; i < size; ++i) least = std::max(least, keys[i] <= bound ? keys[i] : -1);
+    std::int32_t equal = 0;
+    for (std::size_t i = 0; i < size; ++i) equal += keys[i] == least;
+    kept += static_cast<std::size_t>(equal);
+    bound = least - 1;
   }
-  for (std::size_t i = 0; i < size; ++i) mask[i] = keys[i] == -1;
+  for (std::size_t i = 0; i < size; ++i) mask[i] = keys[i] >= least;
+  for (std::size_t i = size; kept > n; --kept) {  // the last of equal ones are too many
+    while (keys[--i] != least) {
+    }
+    mask[i] = 0;
+  }
 }
 
 }  // namespace
@@ -73,7 +80,14 @@ void kept_bf16(const float* weights, const std::uint8_t* mask, std::size_t count
 void pull_pruned(float* gradients, const float* weights, const std::uint8_t* mask, std::size_t count, float strength,
                  std::size_t threads) {
   in_parts(count, 1, threads, [=](std::size_t begin, std::size_t end) {
-    for (std::size_t i = begin; i < end; ++i) gradients[i] += mask[i] ? 0.0f : strength * weights[i];
+    for (std::size_t i = begin; i < end; ++i) {  // without a branch, so that it is done by vectors
+      float pull = strength * weights[i];
+      std::uint32_t bits;
+      std::memcpy(&bits, &pull, sizeof bits);
+      bits &= mask[i] - 1u;
+      std::memcpy(&pull, &bits, sizeof bits);
+      gradients[i] += pull;
+    }
   });
 }
 

@@ -106,6 +106,22 @@ std::vector<std::int64_t> head_rows(const Geometry& g) {
   return rows;
 }
 
+// The patch embedding's weights [rows][C][P][P], and after each row the means of its columns, [C][P].
+std::vector<float> with_column_means(const Weights& weights, std::size_t channels, std::size_t side) {
+  std::vector<float> all;
+  for (std::size_t r = 0; r < weights.rows; ++r) {
+    const std::size_t first = r * weights.columns;
+    for (std::size_t i = 0; i < weights.columns; ++i) all.push_back(weights.value(first + i));
+    for (std::size_t c = 0; c < channels; ++c)
+      for (std::size_t x = 0; x < side; ++x) {
+        float sum = 0.0f;
+        for (std::size_t y = 0; y < side; ++y) sum += weights.value(first + (c * side + y) * side + x);
+        all.push_back(sum / static_cast<float>(side));
+      }
+  }
+  return all;
+}
+
 #if defined(__wasm__)
 // One thread and no exceptions: a task is done where it is named, and the module is 20 KB smaller.
 struct Tasks {
@@ -302,8 +318,16 @@ Vit::Vit(const VitConfig& config, const std::map<std::string, Weights>& weights,
       }
     });
   };
-  layers.emplace_back(
-      [&] { net->embed = build_layer(*embedding_, weights.at(kEmbedding), wide, nullptr, nullptr, 0.0f); });
+  layers.emplace_back([&] {
+    Weights embedding = weights.at(kEmbedding);
+    std::vector<float> extended;
+    if (embedding_->rounds_pixels) {
+      extended = with_column_means(embedding, g.channels, g.patch);
+      embedding.columns = patch_inputs(g, true);
+      embedding.fp32 = extended.data();
+    }
+    net->embed = build_layer(*embedding_, embedding, wide, nullptr, nullptr, 0.0f);
+  });
   net->blocks.resize(config.depth);
   for (std::size_t i = 0; i < config.depth; ++i) {
     const std::string name = "blocks." + std::to_string(i) + ".";

@@ -70,6 +70,23 @@ def test_forward_agrees_with_the_twin(isa: str, kind: str) -> None:
             assert error(vit(images, True), tokens) <= 2 * LIMIT[vit.math]
 
 
+@pytest.mark.holds("fast.3")
+@pytest.mark.parametrize("isa", ISAS)
+def test_flat_surfaces_are_embedded_as_if_pixels_were_not_rounded(isa: str) -> None:
+    """Every pixel of a column loses the same, and no weight makes up for it. The blocks add nothing."""
+    for side in (4, 20):
+        vit = reference.vit_shape(depth=1, patch_size=side, image_height=2 * side, image_width=2 * side)
+        model = reference.random_model(vit, dense="bf16")
+        for name, weight in model.tensors.items():
+            if name.startswith(("blocks.0.attn.proj", "blocks.0.mlp.fc2")) and not name.endswith("codes"):
+                weight[...] = 0
+        model.tensors["patch_embed.proj.weight"] &= 0x7FFF  # its sign
+        columns = 1 + np.random.default_rng(0).random((1, 3, 1, 2 * side), np.float32)
+        images = np.ascontiguousarray(np.broadcast_to(columns, (1, 3, 2 * side, 2 * side)))
+        wanted = reference.forward(model, images, features=True)
+        assert np.abs(reference.native(model, 1, isa)(images, True) - wanted).max() <= 1e-5 * np.abs(wanted).max()
+
+
 @pytest.mark.parametrize(
     ("isa", "dtype"), [*((isa, "bf16") for isa in ISAS), *((isa, "int8") for isa in ISAS if isa in INTEGER)]
 )
