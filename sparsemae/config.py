@@ -54,7 +54,7 @@ def read_config(
     recipes, words = _resolved(kind, argv)
     parser: Any = _parser(kind, program)  # type: ignore[arg-type]
     plain = isinstance(parser, PlainParser)
-    named = set() if plain else {name for word in words for name in _names(word)}
+    named = set[str]() if plain else {name for word in words for name in _names(word)}
     if recipe and not recipes and not named & {"data", "data.root", "data.source", "help", "help_all"}:
         print(f"{program}: no data and no --config given, using the recipe {recipe} (embedded Fashion-MNIST)",
               file=sys.stderr)  # fmt: skip

@@ -167,8 +167,7 @@ def test_onnx_has_the_logits_and_says_how_images_are_prepared(
         error = np.abs(got - wanted[: len(batch)]).max() / wanted.std()
         assert error < 1e-4
     if find_spec("openvino"):  # of the extra `bench`
-        import openvino
-
+        openvino: Any = pytest.importorskip("openvino")
         exact = {"INFERENCE_PRECISION_HINT": "f32"}
         network = openvino.Core().compile_model(folder / "model.onnx", "CPU", exact)
         for batch in (images, images[:1]):
