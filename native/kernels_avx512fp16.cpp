@@ -54,6 +54,7 @@ struct Kept {
 
 #define SPARSEMAE_VECTOR Halves
 #include "lane_products-inl.h"
+using Step = lanes::RowStep<Kept>;
 
 inline void store_half(_Float16* to, __m512 x) { _mm256_storeu_ph(to, _mm512_cvtxps_ph(x)); }
 
@@ -94,7 +95,7 @@ size_t scratch_bytes(const Geometry& g) {
 void linear(const Geometry& g, const Linear& l, const void* input, Output kind, const float* residual, void* output,
             size_t first_chunk, size_t last_chunk, size_t first, size_t last, void* scratch) {
   const auto store = [&](const auto& write) {
-    lanes::multiply<Kept>(
+    lanes::multiply<Step>(
         g, l, static_cast<const _Float16*>(input), first_chunk, last_chunk, first, last, static_cast<Halves*>(scratch),
         [&](size_t block, size_t chunk, size_t vectors, const Halves* sum) {
           for (size_t row = block; row < block + kRowBlock && row < l.used; ++row, sum += lanes::kVectors)
@@ -129,7 +130,7 @@ void project_head(const Geometry& g, const Linear& qkv, const void* input, size_
   const HeadScratch s = head_scratch(g, scratch);
   const lanes::Chunks chunks(g);
   const size_t origin = head * 3 * g.padded_head_dim, blocks = 3 * g.padded_head_dim / kRowBlock;
-  lanes::multiply<Kept>(g, qkv, static_cast<const _Float16*>(input), 0, chunks.count, head * blocks,
+  lanes::multiply<Step>(g, qkv, static_cast<const _Float16*>(input), 0, chunks.count, head * blocks,
                         (head + 1) * blocks, static_cast<Halves*>(scratch),
                         [&](size_t block, size_t chunk, size_t vectors, const Halves* sum) {
                           for (size_t row = block; row < block + kRowBlock; row += 2, sum += 2 * lanes::kVectors)
@@ -188,7 +189,7 @@ constexpr Kernels kTable = {
     .embedding = amx_kernels,
     .activation_bytes = activation_bytes,
     .scratch_bytes = scratch_bytes,
-    .pack_block = lanes::pack_block<Kept>,
+    .pack_block = lanes::pack_block<Step>,
     .thread_begin = thread_begin,
     .thread_end = thread_end,
     .norm = norm,

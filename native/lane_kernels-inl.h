@@ -2,9 +2,9 @@
 //
 // The residual is by units; q, k and v of a head are [features][padded tokens]; activations are in the chunks of
 // lane_products-inl.h. So layer norm, softmax and GELU need no sum across lanes. The including file names its vector
-// type in SPARSEMAE_VECTOR: V with what lane_products-inl.h asks for, Number being float, and set, upper, operator+ -
-// *, max, div, rsqrt, shift_add,
-// and kMultiplyAdd, the instruction that fma is.
+// type in SPARSEMAE_VECTOR: V with what lane_products-inl.h asks for, Number being float, and set, operator+ - *, max,
+// div, rsqrt, shift_add, kMultiplyAdd, the instruction that fma is, and upper or steps of its own: Step<float>, and
+// Step<std::uint16_t> of bf16.
 #ifndef SPARSEMAE_LANE_KERNELS_INL_H
 #define SPARSEMAE_LANE_KERNELS_INL_H
 
@@ -36,6 +36,7 @@ struct KeptFloat {
 };
 
 // The weight, and below it the offset in units of eight bytes.
+template <class Vector>
 struct KeptBf16 {
   std::uint32_t bits;
 
@@ -45,9 +46,24 @@ struct KeptBf16 {
     return {weight | static_cast<std::uint32_t>(offset / 8)};
   }
   const KeptBf16& read() const { return *this; }
-  V weight() const { return V::upper(&bits); }
+  Vector weight() const { return Vector::upper(&bits); }
   std::size_t offset() const { return std::size_t{8} * (bits & 0xFFFFu); }
 };
+
+// The steps of fp32 and of bf16 weights, where V has none of its own.
+template <class Vector>
+struct Steps {
+  using Exact = RowStep<KeptFloat>;
+  using Bf16 = RowStep<KeptBf16<Vector>>;
+};
+template <class Vector>
+  requires requires { typename Vector::template Step<float>; }
+struct Steps<Vector> {
+  using Exact = typename Vector::template Step<float>;
+  using Bf16 = typename Vector::template Step<std::uint16_t>;
+};
+using ExactStep = Steps<V>::Exact;
+using Bf16Step = Steps<V>::Bf16;
 
 // exp(x) for x <= 0 or small: 2^n times a polynomial; relative error below 2e-7, 0 below about -87.
 inline V exponential(V x) {
@@ -195,7 +211,7 @@ inline size_t pack_any_block(const RowSource& source, const Linear& l, size_t bl
 #if defined(__AVXVNNI__)
   if (l.quantize) return zips::pack_block(source, l, block, out);
 #endif
-  if (!l.dense) return (l.exact ? pack_block<KeptFloat> : pack_block<KeptBf16>)(source, l, block, out);
+  if (!l.dense) return (l.exact ? pack_block<ExactStep> : pack_block<Bf16Step>)(source, l, block, out);
   auto* to = static_cast<float*>(out);
   for (size_t r = 0; to && r < kRowBlock; ++r) {
     const Row row = source.row(source.context, block * kRowBlock + r);
@@ -240,9 +256,9 @@ inline void multiply_rows(const Geometry& g, const Linear& l, const void* input,
   if (l.dense)
     multiply_dense(g, l, x, first_chunk, last_chunk, first, last, sums, finish);
   else if (l.exact)
-    multiply<KeptFloat>(g, l, x, first_chunk, last_chunk, first, last, sums, finish);
+    multiply<ExactStep>(g, l, x, first_chunk, last_chunk, first, last, sums, finish);
   else
-    multiply<KeptBf16>(g, l, x, first_chunk, last_chunk, first, last, sums, finish);
+    multiply<Bf16Step>(g, l, x, first_chunk, last_chunk, first, last, sums, finish);
 }
 
 inline void linear(const Geometry& g, const Linear& l, const void* input, Output kind, const float* residual,
