@@ -52,7 +52,7 @@ struct Kept {
   size_t offset() const { return size_t{8} * (bits >> 16); }
 };
 
-#define SPARSEMAE_VECTOR Halves
+#define SPARSEMAE_PRODUCT Halves
 #include "lane_products-inl.h"
 using Step = lanes::RowStep<Kept>;
 
@@ -81,16 +81,7 @@ inline Halves gelu(Halves x) {
   return {_mm512_mul_ph(bound.x, Halves::fma(p, c, Halves::set(0.5f)).x)};
 }
 
-size_t activation_bytes(size_t features, const Geometry& g) {
-  const size_t chunks = lanes::activation_bytes(features, g), embedding = amx_kernels()->activation_bytes(features, g);
-  return chunks > embedding ? chunks : embedding;
-}
-
-size_t scratch_bytes(const Geometry& g) {
-  const size_t own = lanes::sums_bytes() + layout_head_scratch(g, nullptr).bytes,
-               embedding = amx_kernels()->scratch_bytes(g);
-  return own > embedding ? own : embedding;
-}
+size_t scratch_bytes(const Geometry& g) { return lanes::sums_bytes() + layout_head_scratch(g, nullptr).bytes; }
 
 void linear(const Geometry& g, const Linear& l, const void* input, Output kind, const float* residual, void* output,
             size_t first_chunk, size_t last_chunk, size_t first, size_t last, void* scratch) {
@@ -187,7 +178,7 @@ constexpr Kernels kTable = {
     .max_density = 0.07f,  // 2:32, not 4:32
     .max_magnitude = 32768.0f,
     .embedding = amx_kernels,
-    .activation_bytes = activation_bytes,
+    .activation_bytes = lanes::activation_bytes,
     .scratch_bytes = scratch_bytes,
     .pack_block = lanes::pack_block<Step>,
     .thread_begin = thread_begin,
