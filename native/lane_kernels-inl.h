@@ -1,7 +1,7 @@
 // fp32 kernels with tokens in the lanes, written once over a vector type V and compiled once per instruction set.
 //
-// Products may be of a vector type of their own, in fp16: SPARSEMAE_PRODUCT is P of lane_products-inl.h, and V loads and
-// stores its Number as well.
+// Products may be of a vector type of their own, in fp16: SPARSEMAE_PRODUCT is P of lane_products-inl.h, and V loads
+// and stores its Number as well.
 //
 // The residual is by units; q, k and v of a head are [features][padded tokens]; activations are in the chunks of
 // lane_products-inl.h. So layer norm, softmax and GELU need no sum across lanes. The including file names its vector
@@ -214,7 +214,8 @@ inline void multiply_dense(const Geometry& g, const Linear& l, const float* x, s
     }
 }
 
-// sink(row, chunk, j, y) for all rows of blocks [first, last) and chunks [first, last) of tokens, y being vector j of V.
+// sink(row, chunk, j, y) for all rows of blocks [first, last) and chunks [first, last) of tokens, y being vector j of
+// V.
 template <class Sink>
 inline void multiply_rows(const Geometry& g, const Linear& l, const void* input, size_t first_chunk, size_t last_chunk,
                           size_t first, size_t last, P* sums, const Sink& sink) {

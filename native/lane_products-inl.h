@@ -7,9 +7,9 @@
 // through the second-level cache, which costs less than fetching slabs again. kRows rows at a time, because the sums of
 // one row alone wait for their own multiply-adds.
 //
-// SPARSEMAE_PRODUCT names P, which has kLanes, kVectors, kRows, load, store, fma(a, b, c), zero and Number (of a token).
-// A type Step is a weight of each of kRows rows and the offset of its input from the slab's first, in bytes, as they
-// are stored: set(row, weight, offset), and multiply_add(sum, the slab's first).
+// SPARSEMAE_PRODUCT names P, which has kLanes, kVectors, kRows, load, store, fma(a, b, c), zero and Number (of a
+// token). A type Step is a weight of each of kRows rows and the offset of its input from the slab's first, in bytes, as
+// they are stored: set(row, weight, offset), and multiply_add(sum, the slab's first).
 #ifndef SPARSEMAE_LANE_PRODUCTS_INL_H
 #define SPARSEMAE_LANE_PRODUCTS_INL_H
 
@@ -32,7 +32,7 @@ using Number = P::Number;
 constexpr size_t kVectors = P::kVectors;
 constexpr size_t kRows = P::kRows;
 constexpr size_t kGroups = kRowBlock / kRows;
-constexpr size_t kLine = kVectors * P::kLanes;                                    // numbers of one feature of a chunk
+constexpr size_t kLine = kVectors * P::kLanes;                        // numbers of one feature of a chunk
 constexpr size_t kSlab = 36864 / (kLine * sizeof(Number)) / 32 * 32;  // whole groups of the usual sizes
 constexpr size_t kPassBlocks = 12;
 constexpr size_t kPassRows = kPassBlocks * kRowBlock;
@@ -57,9 +57,7 @@ struct Chunks {
     const size_t chunk = vector < head ? vector / (vectors + 1) : larger + (vector - head) / vectors;
     return chunk * features * kLine + (vector - first(chunk)) * P::kLanes;
   }
-  size_t at_token(size_t token, size_t features) const {
-    return at(token / P::kLanes, features) + token % P::kLanes;
-  }
+  size_t at_token(size_t token, size_t features) const { return at(token / P::kLanes, features) + token % P::kLanes; }
 };
 
 inline size_t token_parts(const Geometry& g) { return Chunks(g).count; }
@@ -119,8 +117,7 @@ inline size_t pack_block(const RowSource& source, const Linear& l, size_t block,
           const Row& row = rows[group + r];
           const size_t at = cursor[group + r] + i;
           const bool real = i < kept[r];
-          step->set(r, real ? row.value[at] : 0.0f,
-                    real ? row.index[at] % kSlab * kLine * sizeof(Number) : 0);
+          step->set(r, real ? row.value[at] : 0.0f, real ? row.index[at] % kSlab * kLine * sizeof(Number) : 0);
         }
       for (size_t r = 0; r < kRows; ++r) cursor[group + r] += kept[r];
       total += steps;
@@ -131,8 +128,7 @@ inline size_t pack_block(const RowSource& source, const Linear& l, size_t block,
 // sums[kRowBlock][kVectors] += the weights of a block's slab times their inputs, of which x is the first. Returns the
 // end of the steps.
 template <class Step, size_t J>
-inline const Step* accumulate(const Step* step, const std::uint16_t* counts, const Number* x, P* sums,
-                              bool fresh) {
+inline const Step* accumulate(const Step* step, const std::uint16_t* counts, const Number* x, P* sums, bool fresh) {
   const auto* bytes = reinterpret_cast<const char*>(x);
   for (size_t group = 0; group < kGroups; ++group, sums += kRows * kVectors) {
     P sum[kRows][J];
@@ -159,8 +155,8 @@ inline size_t sums_bytes() { return kPassRows * kVectors * sizeof(P); }
 // vectors, sums) gets the sums of kRowBlock rows from `row` on, [rows][kVectors], for the vectors of a chunk. `sums`
 // has sums_bytes(), aligned.
 template <class Step, class Sink>
-inline void multiply(const Geometry& g, const Linear& l, const Number* x, size_t first_chunk,
-                     size_t last_chunk, size_t first, size_t last, P* sums, const Sink& sink) {
+inline void multiply(const Geometry& g, const Linear& l, const Number* x, size_t first_chunk, size_t last_chunk,
+                     size_t first, size_t last, P* sums, const Sink& sink) {
   const Chunks chunks(g);
   const size_t slabs = slabs_of(l.columns);
   const Step* next[kPassBlocks];

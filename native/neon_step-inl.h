@@ -8,35 +8,36 @@
 #error "neon_step-inl.h needs __ARM_NEON"
 #endif
 
-// V has, besides what lane_products-inl.h asks for, weights(four Weights) and multiply_add<row>(sum, inputs, weights).
-// Empty assembly keeps GCC from what costs more: an address for each input, a load for each weight or input.
-template <class V, class Weight>
+// P has, besides what lane_products-inl.h asks for, stored<Weight>(weight), weights(four of them) and
+// multiply_add<row>(sum, inputs, weights). Empty assembly keeps GCC from what costs more: an address for each input, a
+// load for each weight or input.
+template <class P, class Weight>
 struct NeonStep {
   Weight weight[4];
-  std::uint16_t place[4];
+  std::uint16_t place[4];  // in bytes: a slab has fewer than 64 KB
 
   void set(std::size_t r, float w, std::size_t offset) {
-    weight[r] = V::template stored<Weight>(w);
+    weight[r] = P::template stored<Weight>(w);
     place[r] = static_cast<std::uint16_t>(offset);
   }
 
   template <std::size_t r, std::size_t J, class Weights>
-  static void multiply_row(V (&sum)[J], const char* at, Weights weights) {
+  static void multiply_row(P (&sum)[J], const char* at, Weights weights) {
     __asm__("" : "+r"(at));
-    const auto* from = reinterpret_cast<const typename V::Number*>(at);
+    const auto* from = reinterpret_cast<const typename P::Number*>(at);
     for (std::size_t j = 0; j + 2 <= J; j += 2) {
-      V a = V::load(from + j * V::kLanes), b = V::load(from + (j + 1) * V::kLanes);
+      P a = P::load(from + j * P::kLanes), b = P::load(from + (j + 1) * P::kLanes);
       __asm__("" : "+w"(a.x), "+w"(b.x));
-      sum[j] = V::template multiply_add<r>(sum[j], a, weights);
-      sum[j + 1] = V::template multiply_add<r>(sum[j + 1], b, weights);
+      sum[j] = P::template multiply_add<r>(sum[j], a, weights);
+      sum[j + 1] = P::template multiply_add<r>(sum[j + 1], b, weights);
     }
     if constexpr (J % 2 == 1)
-      sum[J - 1] = V::template multiply_add<r>(sum[J - 1], V::load(from + (J - 1) * V::kLanes), weights);
+      sum[J - 1] = P::template multiply_add<r>(sum[J - 1], P::load(from + (J - 1) * P::kLanes), weights);
   }
 
   template <std::size_t J>
-  void multiply_add(V (&sum)[4][J], const char* bytes) const {
-    auto weights = V::weights(weight);
+  void multiply_add(P (&sum)[4][J], const char* bytes) const {
+    auto weights = P::weights(weight);
     __asm__("" : "+w"(weights));
     std::uint32_t pairs[2];
     std::memcpy(pairs, place, sizeof pairs);

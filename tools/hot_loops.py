@@ -106,9 +106,9 @@ def cycles(body: list[str], processor: str) -> float:
     return int(match[1]) / rounds
 
 
-def costs(product: Product, compiler: str, analyze: bool = True) -> tuple[float, dict[str, float]]:
+def costs(product: Product, bodies: list[list[str]], analyze: bool = True) -> tuple[float, dict[str, float]]:
     """Of the worst of a file's hot loops: instructions for a multiply-add, and multiply-adds a cycle by processor."""
-    bodies, work = hot_loops(product, compiler), product.count * product.lanes
+    work = product.count * product.lanes
     return max(len(instructions(body)) for body in bodies) / work, {
         processor: work / max(cycles(body, processor) for body in bodies) for processor in product.processors if analyze
     }
@@ -119,7 +119,7 @@ def table() -> str:
     lines = ["| kernels | compiler | instructions for a multiply-add | multiply-adds a cycle |", "|---|---|---:|---|"]
     for product in PRODUCTS:
         for compiler in product.compilers:
-            count, speeds = costs(product, compiler)
+            count, speeds = costs(product, hot_loops(product, compiler))
             speed = ", ".join(f"{processor} {speed:.1f}" for processor, speed in speeds.items())
             lines.append(f"| {product.file[8:-4]} | {compiler} | {count:.2f} | {speed} |")
     return "\n".join(lines)

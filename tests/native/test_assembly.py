@@ -57,9 +57,10 @@ def test_sums_stay_in_registers(compiler: str, file: str) -> None:
 def test_little_is_done_beside_the_products(product: Product, compiler: str, figure: Figure) -> None:
     if not shutil.which(compiler):
         pytest.skip(f"needs {compiler}")
-    for body in hot_loops(product, compiler):
+    bodies = hot_loops(product, compiler)
+    for body in bodies:
         assert not [line for line in body if STORE.match(line)], "\n".join(body)
-    count, speeds = costs(product, compiler, analyze=bool(shutil.which(ANALYZER)))
+    count, speeds = costs(product, bodies, analyze=bool(shutil.which(ANALYZER)))
     figure(f"{count:.2f} instructions for a multiply-add; multiply-adds a cycle: {speeds}")
     most, least = BARS[product.file]
     assert count <= most
