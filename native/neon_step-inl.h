@@ -25,14 +25,13 @@ struct NeonStep {
   static void multiply_row(P (&sum)[J], const char* at, Weights weights) {
     __asm__("" : "+r"(at));
     const auto* from = reinterpret_cast<const typename P::Number*>(at);
-    for (std::size_t j = 0; j + 2 <= J; j += 2) {
+    if constexpr (J % 2 == 1) sum[0] = P::template multiply_add<r>(sum[0], P::load(from), weights);
+    for (std::size_t j = J % 2; j < J; j += 2) {
       P a = P::load(from + j * P::kLanes), b = P::load(from + (j + 1) * P::kLanes);
       __asm__("" : "+w"(a.x), "+w"(b.x));
       sum[j] = P::template multiply_add<r>(sum[j], a, weights);
       sum[j + 1] = P::template multiply_add<r>(sum[j + 1], b, weights);
     }
-    if constexpr (J % 2 == 1)
-      sum[J - 1] = P::template multiply_add<r>(sum[J - 1], P::load(from + (J - 1) * P::kLanes), weights);
   }
 
   template <std::size_t J>

@@ -23,11 +23,11 @@ INPUT = re.compile(r"\[x\d|\((?!%rsp|%rbp)%r")
 
 @dataclass(frozen=True)
 class Product:
-    """What the hot loops of one file are made of: `count` instructions of `lanes` multiply-adds each."""
+    """What the hot loops of one file are made of: so many instructions, each of `lanes` multiply-adds."""
 
     file: str
     instruction: str
-    count: int
+    counts: tuple[int, ...]
     lanes: int
     compilers: dict[str, str]
     processors: tuple[str, ...]
@@ -49,10 +49,10 @@ def x86(flags: str) -> dict[str, str]:
 NEOVERSE = ("neoverse-n1", "neoverse-v2")
 FP16 = arm("-march=armv8.2-a+fp16", "-Xclang -target-feature -Xclang +fullfp16")
 PRODUCTS = (
-    Product("kernels_neon.cpp", r"fmla\s+v\d+\.4s, v\d+\.4s, v\d+\.s\[", 24, 4, arm(), NEOVERSE),
-    Product("kernels_neonfp16.cpp", r"fmla\s+v\d+\.8h, ", 24, 8, FP16, NEOVERSE),
-    Product("kernels_avxvnni.cpp", r"(\{vex\}\s+)?vpdpbusd\s", 8, 32, x86("-mavx2 -mfma -mavxvnni"), ("alderlake",)),
-    Product("kernels_avx2.cpp", r"vfmadd231ps\s", 14, 8, x86("-mavx2 -mfma"), ("alderlake",)),
+    Product("kernels_neon.cpp", r"fmla\s+v\d+\.4s, v\d+\.4s, v\d+\.s\[", (24, 20), 4, arm(), NEOVERSE),
+    Product("kernels_neonfp16.cpp", r"fmla\s+v\d+\.8h, ", (24, 20), 8, FP16, NEOVERSE),
+    Product("kernels_avxvnni.cpp", r"(\{vex\}\s+)?vpdpbusd\s", (8,), 32, x86("-mavx2 -mfma -mavxvnni"), ("alderlake",)),
+    Product("kernels_avx2.cpp", r"vfmadd231ps\s", (14,), 8, x86("-mavx2 -mfma"), ("alderlake",)),
 )
 
 
@@ -87,12 +87,16 @@ def assembly(compiler: str, flags: str, file: str) -> str:
     return done.stdout
 
 
-def hot_loops(product: Product, compiler: str) -> list[list[str]]:
-    """The loops over whole blocks of rows and tokens, of each kind of weights one."""
+def hot_loops(product: Product, compiler: str) -> list[tuple[int, list[str]]]:
+    """The loops over whole blocks of rows and tokens, each with the multiply-adds of a time around."""
     text = assembly(compiler, product.compilers[compiler], product.file)
     pattern = re.compile(rf"\s+{product.instruction}")
-    found = [body for body in loops(text) if sum(map(bool, map(pattern.match, body))) == product.count]
-    return [body for body in found if any(map(INPUT.search, body))]  # not those that measure the peak
+    found = [(sum(map(bool, map(pattern.match, body))), body) for body in loops(text)]
+    return [
+        (count * product.lanes, body)
+        for count, body in found
+        if count in product.counts and any(map(INPUT.search, body))  # not one that measures the peak
+    ]
 
 
 def cycles(body: list[str], processor: str) -> float:
@@ -106,11 +110,14 @@ def cycles(body: list[str], processor: str) -> float:
     return int(match[1]) / rounds
 
 
-def costs(product: Product, bodies: list[list[str]], analyze: bool = True) -> tuple[float, dict[str, float]]:
+def costs(
+    product: Product, bodies: list[tuple[int, list[str]]], analyze: bool = True
+) -> tuple[float, dict[str, float]]:
     """Of the worst of a file's hot loops: instructions for a multiply-add, and multiply-adds a cycle by processor."""
-    work = product.count * product.lanes
-    return max(len(instructions(body)) for body in bodies) / work, {
-        processor: work / max(cycles(body, processor) for body in bodies) for processor in product.processors if analyze
+    return max(len(instructions(body)) / work for work, body in bodies), {
+        processor: min(work / cycles(body, processor) for work, body in bodies)
+        for processor in product.processors
+        if analyze
     }
 
 

@@ -58,7 +58,7 @@ def test_little_is_done_beside_the_products(product: Product, compiler: str, fig
     if not shutil.which(compiler):
         pytest.skip(f"needs {compiler}")
     bodies = hot_loops(product, compiler)
-    for body in bodies:
+    for _, body in bodies:
         assert not [line for line in body if STORE.match(line)], "\n".join(body)
     count, speeds = costs(product, bodies, analyze=bool(shutil.which(ANALYZER)))
     figure(f"{count:.2f} instructions for a multiply-add; multiply-adds a cycle: {speeds}")
