@@ -38,11 +38,12 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files = [ROOT / f"native/{name}.cpp" for name in SOURCES]
     command: list[str | Path] = [COMPILER, *FLAGS, "-DSPARSEMAE_NEON", "-I", ROOT / "include"]
     fp16 = path.with_name("fp16.o")
-    for more in (
+    parts: list[list[str | Path]] = [
         ["-march=armv8.2-a+fp16", "-c", ROOT / "native/kernels_neonfp16.cpp", "-o", fp16],
         ["-static", *files, fp16, ROOT / "tests/native/forward.cpp", "-o", path],
-    ):
-        subprocess.run([*command, *more], check=True, capture_output=True)
+    ]
+    for part in parts:
+        subprocess.run([*command, *part], check=True, capture_output=True)
     return path
 
 
