@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test check lint types fast holds bench gpu kernels fuzz lock reliability soak sanitize sbom format results segment heads wasm wheels bare-install browser
+.PHONY: demo test check lint types fast holds bench gpu kernels hot-loops fuzz lock reliability soak sanitize sbom format results segment heads wasm wheels bare-install browser
 
 demo: $(STAMP)
 	$(BIN)/sparsemae demo
@@ -91,6 +91,10 @@ browser: wasm
 # every instruction set's kernels, into the table of native/README.md; best on an idle machine
 kernels: $(STAMP)
 	$(BIN)/sparsemae benchmark --section kernels --runs 200 --readme native/README.md
+
+# what llvm-mca says of the hot loops for processors that are not at hand, into native/README.md
+hot-loops: $(STAMP)
+	$(BIN)/python tools/hot_loops.py native/README.md
 
 # every fault and every kind of resume, what came out into docs/reliability.md
 reliability: $(STAMP)

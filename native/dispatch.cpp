@@ -18,6 +18,7 @@ std::vector<const Kernels*> usable_kernels() {
   if (processor.avxvnni) tables.push_back(avxvnni_kernels());
   if (processor.avx2) tables.push_back(avx2_kernels());
 #elif defined(SPARSEMAE_NEON)
+  if (this_processor().neonfp16) tables.push_back(neonfp16_kernels());
   tables.push_back(neon_kernels());  // every such processor has it
 #endif
   tables.push_back(portable_kernels());

@@ -137,6 +137,7 @@ struct Kernels {
 
 const Kernels* portable_kernels();
 const Kernels* neon_kernels();
+const Kernels* neonfp16_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avxvnni_kernels();
 const Kernels* avx512_kernels();

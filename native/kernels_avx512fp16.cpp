@@ -52,8 +52,9 @@ struct Kept {
   size_t offset() const { return size_t{8} * (bits >> 16); }
 };
 
-#define SPARSEMAE_VECTOR Halves
+#define SPARSEMAE_PRODUCT Halves
 #include "lane_products-inl.h"
+using Step = lanes::RowStep<Kept>;
 
 inline void store_half(_Float16* to, __m512 x) { _mm256_storeu_ph(to, _mm512_cvtxps_ph(x)); }
 
@@ -80,21 +81,12 @@ inline Halves gelu(Halves x) {
   return {_mm512_mul_ph(bound.x, Halves::fma(p, c, Halves::set(0.5f)).x)};
 }
 
-size_t activation_bytes(size_t features, const Geometry& g) {
-  const size_t chunks = lanes::activation_bytes(features, g), embedding = amx_kernels()->activation_bytes(features, g);
-  return chunks > embedding ? chunks : embedding;
-}
-
-size_t scratch_bytes(const Geometry& g) {
-  const size_t own = lanes::sums_bytes() + layout_head_scratch(g, nullptr).bytes,
-               embedding = amx_kernels()->scratch_bytes(g);
-  return own > embedding ? own : embedding;
-}
+size_t scratch_bytes(const Geometry& g) { return lanes::sums_bytes() + layout_head_scratch(g, nullptr).bytes; }
 
 void linear(const Geometry& g, const Linear& l, const void* input, Output kind, const float* residual, void* output,
             size_t first_chunk, size_t last_chunk, size_t first, size_t last, void* scratch) {
   const auto store = [&](const auto& write) {
-    lanes::multiply<Kept>(
+    lanes::multiply<Step>(
         g, l, static_cast<const _Float16*>(input), first_chunk, last_chunk, first, last, static_cast<Halves*>(scratch),
         [&](size_t block, size_t chunk, size_t vectors, const Halves* sum) {
           for (size_t row = block; row < block + kRowBlock && row < l.used; ++row, sum += lanes::kVectors)
@@ -129,7 +121,7 @@ void project_head(const Geometry& g, const Linear& qkv, const void* input, size_
   const HeadScratch s = head_scratch(g, scratch);
   const lanes::Chunks chunks(g);
   const size_t origin = head * 3 * g.padded_head_dim, blocks = 3 * g.padded_head_dim / kRowBlock;
-  lanes::multiply<Kept>(g, qkv, static_cast<const _Float16*>(input), 0, chunks.count, head * blocks,
+  lanes::multiply<Step>(g, qkv, static_cast<const _Float16*>(input), 0, chunks.count, head * blocks,
                         (head + 1) * blocks, static_cast<Halves*>(scratch),
                         [&](size_t block, size_t chunk, size_t vectors, const Halves* sum) {
                           for (size_t row = block; row < block + kRowBlock; row += 2, sum += 2 * lanes::kVectors)
@@ -186,9 +178,9 @@ constexpr Kernels kTable = {
     .max_density = 0.07f,  // 2:32, not 4:32
     .max_magnitude = 32768.0f,
     .embedding = amx_kernels,
-    .activation_bytes = activation_bytes,
+    .activation_bytes = lanes::activation_bytes,
     .scratch_bytes = scratch_bytes,
-    .pack_block = lanes::pack_block<Kept>,
+    .pack_block = lanes::pack_block<Step>,
     .thread_begin = thread_begin,
     .thread_end = thread_end,
     .norm = norm,

@@ -1,15 +1,22 @@
 // fp32 kernels with tokens in the lanes, written once over a vector type V and compiled once per instruction set.
 //
+// Products may be of a vector type of their own, in fp16: SPARSEMAE_PRODUCT is P of lane_products-inl.h, and V loads
+// and stores its Number as well.
+//
 // The residual is by units; q, k and v of a head are [features][padded tokens]; activations are in the chunks of
 // lane_products-inl.h. So layer norm, softmax and GELU need no sum across lanes. The including file names its vector
-// type in SPARSEMAE_VECTOR: V with what lane_products-inl.h asks for, Number being float, and set, upper, operator+ -
-// *, max, div, rsqrt, shift_add,
-// and kMultiplyAdd, the instruction that fma is.
+// type in SPARSEMAE_VECTOR: V with what lane_products-inl.h asks for, Number being float, and set, operator+ - *, max,
+// div, rsqrt, shift_add, kMultiplyAdd, the instruction that fma is, and upper or steps of its own: Step<float>, and
+// Step<std::uint16_t> of bf16.
 #ifndef SPARSEMAE_LANE_KERNELS_INL_H
 #define SPARSEMAE_LANE_KERNELS_INL_H
 
 #ifndef SPARSEMAE_VECTOR
 #error "lane_kernels-inl.h needs SPARSEMAE_VECTOR"
+#endif
+
+#ifndef SPARSEMAE_PRODUCT
+#define SPARSEMAE_PRODUCT SPARSEMAE_VECTOR
 #endif
 
 #include "lane_products-inl.h"
@@ -20,7 +27,12 @@ namespace lanes {
 using sparsemae::kTokenUnit;
 using sparsemae::Output;
 using sparsemae::residual_at;
+using V = SPARSEMAE_VECTOR;
 
+constexpr bool kInFloats = sizeof(Number) == sizeof(float);
+constexpr size_t kParts = P::kLanes / V::kLanes;
+
+#include "lane_math-inl.h"
 #if defined(__AVXVNNI__)
 #include "zip_products-inl.h"
 #endif
@@ -31,11 +43,12 @@ struct KeptFloat {
 
   static KeptFloat of(float w, std::size_t offset) { return {w, static_cast<std::uint32_t>(offset)}; }
   const KeptFloat& read() const { return *this; }
-  V weight() const { return V::set(value); }
+  P weight() const { return P::set(value); }
   std::size_t offset() const { return bytes; }
 };
 
 // The weight, and below it the offset in units of eight bytes.
+template <class Vector>
 struct KeptBf16 {
   std::uint32_t bits;
 
@@ -45,46 +58,24 @@ struct KeptBf16 {
     return {weight | static_cast<std::uint32_t>(offset / 8)};
   }
   const KeptBf16& read() const { return *this; }
-  V weight() const { return V::upper(&bits); }
+  Vector weight() const { return Vector::upper(&bits); }
   std::size_t offset() const { return std::size_t{8} * (bits & 0xFFFFu); }
 };
 
-// exp(x) for x <= 0 or small: 2^n times a polynomial; relative error below 2e-7, 0 below about -87.
-inline V exponential(V x) {
-  const V magic = V::set(12582912.0f);
-  V t = V::max(x, V::set(-87.0f)) * V::set(1.44269504088896341f);
-  V shifted = t + magic;
-  V f = t - (shifted - magic);
-  V p = V::set(1.5353362e-4f);
-  p = V::fma(p, f, V::set(1.3398874e-3f));
-  p = V::fma(p, f, V::set(9.6184374e-3f));
-  p = V::fma(p, f, V::set(5.5503324e-2f));
-  p = V::fma(p, f, V::set(2.4022648e-1f));
-  p = V::fma(p, f, V::set(6.9314720e-1f));
-  p = V::fma(p, f, V::set(1.0f));
-  return V::shift_add(p, shifted);
-}
-
-// x * Phi(x), with Phi - 1/2 as c times a polynomial in c^2 on [-5, 5], in a variable on [-1, 1]: absolute error below
-// 2e-6.
-inline V gelu(V x) {
-  const V c = V::max(V::min(x, V::set(5.0f)), V::set(-5.0f));
-  const V u = V::fma(c * c, V::set(0.08f), V::set(-1.0f));
-  V p = V::set(4.70802924e-04f);
-  p = V::fma(p, u, V::set(-1.49244041e-03f));
-  p = V::fma(p, u, V::set(2.05243052e-03f));
-  p = V::fma(p, u, V::set(-2.96503297e-03f));
-  p = V::fma(p, u, V::set(6.12416110e-03f));
-  p = V::fma(p, u, V::set(-1.09331695e-02f));
-  p = V::fma(p, u, V::set(1.65121199e-02f));
-  p = V::fma(p, u, V::set(-2.33506418e-02f));
-  p = V::fma(p, u, V::set(3.14241984e-02f));
-  p = V::fma(p, u, V::set(-4.04310324e-02f));
-  p = V::fma(p, u, V::set(5.15215008e-02f));
-  p = V::fma(p, u, V::set(-7.02967237e-02f));
-  p = V::fma(p, u, V::set(1.41363780e-01f));
-  return x * V::fma(p, c, V::set(0.5f));
-}
+// The steps of fp32 and of bf16 weights, where V has none of its own.
+template <class Vector>
+struct Steps {
+  using Exact = RowStep<KeptFloat>;
+  using Bf16 = RowStep<KeptBf16<Vector>>;
+};
+template <class Vector>
+  requires requires { typename Vector::template Step<float>; }
+struct Steps<Vector> {
+  using Exact = typename Vector::template Step<float>;
+  using Bf16 = typename Vector::template Step<std::uint16_t>;
+};
+using ExactStep = Steps<P>::Exact;
+using Bf16Step = Steps<P>::Bf16;
 
 // The sums of a pass; q, k and v; the scores of two vectors of queries, and what they mix of the values.
 inline size_t scratch_bytes(const Geometry& g) {
@@ -94,13 +85,13 @@ inline size_t scratch_bytes(const Geometry& g) {
 }
 
 inline void patches(const Geometry& g, const float* image, void* activation, size_t first) {
-  auto* out = static_cast<float*>(activation);
+  auto* out = static_cast<Number*>(activation);
   const Chunks chunks(g);
   const size_t across = g.image_width / g.patch, features = g.channels * g.patch * g.patch;
   for (size_t t = first; t < first + kTokenUnit && t < g.tokens; ++t) {
     if (t < g.prefix) continue;  // stays zero
     const size_t row = (t - g.prefix) / across * g.patch, column = (t - g.prefix) % across * g.patch;
-    float* to = out + chunks.at(t / V::kLanes, features) + t % V::kLanes;
+    Number* to = out + chunks.at_token(t, features);
     for (size_t c = 0; c < g.channels; ++c)
       for (size_t y = 0; y < g.patch; ++y) {
         const float* from = image + (c * g.image_height + row + y) * g.image_width + column;
@@ -118,14 +109,14 @@ inline void normalize_tokens(const Geometry& g, const float* residual, const flo
   for (size_t t = first; t < last && t < g.tokens;) {
     const float* x = residual + residual_at(g, t, 0);
     if (t % kTokenUnit == 0 && last - t >= kTokenUnit) {
-      float* to[count];
+      decltype(dst(t)) to[count];
       for (size_t i = 0; i < count; ++i) to[i] = dst(t + i * V::kLanes);
       normalize<V, count>(x, kTokenUnit, g.width, weight, bias, eps, [&](size_t d, size_t i, V y) {
         if (to[i]) V::store(to[i] + d * step, y);
       });
       t += kTokenUnit;
     } else {
-      float* to = dst(t);
+      const auto to = dst(t);
       normalize<V, 1>(x, kTokenUnit, g.width, weight, bias, eps,
                       [&](size_t d, size_t, V y) { V::store(to + d * step, y); });
       t += V::kLanes;
@@ -136,9 +127,9 @@ inline void normalize_tokens(const Geometry& g, const float* residual, const flo
 inline void norm(const Geometry& g, const float* residual, const float* weight, const float* bias, float eps,
                  void* activation, size_t first, size_t last) {
   const Chunks chunks(g);
-  normalize_tokens(g, residual, weight, bias, eps, first, last, kLine, [&](size_t t) -> float* {
-    const size_t vector = t / V::kLanes;  // the last unit has some that no token is in
-    return vector < chunks.all ? static_cast<float*>(activation) + chunks.at(vector, g.width) : nullptr;
+  normalize_tokens(g, residual, weight, bias, eps, first, last, kLine, [&](size_t t) -> Number* {
+    const bool any = t / P::kLanes < chunks.all;  // the last unit has vectors that no token is in
+    return any ? static_cast<Number*>(activation) + chunks.at_token(t, g.width) : nullptr;
   });
 }
 
@@ -195,7 +186,7 @@ inline size_t pack_any_block(const RowSource& source, const Linear& l, size_t bl
 #if defined(__AVXVNNI__)
   if (l.quantize) return zips::pack_block(source, l, block, out);
 #endif
-  if (!l.dense) return (l.exact ? pack_block<KeptFloat> : pack_block<KeptBf16>)(source, l, block, out);
+  if (!l.dense || !kInFloats) return (l.exact ? pack_block<ExactStep> : pack_block<Bf16Step>)(source, l, block, out);
   auto* to = static_cast<float*>(out);
   for (size_t r = 0; to && r < kRowBlock; ++r) {
     const Row row = source.row(source.context, block * kRowBlock + r);
@@ -223,32 +214,35 @@ inline void multiply_dense(const Geometry& g, const Linear& l, const float* x, s
     }
 }
 
-// sink(row, chunk, j, y) for all rows of blocks [first, last) and chunks [first, last) of tokens.
+// sink(row, chunk, j, y) for all rows of blocks [first, last) and chunks [first, last) of tokens, y being vector j of
+// V.
 template <class Sink>
 inline void multiply_rows(const Geometry& g, const Linear& l, const void* input, size_t first_chunk, size_t last_chunk,
-                          size_t first, size_t last, V* sums, const Sink& sink) {
-  const auto* x = static_cast<const float*>(input);
-  const auto finish = [&](size_t block, size_t chunk, size_t vectors, const V* sum) {
-    for (size_t row = block; row < block + kRowBlock; ++row, sum += kVectors) {
+                          size_t first, size_t last, P* sums, const Sink& sink) {
+  const auto* x = static_cast<const Number*>(input);
+  const auto finish = [&](size_t block, size_t chunk, size_t vectors, const P* sums_of_rows) {
+    const auto* sum = reinterpret_cast<const Number*>(sums_of_rows);
+    for (size_t row = block; row < block + kRowBlock; ++row, sum += kLine) {
       const V scale = V::set(l.scale[row]), bias = V::set(l.bias[row]);
-      for (size_t j = 0; j < vectors; ++j) sink(row, chunk, j, V::fma(sum[j], scale, bias));
+      for (size_t j = 0; j < vectors * kParts; ++j)
+        sink(row, chunk, j, V::fma(V::load(sum + j * V::kLanes), scale, bias));
     }
   };
 #if defined(__AVXVNNI__)
   if (l.quantize) return zips::multiply(g, l, input, first_chunk, last_chunk, first, last, sums, finish);
 #endif
-  if (l.dense)
-    multiply_dense(g, l, x, first_chunk, last_chunk, first, last, sums, finish);
-  else if (l.exact)
-    multiply<KeptFloat>(g, l, x, first_chunk, last_chunk, first, last, sums, finish);
+  if constexpr (kInFloats)
+    if (l.dense) return multiply_dense(g, l, x, first_chunk, last_chunk, first, last, sums, finish);
+  if (l.exact)
+    multiply<ExactStep>(g, l, x, first_chunk, last_chunk, first, last, sums, finish);
   else
-    multiply<KeptBf16>(g, l, x, first_chunk, last_chunk, first, last, sums, finish);
+    multiply<Bf16Step>(g, l, x, first_chunk, last_chunk, first, last, sums, finish);
 }
 
 inline void linear(const Geometry& g, const Linear& l, const void* input, Output kind, const float* residual,
                    void* output, size_t first_chunk, size_t last_chunk, size_t first_block, size_t last_block,
                    void* scratch) {
-  auto* sums = static_cast<V*>(scratch);
+  auto* sums = static_cast<P*>(scratch);
   if (kind == Output::residual) {
     const Chunks chunks(g);
     multiply_rows(g, l, input, first_chunk, last_chunk, first_block, last_block, sums,
@@ -260,7 +254,7 @@ inline void linear(const Geometry& g, const Linear& l, const void* input, Output
   }
   multiply_rows(g, l, input, first_chunk, last_chunk, first_block, last_block, sums,
                 [&](size_t row, size_t chunk, size_t j, V y) {
-                  float* to = static_cast<float*>(output) + (chunk * l.used + row) * kLine + j * V::kLanes;
+                  auto* to = static_cast<Number*>(output) + (chunk * l.used + row) * kLine + j * V::kLanes;
                   if (row < l.used) V::store(to, kind == Output::gelu ? gelu(y) : y);
                 });
 }
@@ -272,7 +266,7 @@ struct HeadScratch {
 
 // Attention of N vectors of queries, from token `at` on.
 template <size_t N>
-inline void attend(const Geometry& g, const HeadScratch& s, size_t at, size_t head, float* output) {
+inline void attend(const Geometry& g, const HeadScratch& s, size_t at, size_t head, Number* output) {
   constexpr size_t width = N * V::kLanes;
   product_rows<N>(g.tokens, s.k, 1, g.padded_tokens, g.head_dim, s.q + at, g.padded_tokens, s.scores, width);
   V maximum[2][N], sum[N];  // two maxima at a time, because one alone waits for itself
@@ -295,7 +289,7 @@ inline void attend(const Geometry& g, const HeadScratch& s, size_t at, size_t he
   const Chunks chunks(g);
   for (size_t n = 0; n < N; ++n) {
     const V inverse = V::div(V::set(1.0f), sum[n]);
-    float* out = output + chunks.at(at / V::kLanes + n, g.width) + head * g.head_dim * kLine;
+    Number* out = output + chunks.at_token(at + n * V::kLanes, g.width) + head * g.head_dim * kLine;
     for (size_t d = 0; d < g.head_dim; ++d)
       V::store(out + d * kLine, V::load(s.context + d * width + n * V::kLanes) * inverse);
   }
@@ -316,7 +310,7 @@ inline void project_head(const Geometry& g, const Linear& qkv, const void* input
   float* q = layout_head_scratch(g, scratch).q;
   const size_t blocks = 3 * g.padded_head_dim / kRowBlock, origin = head * 3 * g.padded_head_dim;
   const Chunks chunks(g);
-  multiply_rows(g, qkv, input, 0, chunks.count, head * blocks, (head + 1) * blocks, static_cast<V*>(scratch),
+  multiply_rows(g, qkv, input, 0, chunks.count, head * blocks, (head + 1) * blocks, static_cast<P*>(scratch),
                 [&](size_t row, size_t chunk, size_t j, V y) {
                   V::store(q + (row - origin) * g.padded_tokens + chunks.first_token(chunk) + j * V::kLanes, y);
                 });
@@ -324,10 +318,10 @@ inline void project_head(const Geometry& g, const Linear& qkv, const void* input
 
 inline void attend_head(const Geometry& g, void* output, size_t head, void* scratch) {
   const HeadScratch s = layout_head_scratch(g, scratch);
-  const Chunks chunks(g);
-  size_t vector = 0;
-  for (; vector + 2 <= chunks.all; vector += 2) attend<2>(g, s, vector * V::kLanes, head, static_cast<float*>(output));
-  if (vector < chunks.all) attend<1>(g, s, vector * V::kLanes, head, static_cast<float*>(output));
+  auto* to = static_cast<Number*>(output);
+  size_t token = 0;
+  for (; token + V::kLanes < g.tokens; token += 2 * V::kLanes) attend<2>(g, s, token, head, to);
+  if (token < g.tokens) attend<1>(g, s, token, head, to);
 }
 
 inline void dense_rows(const float* weight, const float* bias, const float* x, size_t columns, float* out, size_t first,
@@ -350,19 +344,24 @@ inline void dense_rows(const float* weight, const float* bias, const float* x, s
 
 inline void no_thread_state() {}
 
-inline sparsemae::Peak peak([[maybe_unused]] sparsemae::Product product, size_t rounds, float* sink) {
+template <class Vector>
+inline sparsemae::Peak peak_of(size_t rounds, float* sink) {
+  Vector sums[kProductSums];
+  for (Vector& sum : sums) sum = Vector::set(0.0f);
+  const Vector one = Vector::set(1.0f);
+  for (size_t round = 0; round < rounds; ++round)
+#pragma GCC unroll 12
+    for (size_t i = 0; i < kProductSums; ++i) sums[i] = Vector::fma(one, sums[i], one);
+  for (size_t i = 1; i < kProductSums; ++i) sums[0] = Vector::max(sums[0], sums[i]);
+  Vector::store(reinterpret_cast<typename Vector::Number*>(sink), sums[0]);
+  return {Vector::kMultiplyAdd, rounds * kProductSums * Vector::kLanes};
+}
+
+inline sparsemae::Peak peak(sparsemae::Product product, size_t rounds, float* sink) {
 #if defined(__AVXVNNI__)
   if (product == sparsemae::Product::int8) return zips::peak(rounds, sink);
 #endif
-  V sums[kProductSums];
-  for (V& sum : sums) sum = V::set(0.0f);
-  const V one = V::set(1.0f);
-  for (size_t round = 0; round < rounds; ++round)
-#pragma GCC unroll 12
-    for (size_t i = 0; i < kProductSums; ++i) sums[i] = V::fma(one, sums[i], one);
-  for (size_t i = 1; i < kProductSums; ++i) sums[0] = sums[0] + sums[i];
-  V::store(sink, sums[0]);
-  return {V::kMultiplyAdd, rounds * kProductSums * V::kLanes};
+  return product == sparsemae::Product::dense ? peak_of<V>(rounds, sink) : peak_of<P>(rounds, sink);
 }
 
 constexpr sparsemae::Kernels table(const char* name) {

@@ -8,6 +8,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#elif defined(SPARSEMAE_NEON) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace sparsemae {
@@ -61,6 +63,14 @@ void find_features(Processor& p) {
   p.amx = p.avx512bf16 && vbmi2 && amx && tiles && request_tiles();
   p.avx512fp16 = p.amx && fp16;
 }
+#elif defined(SPARSEMAE_NEON)
+void find_features([[maybe_unused]] Processor& p) {
+#if defined(__linux__)
+  p.neonfp16 = getauxval(AT_HWCAP) & HWCAP_ASIMDHP;
+#elif defined(__APPLE__)
+  p.neonfp16 = true;  // every Mac's that is an Arm
+#endif
+}
 #endif
 
 }  // namespace
@@ -82,7 +92,7 @@ std::vector<std::string> Processor::features() const {
   add(avx512bf16, "bf16");
   add(avx512vnni, "vnni");
   add(avx512vbmi, "vbmi");
-  add(avx512fp16, "fp16");
+  add(avx512fp16 || neonfp16, "fp16");
   add(amx, "amx");
   return names;
 }
@@ -92,6 +102,8 @@ const Processor& this_processor() {
     Processor p;
 #if defined(SPARSEMAE_X86)
     identify(p);
+    find_features(p);
+#elif defined(SPARSEMAE_NEON)
     find_features(p);
 #endif
     return p;

@@ -11,7 +11,7 @@ struct Processor {
   unsigned family = 0, model = 0, stepping = 0;
   // Each with what it builds on, and only where the operating system saves its registers.
   bool avx2 = false, avxvnni = false, avx512 = false, avx512bf16 = false, avx512vnni = false, avx512vbmi = false,
-       amx = false, avx512fp16 = false;
+       amx = false, avx512fp16 = false, neonfp16 = false;
 
   std::string name() const;                   // "vendor family/model/stepping"
   std::vector<std::string> features() const;  // names of the instruction sets above

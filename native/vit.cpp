@@ -105,7 +105,7 @@ void Vit::reserve(std::size_t states, std::size_t spaces) {
   }
   while (workspaces_.size() < spaces) {
     auto w = std::make_unique<Workspace>();
-    w->patches = aligned_array<char>(kernels_->activation_bytes(patch_inputs(g, embedding_->rounds_pixels), g));
+    w->patches = aligned_array<char>(embedding_->activation_bytes(patch_inputs(g, embedding_->rounds_pixels), g));
     w->attended = aligned_array<char>(kernels_->activation_bytes(g.width, g));
     w->hidden = aligned_array<char>(kernels_->activation_bytes(config_.mlp_hidden, g));
     w->quantized = quantized(g.width);

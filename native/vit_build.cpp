@@ -255,7 +255,8 @@ void Vit::set_up() {
   // a fork or another thread while one is added must not find the others moved
   states_.reserve(2 * pool_.size() + 2);
   workspaces_.reserve(pool_.size() + 1);
-  for (std::size_t t = 0; t < pool_.size(); ++t) scratch_.push_back(aligned_array<char>(kernels_->scratch_bytes(g)));
+  const std::size_t scratch = std::max(kernels_->scratch_bytes(g), embedding_->scratch_bytes(g));
+  for (std::size_t t = 0; t < pool_.size(); ++t) scratch_.push_back(aligned_array<char>(scratch));
 }
 
 Vit::Vit(const Vit& other, std::size_t height, std::size_t width)

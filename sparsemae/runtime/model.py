@@ -1,9 +1,9 @@
 """A packed model ready to run: reads the file, hands its tensors to the native library, and names what comes out.
 
 Which instruction set is used is chosen when a model is loaded: the fastest that the processor has, or the one that
-`SPARSEMAE_ISA` names (avx512fp16, amxvnni, amx, avx512vnni, avx512bf16, avx512, avxvnni, avx2, neon, portable). A file
-with fp32 weights is computed in fp32 everywhere; bf16 and int8 weights are multiplied as int8, fp16 or bf16 where the
-processor can, else as fp32.
+`SPARSEMAE_ISA` names (avx512fp16, amxvnni, amx, avx512vnni, avx512bf16, avx512, avxvnni, avx2, neonfp16, neon,
+portable). A file with fp32 weights is computed in fp32 everywhere; bf16 and int8 weights are multiplied as int8, fp16
+or bf16 where the processor can, else as fp32.
 """
 
 import os

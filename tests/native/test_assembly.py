@@ -1,4 +1,4 @@
-"""What compilers make of the hot loops: the sums stay in registers.
+"""What compilers make of the hot loops: the sums stay in registers, and little is done beside the products.
 
 A loop over an array of sums that is not unrolled, or more sums than the compiler finds registers for, and every
 multiply-add is followed by a store: it was so once, and cost two thirds of the speed.
@@ -6,12 +6,15 @@ multiply-add is followed by a store: it was so once, and cost two thirds of the 
 
 import re
 import shutil
-import subprocess
-from pathlib import Path
+import sys
 
 import pytest
+from conftest import ROOT, Figure
 
-ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+from hot_loops import ANALYZER, PRODUCTS, Product, assembly, costs, hot_loops, loops
+
 AVX512 = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16"
 FLAGS = {
     "kernels_avx512bf16.cpp": AVX512,
@@ -20,49 +23,49 @@ FLAGS = {
 }
 COMPILERS = [name for name in ("g++", "clang++-19", "clang++") if shutil.which(name)]
 PRODUCT = re.compile(r"^\s+(vdpbf16ps|vpdpbusd)\s")
-STORE = re.compile(r"^\s+vmov\w+\s+%[xyz]mm\d+, [^%]*\(")
-
-
-def loops(assembly: str) -> list[list[str]]:
-    """The lines of each innermost loop: from a label to the last jump back to it, without another loop in between."""
-    lines = [line.split("#")[0].rstrip() for line in assembly.splitlines()]
-    labels = {line[:-1]: i for i, line in enumerate(lines) if re.match(r"\.L\w+:$", line)}
-    jumps = [
-        (labels[match[1]], i)
-        for i, line in enumerate(lines)
-        if (match := re.match(r"\s+j\w+\s+(\.L\w+)$", line)) and labels.get(match[1], i) < i
-    ]
-    inner = [
-        (begin, end)
-        for begin, end in jumps
-        if not any(begin <= other and last <= end and (begin, end) != (other, last) for other, last in jumps)
-    ]
-    return [lines[begin:end] for begin, end in inner]
+STORE = re.compile(r"^\s+(vmov\w+\s+%[xyz]mm\d+, [^%]*\(|st[rpu]\w*\s)")
+HOLDS_ONLY = [pytest.mark.holds_only]
+CASES = [
+    pytest.param(product, compiler, id=f"{product.file}, {compiler}", marks=[] if "linux" in compiler else HOLDS_ONLY)
+    for product in PRODUCTS
+    for compiler in product.compilers
+]
+BARS: dict[str, tuple[float, dict[str, float]]] = {
+    "kernels_neon.cpp": (0.55, {"neoverse-n1": 6, "neoverse-v2": 9}),
+    "kernels_neonfp16.cpp": (0.55, {"neoverse-n1": 10, "neoverse-v2": 15}),
+    "kernels_avxvnni.cpp": (0.2, {"alderlake": 28}),
+    "kernels_avx2.cpp": (0.3, {"alderlake": 12}),
+}
+"""Instructions for a multiply-add at most, multiply-adds a cycle at least."""
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize("file", FLAGS)
 @pytest.mark.slow
-def test_sums_stay_in_registers(compiler: str, file: str, tmp_path: Path) -> None:
-    command = [
-        compiler,
-        "-std=c++20",
-        "-O3",
-        "-fPIC",
-        "-ffp-contract=off",
-        "-fno-math-errno",
-        *FLAGS[file].split(),
-        "-S",
-    ]
-    done = subprocess.run(
-        [*command, ROOT / "native" / file, "-o", tmp_path / "out.s"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    hot = [body for body in loops((tmp_path / "out.s").read_text()) if sum(map(bool, map(PRODUCT.match, body))) >= 16]
+def test_sums_stay_in_registers(compiler: str, file: str) -> None:
+    bodies = loops(assembly(compiler, FLAGS[file], file))
+    hot = [body for body in bodies if sum(map(bool, map(PRODUCT.match, body))) >= 16]
     assert hot
     for body in hot:
         stores = [line for line in body if STORE.match(line)]
         assert not stores, "\n".join(body)
+
+
+@pytest.mark.slow
+@pytest.mark.holds("fast.4")
+@pytest.mark.parametrize(("product", "compiler"), CASES)
+def test_little_is_done_beside_the_products(product: Product, compiler: str, figure: Figure) -> None:
+    if not shutil.which(compiler):
+        pytest.skip(f"needs {compiler}")
+    bodies = hot_loops(product, compiler)
+    for _, body in bodies:
+        assert not [line for line in body if STORE.match(line)], "\n".join(body)
+    count, speeds = costs(product, bodies, analyze=bool(shutil.which(ANALYZER)))
+    figure(f"{count:.2f} instructions for a multiply-add; multiply-adds a cycle: {speeds}")
+    most, least = BARS[product.file]
+    assert count <= most
+    for processor, speed in speeds.items():
+        assert speed >= least[processor], processor
 
 
 def test_stores_are_noticed() -> None:
