@@ -79,7 +79,10 @@ def test_help_needs_no_torch(tmp_path: Path, figure: Figure) -> None:
     [
         ("a misspelled command", [["pretrian"]], "wanted a command (demo, "),
         ("a misspelled option", [[job, *PATHS.get(job, ()), "--sead=1"] for job in JOBS], "--sead"),
-        ("a value of the wrong type", [[job, "--trainer.epochs=many"] for job in TRAINING], '"trainer.epochs"'),
+        (
+            "a value of the wrong type", [[job, "--trainer.epochs=many"] for job in TRAINING],
+            "trainer.epochs: wanted a number, got many",
+        ),
         ("a value beyond its limits", [[job, "--optim.lr=-1"] for job in TRAINING], "lr: wanted at least 0, got -1"),
         ("an option of an earlier version", [["segment", "--taps=[1]"]], "--taps: wanted --out_indices"),
         ("a missing file or folder", [[job, *words] for job, words in PATHS.items()], NOWHERE),

@@ -138,7 +138,7 @@ def test_tables_parse_back_whatever_names_hold(
     save_model(weights, model, replace(card, class_names=labels))
     folder.mkdir()
     for i, name in enumerate(NAMES):
-        Image.fromarray(np.full((30, 30), 40 * i, np.uint8)).save(folder / name, "PNG")
+        Image.fromarray(np.full((30, 30), 20 * i, np.uint8)).save(folder / name, "PNG")
     wanted = [(str(file), sparsemae.load(weights).predict(file, 10)[0]) for file in image_files(folder)]
     words = ["predict", str(weights), str(folder), "--top_k", "10", "--format", style]
     main([*words, "--out", str(tmp_path / "table")])
