@@ -174,11 +174,12 @@ def check_paths(config: Any) -> None:
 def _resolved(kind: type[Any], argv: Sequence[str]) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
     """Recipes, see `_recipe`, and the other words: options by their whole names, with underscores, and the data's root.
 
-    A value stands after ``=``, so that each word names what it sets.
+    A value stands after ``=``, so that each word names what it sets. A switch of the command itself needs none.
     """
     recipes, result = list[tuple[str, dict[str, Any]]](), list[str]()
-    rest, positional = iter(argv), _positional(kind)
-    for word in rest:
+    rest, positional = list(argv), _positional(kind)
+    while rest:
+        word = rest.pop(0)
         if not word.startswith("--"):
             extra = not positional and _takes_root(kind)
             positional = positional[1:]
@@ -189,10 +190,7 @@ def _resolved(kind: type[Any], argv: Sequence[str]) -> tuple[list[tuple[str, dic
         if new := new_option(name):
             raise ValueError(f"--{name}: wanted --{new}, as it is called now")
         if not equals and name not in _ALONE:
-            found = next(rest, None)
-            if found is None:
-                raise ValueError(f"--{name}: wanted a value, got none")
-            value = found
+            value = _value(kind, name, rest)
         if name == "config":
             recipes.append(_recipe(value))
         elif name in _ALONE:
@@ -203,14 +201,25 @@ def _resolved(kind: type[Any], argv: Sequence[str]) -> tuple[list[tuple[str, dic
     return recipes, result
 
 
+def _value(kind: type[Any], name: str, rest: list[str]) -> str:
+    """The next word; of a switch of the command itself ``true``, unless the next word says which."""
+    switches = {member.name for member in fields(kind) if member.type in (bool, "bool")}
+    if name in switches and (rest or [""])[0].lower() not in ("true", "false"):
+        return "true"
+    if not rest:
+        raise ValueError(f"--{name}: wanted a value, got none")
+    return rest.pop(0)
+
+
 def split_words(kind: type[Any], argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Words that set a field of the dataclass, and the others, each option with its value after ``=``."""
     names = {member.name for member in fields(kind)} - {"recipe", "words"}
-    own, others, rest = list[str](), list[str](), iter(argv)
-    for word in rest:
+    own, others, rest = list[str](), list[str](), list(argv)
+    while rest:
+        word = rest.pop(0)
         name = word[2:].partition("=")[0].replace("-", "_")
         if word.startswith("--") and "=" not in word and name not in _ALONE:
-            word += f"={next(rest, '')}"  # noqa: PLW2901
+            word += f"={_value(kind, name, rest)}"
         (own if word.startswith("--") and name in names else others).append(word)
     return own, others
 

@@ -10,6 +10,8 @@ from conftest import tiny
 from PIL import Image
 
 from sparsemae.cli import main
+from sparsemae.config import read_config
+from sparsemae.options import PlanConfig, PredictConfig
 
 
 def on(folder: Path, job: str, out: Path, *options: str) -> list[str]:
@@ -215,3 +217,18 @@ def test_gray_and_transparent_images_are_read(tmp_path: Path, image_folder: Path
     Image.fromarray(pixels).convert("RGBA").save(image_folder / "train" / "cat" / "1.png")
     Image.fromarray(pixels).convert("P").save(image_folder / "train" / "cat" / "2.png")
     main(on(image_folder, "pretrain", tmp_path / "run"))
+
+
+def test_a_switch_needs_no_value() -> None:
+    words = ["model", "images"]
+    for told, null in (
+        (["--null"], True),
+        (["--null", "true"], True),
+        (["--null", "False"], False),
+        (["--null=true"], True),
+    ):
+        assert read_config(PredictConfig, [*words, *told]).null is null
+    assert read_config(PredictConfig, ["model", "--null", "-"]).images == ["-"]
+    assert read_config(PlanConfig, ["demo_pretrain", "--measure"]).measure
+    with pytest.raises(ValueError, match="--top_k: wanted a value, got none"):
+        read_config(PredictConfig, [*words, "--null", "--top_k"])
