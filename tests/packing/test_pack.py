@@ -90,8 +90,8 @@ def test_packed_agrees_with_timm(kind: str, dtype: Any, tmp_path: Path) -> None:
     model, patterns = masked(**MODELS[kind])
     card = replace(CARD, input=replace(SPEC, img_size=model.patch_embed.img_size[0]))
     pack(model, tmp_path / "m.safetensors", card, dtype, patterns)
-    # and where int8 is multiplied as int8, the inputs of every sparse layer are rounded, too: 2 to 8 %
-    assert errors(tmp_path / "m.safetensors", model) <= {"fp32": 1e-4, "bf16": 4e-2, "int8": 9e-2}[dtype]
+    # and where int8 is multiplied as int8, the inputs of every sparse layer are rounded, too: over 12 seeds 3 to 10 %
+    assert errors(tmp_path / "m.safetensors", model) <= {"fp32": 1e-4, "bf16": 4e-2, "int8": 11e-2}[dtype]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
