@@ -6,6 +6,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator
 
 from sparsemae.files import replacing, write_atomic
 from sparsemae.options import StudyConfig
@@ -149,6 +150,10 @@ def _draw(arms: dict[str, Rows], path: Path) -> None:
     curves.set(xlabel="epoch of finetuning", ylabel="top-1 on held-out images, %")
     sizes[0].set(xlabel="parameters kept", ylabel="top-1 on test images, %", xscale="log")
     sizes[1].set(xlabel="multiply-adds kept, per image", xscale="log")
+    for axis in sizes:
+        axis.xaxis.set_major_formatter(EngFormatter())
+        axis.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axis.xaxis.set_minor_formatter(EngFormatter())
     for text in figure.legend(loc="outside right center", fontsize=8).get_texts():
         text.set_parse_math(False)  # an arm may be called anything
     with replacing(path) as temporary:
