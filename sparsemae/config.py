@@ -4,6 +4,7 @@ import difflib
 import re
 import sys
 import textwrap
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, fields
@@ -177,9 +178,9 @@ def _resolved(kind: type[Any], argv: Sequence[str]) -> tuple[list[tuple[str, dic
     A value stands after ``=``, so that each word names what it sets. A switch of the command itself needs none.
     """
     recipes, result = list[tuple[str, dict[str, Any]]](), list[str]()
-    rest, positional = list(argv), _positional(kind)
+    rest, positional = deque(argv), _positional(kind)
     while rest:
-        word = rest.pop(0)
+        word = rest.popleft()
         if not word.startswith("--"):
             extra = not positional and _takes_root(kind)
             positional = positional[1:]
@@ -201,22 +202,22 @@ def _resolved(kind: type[Any], argv: Sequence[str]) -> tuple[list[tuple[str, dic
     return recipes, result
 
 
-def _value(kind: type[Any], name: str, rest: list[str]) -> str:
+def _value(kind: type[Any], name: str, rest: deque[str]) -> str:
     """The next word; of a switch of the command itself ``true``, unless the next word says which."""
     switches = {member.name for member in fields(kind) if member.type in (bool, "bool")}
-    if name in switches and (rest or [""])[0].lower() not in ("true", "false"):
+    if name in switches and (not rest or rest[0].lower() not in ("true", "false")):
         return "true"
     if not rest:
         raise ValueError(f"--{name}: wanted a value, got none")
-    return rest.pop(0)
+    return rest.popleft()
 
 
 def split_words(kind: type[Any], argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Words that set a field of the dataclass, and the others, each option with its value after ``=``."""
     names = {member.name for member in fields(kind)} - {"recipe", "words"}
-    own, others, rest = list[str](), list[str](), list(argv)
+    own, others, rest = list[str](), list[str](), deque(argv)
     while rest:
-        word = rest.pop(0)
+        word = rest.popleft()
         name = word[2:].partition("=")[0].replace("-", "_")
         if word.startswith("--") and "=" not in word and name not in _ALONE:
             word += f"={_value(kind, name, rest)}"

@@ -121,7 +121,6 @@ class Group:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self.world == 1:
-            self.rescue = lambda saves: ""  # with it goes the loop, and the images it keeps
             return
         try:
             if error is None or isinstance(error, SystemExit):

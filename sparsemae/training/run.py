@@ -142,7 +142,7 @@ def start(config: TrainingConfig, group: Group) -> Run:
         raise ValueError(f"trainer.accelerator: {trainer.accelerator} cannot be had here: {error}") from error
     group.launch(fabric.device)
     fabric.launch()
-    if group.world > 1:
+    if group.world > 1:  # what is registered keeps the group for good, and with it the loop and its images
         atexit.register(_leave_process_group, group)
     folder = Path(config.out)
     log = logs.RunLog(folder, fabric.is_global_zero)
