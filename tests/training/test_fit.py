@@ -56,9 +56,13 @@ def test_same_seed_same_weights_with_any_workers(
 
 
 def test_of_a_run_that_has_ended_nothing_stays_in_the_process(tmp_path: Path) -> None:
+    def alive() -> list[object]:
+        gc.collect()
+        return [one for one in gc.get_objects() if type(one) in (ImageDataset, fit._Loop)]
+
+    before = alive()  # what failed runs of other tests left in the tracebacks that pytest keeps
     main(tiny("finetune", tmp_path / "run", "--trainer.max_steps", "1"))
-    gc.collect()
-    assert not [one for one in gc.get_objects() if type(one) in (ImageDataset, fit._Loop)]
+    assert [one for one in alive() if not any(one is other for other in before)] == []
 
 
 def test_another_seed_gives_other_weights(tmp_path: Path) -> None:
