@@ -11,7 +11,7 @@ demo: $(STAMP)
 	$(BIN)/sparsemae demo
 
 test: $(STAMP)
-	$(TESTS) -n 2
+	$(TESTS) -n 2 --dist worksteal
 
 check: $(STAMP)
 	$(MAKE) --no-print-directory --jobs 3 lint types fast
@@ -27,7 +27,7 @@ types: $(STAMP)
 
 # the tests that take less than a second or two
 fast: $(STAMP)
-	$(TESTS) -n 2 -m "not slow and not holds_only"
+	$(TESTS) -n 2 --dist worksteal -m "not slow and not holds_only"
 
 # make holds OF=foundation: the numbered requirements of one issue, with the figures measured
 holds: $(STAMP)

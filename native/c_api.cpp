@@ -153,7 +153,8 @@ sparsemae_model* sparsemae_open(const char* path, uint32_t threads, const char* 
       const std::size_t room = bytes.size() * 8 - size;
       const std::size_t got = std::fread(reinterpret_cast<char*>(bytes.data()) + size, 1, room, file.get());
       size += got;
-      if (got < room) break;
+      const bool packed = reinterpret_cast<const char*>(bytes.data())[8] == '{';  // or a device may have no end
+      if (got < room || !packed) break;
     }
     if (file && !std::ferror(file.get())) return sparsemae_open_memory(bytes.data(), size, threads, isa);
     remember(std::strerror(errno));

@@ -56,6 +56,18 @@ std::string read(const char* path, Pixels& out) {
   return "";
 }
 
+// One line of a name: control characters are escaped.
+std::string printable(const std::string& name) {
+  std::string shown;
+  for (const char c : name) {
+    const auto code = static_cast<unsigned char>(c);
+    char escaped[5] = {c};
+    if (code < 0x20 || code == 0x7f) std::snprintf(escaped, sizeof escaped, "\\x%02x", static_cast<unsigned>(code));
+    shown += c == '\n' ? "\\n" : c == '\t' ? "\\t" : c == '\r' ? "\\r" : escaped;
+  }
+  return shown;
+}
+
 void print_best(const char* path, const sparsemae_description& d, const std::vector<float>& logits) {
   std::vector<std::size_t> order(logits.size());
   std::iota(order.begin(), order.end(), 0);
@@ -64,7 +76,7 @@ void print_best(const char* path, const sparsemae_description& d, const std::vec
   for (const float logit : logits) sum += std::exp(static_cast<double>(logit) - logits[order[0]]);
   std::printf("%s: ", path);
   for (std::size_t i = 0; i < std::min(kBest, order.size()); ++i) {
-    const std::string name = d.class_names ? d.class_names[order[i]] : std::to_string(order[i]);
+    const std::string name = d.class_names ? printable(d.class_names[order[i]]) : std::to_string(order[i]);
     const double probability = std::exp(static_cast<double>(logits[order[i]]) - logits[order[0]]) / sum;
     std::printf("%s%s %.1f%%", i ? ", " : "", name.c_str(), 100.0 * probability);
   }
@@ -79,7 +91,7 @@ void print_areas(const char* path, const sparsemae_description& d, const std::ve
   std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return counts[a] > counts[b]; });
   std::printf("%s: ", path);
   for (std::size_t i = 0; i < std::min(kBest, order.size()) && counts[order[i]]; ++i)
-    std::printf("%s%s %.1f%%", i ? ", " : "", d.class_names[order[i]],
+    std::printf("%s%s %.1f%%", i ? ", " : "", printable(d.class_names[order[i]]).c_str(),
                 100.0 * static_cast<double>(counts[order[i]]) / static_cast<double>(classes.size()));
   std::printf("\n");
 }

@@ -19,6 +19,7 @@ from PIL import Image
 
 from sparsemae.packing.format import PackedModel, write
 from sparsemae.runtime import load
+from sparsemae.terminal import printable
 
 pytestmark = [
     pytest.mark.slow,
@@ -99,7 +100,7 @@ def test_the_program_names_classes_and_what_it_cannot_read(library: Path, tmp_pa
     names = ("red", "cut", "huge", "jpeg", "absent", "red")
     done = subprocess.run([run, file, *(tmp_path / f"{name}.ppm" for name in names)], capture_output=True, check=False)
     best = load(file).predict(tmp_path / "red.ppm", 3)[0]
-    shown = ", ".join(f"{one.label} {one.probability:.1%}" for one in best)
+    shown = ", ".join(f"{printable(one.label)} {one.probability:.1%}" for one in best)
     assert done.stdout.decode() == f"{tmp_path / 'red.ppm'}: {shown}\n" * 2
     said = done.stderr.decode().splitlines()
     assert [line.split(": ")[1] for line in said] == [str(tmp_path / f"{name}.ppm") for name in names[1:-1]]
@@ -107,6 +108,7 @@ def test_the_program_names_classes_and_what_it_cannot_read(library: Path, tmp_pa
     cases: dict[str, list[str]] = {
         "usage:": [], "wanted a packed model": [str(tmp_path / "red.ppm"), "x.ppm"],
         "No such file": ["absent", "x.ppm"],
+        "wanted a packed model, got": ["/dev/zero", "x.ppm"],
         "wanted a model with classes": [str(packed(tmp_path / "encoder", num_classes=0)), str(tmp_path / "red.ppm")],
         "wanted finite logits": [str(tmp_path / "infinite"), str(tmp_path / "red.ppm")],
     }  # fmt: skip
