@@ -104,7 +104,7 @@ def test_the_test_images_choose_nothing() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["study_quick", "study_fashion"])
+@pytest.mark.parametrize("recipe", ["study_quick", "study_fashion", "study_openclipart"])
 def test_small_networks_are_matched_within_a_hundredth(recipe: str) -> None:
     study = read_config(StudyConfig, ["--config", recipe])
     chosen = dict.fromkeys(((setting, arm) for setting in study.settings for arm in study.arms), 1e-3)
