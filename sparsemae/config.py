@@ -67,7 +67,8 @@ def read_config(
             return made
         return _with_recipes(kind, parser, [recipe for recipe, _ in recipes], words, named)
     except ValueError as error:
-        raise ValueError(f"{error}{_meant(str(error), parser)}") from error
+        said = re.sub(r"argument (--[\w.]+): expected one argument", r"\1: wanted a value, got none", str(error))
+        raise ValueError(f"{said}{_meant(said, parser)}") from error
 
 
 def _with_recipes(
@@ -191,25 +192,22 @@ def _resolved(kind: type[Any], argv: Sequence[str]) -> tuple[list[tuple[str, dic
         if new := new_option(name):
             raise ValueError(f"--{name}: wanted --{new}, as it is called now")
         if not equals and name not in _ALONE:
-            value = _value(kind, name, rest)
-        if name == "config":
+            given = _value(kind, name, rest)
+            equals, value = ("", "") if given is None else ("=", given)
+        if name == "config" and equals:
             recipes.append(_recipe(value))
-        elif name in _ALONE:
-            result.append(f"--{name}{equals}{value}")
         else:
             short = _trains(kind) and not value.lstrip().startswith("{")
-            result.append(f"--{SHORT.get(name, name) if short else name}={value}")
+            result.append(f"--{SHORT.get(name, name) if short else name}{equals}{value}")
     return recipes, result
 
 
-def _value(kind: type[Any], name: str, rest: deque[str]) -> str:
-    """The next word; of a switch of the command itself ``true``, unless the next word says which."""
+def _value(kind: type[Any], name: str, rest: deque[str]) -> str | None:
+    """The next word, if there is one; of a switch of the command itself ``true``, unless the next word says which."""
     switches = {member.name for member in fields(kind) if member.type in (bool, "bool")}
     if name in switches and (not rest or rest[0].lower() not in ("true", "false")):
         return "true"
-    if not rest:
-        raise ValueError(f"--{name}: wanted a value, got none")
-    return rest.popleft()
+    return rest.popleft() if rest else None
 
 
 def split_words(kind: type[Any], argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -220,7 +218,8 @@ def split_words(kind: type[Any], argv: Sequence[str]) -> tuple[list[str], list[s
         word = rest.popleft()
         name = word[2:].partition("=")[0].replace("-", "_")
         if word.startswith("--") and "=" not in word and name not in _ALONE:
-            word += f"={_value(kind, name, rest)}"
+            value = _value(kind, name, rest)
+            word += f"={value}" * (value is not None)
         (own if word.startswith("--") and name in names else others).append(word)
     return own, others
 

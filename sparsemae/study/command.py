@@ -32,7 +32,7 @@ def study(config: StudyConfig) -> None:
     """Run what is missing of a study, or plan, print or report it."""
     for name in ("arms", "settings"):
         if not getattr(config, name):
-            raise ValueError(f"{name}: wanted at least one, got none: name a recipe of a study with --config")
+            raise ValueError(f"{name}: wanted at least one, got none: name a study's recipe: --config study_quick")
     out, console = Path(config.out), Console(highlight=False, soft_wrap=True)
     results = Results(out / "results.jsonl")
     root = Path(config.root) if config.root is not None else out / "images"

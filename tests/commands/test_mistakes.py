@@ -42,6 +42,8 @@ def test_data(refused: Callable[..., str], tmp_path: Path, image_folder: Path, j
     ("options", "message"),
     [
         (["--optim.lrr", "1"], "unrecognized arguments: --optim.lrr"),
+        (["--optim.lrr"], "unrecognized arguments: --optim.lrr (did you mean --optim.lr?)"),
+        (["--lr"], "--optim.lr: wanted a value, got none"),
         (["--optim.lr", "fast"], "optim.lr: wanted a number, got fast"),
         (["--optim.clip_grad", "x"], "optim.clip_grad: wanted a number or null, got x"),
         (["--trainer.keep", "first"], "trainer.keep: wanted last, best, got first"),
