@@ -37,8 +37,9 @@ def study(config: StudyConfig) -> None:
     results = Results(out / "results.jsonl")
     root = Path(config.root) if config.root is not None else out / "images"
     if config.report is not None:
-        write_page(config, results.rows, Path(config.report))
-    elif config.print_commands is not None:
+        _report(config, root, results, Path(config.report))
+        return
+    if config.print_commands is not None:
         _print_commands(config, root, out)
     else:
         out.mkdir(parents=True, exist_ok=True)
@@ -47,11 +48,18 @@ def study(config: StudyConfig) -> None:
         (_plan if config.plan else _run)(config, root, results, console)
 
 
+def _report(config: StudyConfig, root: Path, results: Results, path: Path) -> None:
+    """The page of this study's own trials; the results may have more."""
+    tried = results.of(selection(config, root))
+    measured = results.of(final(config, root, choose(config, tried)))
+    write_page(config, tried, [row for row in measured if row["test"] is not None], path)
+
+
 def _run(config: StudyConfig, root: Path, results: Results, console: Console) -> None:
     """Choose the rates, train what has no figures yet, and write the page."""
     out = Path(config.out)
     _train(config, selection(config, root), results, console, result)
-    trials = final(config, root, choose(config, results.rows))
+    trials = final(config, root, choose(config, results.of(selection(config, root))))
 
     def measured(trial: Trial, out: Path, seconds: float) -> dict[str, Any]:
         return tested(result(trial, out, seconds), trial, out, root)
@@ -61,7 +69,7 @@ def _run(config: StudyConfig, root: Path, results: Results, console: Console) ->
         row = results.get(trial)
         if row is not None and row["test"] is None:
             results.put(tested(row, trial, out, root))
-    write_page(config, results.rows, out / "study.md")
+    _report(config, root, results, out / "study.md")
 
 
 def _train(
