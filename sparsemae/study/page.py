@@ -1,10 +1,12 @@
 """A study's page: tables, paired differences, pictures, and what may be concluded."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator
 
@@ -30,7 +32,7 @@ def write_page(config: StudyConfig, tried: Rows, tested: Rows, path: Path) -> No
         raise ValueError(f"{config.out}: wanted a study with figures on its test images, got none")
     text = [_introduction(config, [*tried, *(row for row in tested if row not in tried)])]
     for number, setting in enumerate(config.settings):
-        text.append(f"## {setting}\n")
+        text.append(f"## {_shown(setting)}\n")
         if arms := _by_arm(config, tested, setting):
             picture = path.with_name(f"{path.stem}-{number}.png")
             _draw(arms, picture)
@@ -52,7 +54,7 @@ def _choice(config: StudyConfig, tried: dict[str, Rows]) -> str:
     rates, seeds = sorted({*config.learning_rates}), config.selection_seeds
     first, best = next(iter(config.arms)), dict[str, Rows]()
     lines = [
-        f"Top-1 on held-out images by learning rate, means of {_seeds(seeds)}; and {first} less each arm, each "
+        f"Top-1 on held-out images by learning rate, means of {_seeds(seeds)}; and {_shown(first)} less each arm, each "
         "at its best rate:\n",
         f"| arm | {' | '.join(f'{rate:g}' for rate in rates)} | difference | ± s.e. |",
         "|---|" + "---:|" * (len(rates) + 2),
@@ -65,8 +67,13 @@ def _choice(config: StudyConfig, tried: dict[str, Rows]) -> str:
         error = f"{pair.error:.2f}" if len(pair.differences) > 1 else ""
         told = f"{pair.mean:+.2f} | {error}" if arm != first and pair.differences else " | "
         cells = (f"{100 * means[rate]:.2f}" if rate in means else "" for rate in rates)
-        lines.append(f"| {arm} | {' | '.join(cells)} | {told} |")
+        lines.append(f"| {_shown(arm)} | {' | '.join(cells)} | {told} |")
     return "\n".join([*lines, ""])
+
+
+def _shown(name: str) -> str:
+    """As a cell of a table shows it: one line, without its signs' meaning to Markdown."""
+    return re.sub(r"[|*_`<\[\]~]", r"\\\g<0>", " ".join(name.split()))
 
 
 def _seeds(count: int) -> str:
@@ -107,13 +114,13 @@ def _section(config: StudyConfig, arms: dict[str, Rows], picture: str) -> str:
         one = found[0]
         moved = fmean(row["topology"][-1][2] / row["sparse_weights"] for row in found) if one["topology"] else None
         table.append(
-            f"| {arm} | {fmean(scores):.2f} | {error} | {len(scores)} | {one['kept']:,} | {one['total']:,} | "
+            f"| {_shown(arm)} | {fmean(scores):.2f} | {error} | {len(scores)} | {one['kept']:,} | {one['total']:,} | "
             f"{one['multiply_adds'] / 1e6:.2f} M | {one['lr']:g} | {'' if moved is None else f'{moved:.2%}'} |"
         )
     lines = [*table, ""]
     if first in arms and len(arms) > 1:
         lines += [
-            f"{first} less each other arm, points of top-1:\n",
+            f"{_shown(first)} less each other arm, points of top-1:\n",
             "| against | difference | ± s.e. | 95 % interval |",
         ]
         lines += ["|---|---:|---:|---:|"]
@@ -121,7 +128,7 @@ def _section(config: StudyConfig, arms: dict[str, Rows], picture: str) -> str:
         for arm, pair in compared.items():
             if pair.differences:
                 low, high = pair.interval
-                lines.append(f"| {arm} | {pair.mean:+.2f} | {pair.error:.2f} | {low:+.2f} to {high:+.2f} |")
+                lines.append(f"| {_shown(arm)} | {pair.mean:+.2f} | {pair.error:.2f} | {low:+.2f} to {high:+.2f} |")
         lines += [
             "",
             _conclusion(config, first, compared),
@@ -146,14 +153,17 @@ def _conclusion(config: StudyConfig, first: str, compared: dict[str, Paired]) ->
         for arm, pair in compared.items()
     }
     words = {1: "better than", -1: "worse than", 0: "not told apart from", None: "not yet compared at all seeds with"}
-    said = {word: ", ".join(arm for arm in orders if orders[arm] == order) for order, word in words.items()}
-    return "; ".join(f"**{first}** is {word} {arms}" for word, arms in said.items() if arms) + "."
+    said = {word: ", ".join(_shown(arm) for arm in orders if orders[arm] == order) for order, word in words.items()}
+    return "; ".join(f"**{_shown(first)}** is {word} {arms}" for word, arms in said.items() if arms) + "."
 
 
 def _draw(arms: dict[str, Rows], path: Path) -> None:
     """Accuracy on the held-out images over epochs; on the test images against kept parameters and multiply-adds."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     curves, *sizes = figure.subplots(1, 3)
+    colors: Any = colormaps["tab20"].colors  # type: ignore[attr-defined]
+    for axis in (curves, *sizes):
+        axis.set_prop_cycle(color=[*colors[::2], *colors[1::2]])
     for arm, found in arms.items():
         epochs = [epoch for epoch, _ in found[0]["curve"]]
         means = [100 * fmean(values) for values in zip(*([v for _, v in row["curve"]] for row in found), strict=False)]

@@ -266,6 +266,15 @@ def test_two_studies_in_one_folder_keep_each_others_lines(small: list[str], tmp_
     assert Results(tmp_path / "results.jsonl").rows == rows[:2]
 
 
+def test_signs_of_markdown_in_a_name_are_shown(small: list[str], tmp_path: Path) -> None:
+    row = _rows(small, tmp_path)[0] | {"arm": "a|b [c](d)\n*e*", "setting": "`f`"}
+    study = StudyConfig(arms={row["arm"]: ArmConfig()}, settings={"`f`": SettingConfig()}, learning_rates=[1e-3])
+    write_page(study, [], [row], tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert r"| a\|b \[c\](d) \*e\* | " in page
+    assert r"## \`f\`" in page
+
+
 def test_a_report_of_nothing_is_refused(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([*small, "--report", str(tmp_path / "study.md")])
