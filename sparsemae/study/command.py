@@ -14,7 +14,9 @@ from rich.console import Console
 
 from sparsemae.config import read_config
 from sparsemae.data.embedded import CLASS_NAMES, EmbeddedReader
+from sparsemae.data.folders import split_folders
 from sparsemae.jobs import JOBS
+from sparsemae.limits import value_of
 from sparsemae.options import StudyConfig, TrainerConfig
 from sparsemae.processors import processors
 from sparsemae.study.page import write_page
@@ -30,7 +32,7 @@ MEASURED_STEPS = 30
 
 def study(config: StudyConfig) -> None:
     """Run what is missing of a study, or plan, print or report it."""
-    for name in ("arms", "settings"):
+    for name in ("arms", "settings", "learning_rates"):
         if not getattr(config, name):
             raise ValueError(f"{name}: wanted at least one, got none: name a recipe of a study with --config")
     out, console = Path(config.out), Console(highlight=False, soft_wrap=True)
@@ -39,6 +41,7 @@ def study(config: StudyConfig) -> None:
     if config.report is not None:
         _report(config, root, results, Path(config.report))
         return
+    _check(config, root)
     if config.print_commands is not None:
         _print_commands(config, root, out)
     else:
@@ -46,6 +49,26 @@ def study(config: StudyConfig) -> None:
         if config.root is None:
             _write_embedded(root)
         (_plan if config.plan else _run)(config, root, results, console)
+
+
+def _check(config: StudyConfig, root: Path) -> None:
+    """Read each arm's commands before the first is run: what would be refused after hours is refused now."""
+    there = {"train", "val", "test"} if config.root is None else split_folders(root, "--root").keys()
+    if missing := {"train", "val", "test"} - there:  # without val a training takes test for it
+        raise ValueError(f"--root: {root}: wanted images in train, val and test, got none in {', '.join(missing)}")
+    out, lr = Path(config.out), config.learning_rates[0]
+    each = final(replace(config, seeds=1), root, dict.fromkeys(pairs(config), lr))
+    stages_of([*each, *selection(config, root)])
+    for stage in stages_of(each):
+        own: dict[str, Any] = {"out": f"{out}/{stage.name}", "seed": stage.seed}
+        own |= {"optim.lr": lr} if stage.job != "pretrain" else {}
+        try:
+            options = read_config(JOBS[stage.job].options, stage.argv(out, 0))
+            for name, value in own.items():
+                if (got := value_of(options, name)) != value:
+                    raise ValueError(f"{name}: wanted the study's own, {value}, got {got}")
+        except ValueError as error:
+            raise ValueError(f"{stage.title}: {error}") from error
 
 
 def _report(config: StudyConfig, root: Path, results: Results, path: Path) -> None:

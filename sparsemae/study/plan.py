@@ -82,9 +82,16 @@ def choose(study: StudyConfig, results: list[dict[str, Any]]) -> Rates:
 
 
 def stages_of(trials: list[Trial]) -> list[Stage]:
-    """Of all trials, shared ones once, pretrainings first."""
-    stages = dict.fromkeys(stage for trial in trials for stage in trial.stages)
-    return sorted(stages, key=lambda stage: stage.job != "pretrain")
+    """Of all trials, shared ones once, pretrainings first.
+
+    Raises:
+        ValueError: two would have the same folder.
+    """
+    stages = dict[str, Stage]()
+    for stage in (stage for trial in trials for stage in trial.stages):
+        if (other := stages.setdefault(stage.name, stage)) != stage and stage.job != "pretrain":
+            raise ValueError(f"{stage.name}: wanted a folder for each, got {other.title} and {stage.title}: rename one")
+    return sorted(stages.values(), key=lambda stage: stage.job != "pretrain")
 
 
 def words(options: Mapping[str, Any]) -> tuple[str, ...]:
@@ -106,7 +113,7 @@ def _trial(study: StudyConfig, root: Path, setting: str, arm: str, seed: int, lr
     config, data = study.arms[arm], ("--data.source", "folder", "--data.root", str(root))
     pretraining = _pretraining({**study.pretrain, **study.settings[setting].pretrain}, config, data, seed)
     name = f"{_slug(setting)}.{_slug(arm)}.{lr:g}.{seed}"
-    options = {**study.finetune, **study.settings[setting].finetune, **config.finetune, "optim.lr": lr}
+    options = {"optim.lr": lr, **study.finetune, **study.settings[setting].finetune, **config.finetune}
     finetuning = Stage(
         name, "finetune", f"{arm}, {setting}, rate {lr:g}, seed {seed}", (*data, *words(options)),
         pretraining[0].name if pretraining else None, required=True, seed=seed, recipe=options.get("config"),

@@ -21,7 +21,7 @@ from sparsemae.demo.stages import SMALL as RIVAL
 from sparsemae.options import ArmConfig, FinetuneConfig, PretrainConfig, SettingConfig, StudyConfig
 from sparsemae.sparsity import summarize
 from sparsemae.study.page import write_page
-from sparsemae.study.plan import choose, final, selection, stages_of
+from sparsemae.study.plan import choose, final, pairs, selection, stages_of
 from sparsemae.study.results import Results
 from sparsemae.study.statistics import T95, Paired
 from sparsemae.tasks import task_class
@@ -273,6 +273,50 @@ def test_signs_of_markdown_in_a_name_are_shown(small: list[str], tmp_path: Path)
     page = (tmp_path / "page.md").read_text()
     assert r"| a\|b \[c\](d) \*e\* | " in page
     assert r"## \`f\`" in page
+
+
+def test_arms_have_folders_of_their_own_and_share_an_encoder_whatever_says_so() -> None:
+    both = {"a b": ArmConfig(), "A-B!": ArmConfig(finetune={"erasing": 0.5})}
+    study = replace(STUDY, arms=both, learning_rates=[1e-3])
+    with pytest.raises(ValueError, match=r"few.a-b.0.001.0: wanted a folder for each, got a b, .* and A-B!, "):
+        stages_of(final(study, ROOT, dict.fromkeys(pairs(study), 1e-3)))
+    alike = {"a": ArmConfig(pretrain={}), "b": ArmConfig(pretrain={"mask_ratio": 0.5})}
+    study = replace(study, arms=alike, pretrain={"mask_ratio": 0.5}, seeds=1)
+    stages = stages_of(final(study, ROOT, dict.fromkeys(pairs(study), 1e-3)))
+    assert [stage.job for stage in stages].count("pretrain") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--arms", '{"x": {"finetune": {"seed": 5}}}'], "x, all labels, rate 0.001, seed 0: seed: wanted the study's"),
+        (["--arms", '{"x": {"finetune": {"optim.lr": 5}}}'], "optim.lr: wanted the study's own, 0.001, got 5"),
+        (["--arms", '{"x": {"finetune": {"lr": 5}}}'], "optim.lr: wanted the study's own, 0.001, got 5"),
+        (["--arms", '{"x": {"pretrain": {"mask_ration": 0}}}'], "pretraining --mask_ration 0 seed 0: "),
+        (["--arms", '{"x": {"seeds": 0}}'], "seeds: wanted at least 1, got 0"),
+        (["--learning_rates", "[.nan]"], "learning_rates: wanted more than 0, got [nan]"),
+        (["--learning_rates", "[]"], "learning_rates: wanted at least one, got none"),
+    ],
+)
+def test_what_would_fail_or_deceive_is_refused_before_the_first_training(
+    small: list[str], tmp_path: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([*small, *words])
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.holds("better.5")
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_root_without_held_out_or_test_images_is_refused(
+    small: list[str], tmp_path: Path, split: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without ``val`` a training would take ``test`` for it, and so would the choice of the learning rate."""
+    shutil.rmtree(tmp_path / "images" / split)
+    with pytest.raises(SystemExit):
+        main(small)
+    assert f"wanted images in train, val and test, got none in {split}" in capsys.readouterr().err
 
 
 def test_a_report_of_nothing_is_refused(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
