@@ -42,12 +42,12 @@ def study(config: StudyConfig) -> None:
         _report(config, root, results, Path(config.report))
         return
     _check(config, root)
+    out.mkdir(parents=True, exist_ok=True)
+    if config.root is None:
+        _write_embedded(root)
     if config.print_commands is not None:
         _print_commands(config, root, out)
     else:
-        out.mkdir(parents=True, exist_ok=True)
-        if config.root is None:
-            _write_embedded(root)
         (_plan if config.plan else _run)(config, root, results, console)
 
 
@@ -151,7 +151,8 @@ def _without_rate(options: Sequence[str]) -> tuple[str, ...]:
 def _print_commands(config: StudyConfig, root: Path, out: Path) -> None:
     """The trainings as commands: pretrainings first, then finetunings, all seeds at every learning rate."""
     rates = [dict.fromkeys(pairs(config), lr) for lr in config.learning_rates]
-    stages = stages_of([trial for chosen in rates for trial in final(config, root, chosen)])
+    trials = [trial for chosen in rates for trial in final(config, root, chosen)]
+    stages = stages_of([*trials, *selection(config, root)])
     for job in ("pretrain", "finetune"):
         lines = [shlex.join(["sparsemae", job, *stage.argv(out, 0)]) for stage in stages if stage.job == job]
         if config.print_commands == "slurm" and lines:
@@ -161,7 +162,7 @@ def _print_commands(config: StudyConfig, root: Path, out: Path) -> None:
                 f"case $SLURM_ARRAY_TASK_ID in\n{numbered}esac"
             )
         else:
-            print(*lines, sep="\n")
+            print(*lines, sep="\n", end="\n" * bool(lines))
 
 
 def _write_embedded(root: Path) -> None:

@@ -74,9 +74,14 @@ def test_encoders_are_shared_between_arms_and_settings() -> None:
 
 
 @pytest.mark.slow
-def test_every_stage_is_a_command_that_parses(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_every_stage_is_a_command_that_parses(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path] = []
+    monkeypatch.setattr("sparsemae.study.command._write_embedded", written.append)
     words = ["study", "--config", "study_quick", "--out", str(tmp_path), "--print_commands"]
     main([*words, "shell"])
+    assert written == [tmp_path / "images"], "which the commands read"
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     kinds: dict[str, Any] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
     configs = [read_config(kinds[job], words) for _, job, *words in lines]
@@ -317,6 +322,12 @@ def test_a_root_without_held_out_or_test_images_is_refused(
     with pytest.raises(SystemExit):
         main(small)
     assert f"wanted images in train, val and test, got none in {split}" in capsys.readouterr().err
+
+
+def test_a_search_is_printed_too(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Which has no seeds but those of the choice."""
+    main([*small, "--seeds", "0", "--print_commands", "shell"])
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 2 * 2 * 2
 
 
 def test_a_report_of_nothing_is_refused(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
