@@ -14,6 +14,7 @@ import pytest
 import scipy.stats
 import yaml
 from PIL import Image
+from rich.console import Console
 
 from sparsemae.cli import main
 from sparsemae.config import read_config
@@ -23,6 +24,7 @@ from sparsemae.sparsity import summarize
 from sparsemae.study.page import write_page
 from sparsemae.study.plan import choose, final, pairs, selection, stages_of
 from sparsemae.study.results import Results
+from sparsemae.study.stages import Stage, run_stages
 from sparsemae.study.statistics import T95, Paired
 from sparsemae.tasks import task_class
 from sparsemae.tasks.sparse import meta_model
@@ -328,6 +330,13 @@ def test_a_search_is_printed_too(small: list[str], capsys: pytest.CaptureFixture
     """Which has no seeds but those of the choice."""
     main([*small, "--seeds", "0", "--print_commands", "shell"])
     assert len(capsys.readouterr().out.splitlines()) == 2 + 2 * 2 * 2
+
+
+@pytest.mark.slow
+def test_which_training_failed_is_said(tmp_path: Path) -> None:
+    stage = Stage("name", "pretrain", "the title", ("--data.source", "folder", "--data.root", str(tmp_path / "no")))
+    with pytest.raises(ValueError, match=r"the title: .*no.* \(its log: .*name.log\)"):
+        run_stages([stage], tmp_path, 0, math.inf, Console(quiet=True), 1)
 
 
 def test_a_report_of_nothing_is_refused(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
