@@ -30,7 +30,7 @@ def check_limits(settings: Any, prefix: str, **limits: tuple[float, float]) -> N
         value = getattr(settings, name)
         numbers = value if isinstance(value, tuple | list) else () if value is None else (value,)
         if not all(least <= number <= most for number in numbers):  # nan is within none
-            shown = list(value) if isinstance(value, tuple) else f"{value:g}"
+            shown = list(value) if isinstance(value, tuple | list) else f"{value:g}"
             raise ValueError(f"{prefix}{name}: wanted {_range(least, most)}, got {shown}")
 
 

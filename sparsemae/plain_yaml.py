@@ -4,6 +4,7 @@ The safe loader makes no Python objects, but an alias may stand for a list of al
 than any memory, whoever walks through the values. So they are counted as they would unfold before anything is made.
 """
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,11 @@ def _unfolded(node: Any, known: dict[int, int]) -> int:
     if id(node) not in known:
         known[id(node)] = MOST_VALUES + 1
         parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        names = (
+            Counter((key.tag, key.value) for key, _ in parts if key.id == "scalar") if node.id == "mapping" else None
+        )
+        if names and (twice := names.most_common(1)[0])[1] > 1:  # PyYAML takes the last
+            raise ValueError(f"wanted each name once, got {twice[0][1]!r:.60} {twice[1]} times")
         inner = [part for entry in parts for part in (entry if isinstance(entry, tuple) else (entry,))]
         known[id(node)] = 1 + sum(_unfolded(part, known) for part in inner)
     return known[id(node)]

@@ -58,3 +58,13 @@ def test_plain_files_are_read_as_pyyaml_reads_them(tmp_path: Path) -> None:
         assert read_yaml(tmp_path / "x.yaml") == yaml.safe_load(text)
     with pytest.raises(FileNotFoundError):
         read_yaml(tmp_path / "absent.yaml")
+
+
+def test_a_name_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    """PyYAML takes the last: of two arms of one name the first would be gone, and nobody told."""
+    file = tmp_path / "study.yaml"
+    file.write_text("arms:\n  a: {x: 1}\n  b: &b {x: 1}\n  c: {<<: *b, x: 2}\n  1: {}\n  '1': {}\n")
+    assert read_yaml(file)["arms"]["c"] == {"x": 2}
+    file.write_text("arms:\n  a: {x: 1}\n  b: {}\n  a: {x: 2}\n")
+    with pytest.raises(ValueError, match=r"study.yaml: .* wanted each name once, got 'a' 2 times"):
+        read_yaml(file)

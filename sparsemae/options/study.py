@@ -1,23 +1,25 @@
 """The options of a study: arms x settings x seeds."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from sparsemae.limits import AT_LEAST_1, Options, option
+from sparsemae.limits import ABOVE_0, AT_LEAST_1, Options, option
 
 MOST_SEEDS = 10
 
 
 @dataclass
-class ArmConfig:
+class ArmConfig(Options):
     """One way to a small network, as what its trainings take beyond the study's own options."""
+
+    prefix: ClassVar[str] = "arms."
 
     pretrain: dict[str, Any] | None = None
     """Options of its pretraining, by name; None: it is finetuned from scratch. Arms with equal ones share it."""
     finetune: dict[str, Any] = field(default_factory=dict)
     """Options of its finetuning, by name."""
-    seeds: int | None = None
-    """None: the study's."""
+    seeds: int | None = option(None, AT_LEAST_1)
+    """None: the study's, of which there are no more in any case."""
 
 
 @dataclass
@@ -47,7 +49,7 @@ class StudyConfig(Options):
     """What arms are compared under, by title."""
     arms: dict[str, ArmConfig] = field(default_factory=dict)
     """What is compared, by title; the first one with each of the others."""
-    learning_rates: list[float] = field(default_factory=lambda: [8e-3])
+    learning_rates: list[float] = field(default_factory=lambda: [8e-3], metadata={"limits": ABOVE_0})
     """Of finetuning, tried by every arm in every setting."""
     selection_seeds: int = option(2, AT_LEAST_1)
     """Seeds at which each learning rate is tried."""

@@ -14,7 +14,9 @@ from rich.console import Console
 
 from sparsemae.config import read_config
 from sparsemae.data.embedded import CLASS_NAMES, EmbeddedReader
+from sparsemae.data.folders import split_folders
 from sparsemae.jobs import JOBS
+from sparsemae.limits import value_of
 from sparsemae.options import StudyConfig, TrainerConfig
 from sparsemae.processors import processors
 from sparsemae.study.page import write_page
@@ -30,28 +32,57 @@ MEASURED_STEPS = 30
 
 def study(config: StudyConfig) -> None:
     """Run what is missing of a study, or plan, print or report it."""
-    for name in ("arms", "settings"):
+    for name in ("arms", "settings", "learning_rates"):
         if not getattr(config, name):
             raise ValueError(f"{name}: wanted at least one, got none: name a study's recipe: --config study_quick")
     out, console = Path(config.out), Console(highlight=False, soft_wrap=True)
     results = Results(out / "results.jsonl")
     root = Path(config.root) if config.root is not None else out / "images"
     if config.report is not None:
-        write_page(config, results.rows, Path(config.report))
-    elif config.print_commands is not None:
+        _report(config, root, results, Path(config.report))
+        return
+    _check(config, root)
+    out.mkdir(parents=True, exist_ok=True)
+    if config.root is None:
+        _write_embedded(root)
+    if config.print_commands is not None:
         _print_commands(config, root, out)
     else:
-        out.mkdir(parents=True, exist_ok=True)
-        if config.root is None:
-            _write_embedded(root)
         (_plan if config.plan else _run)(config, root, results, console)
+
+
+def _check(config: StudyConfig, root: Path) -> None:
+    """Read each arm's commands before the first is run: what would be refused after hours is refused now."""
+    there = {"train", "val", "test"} if config.root is None else split_folders(root, "--root").keys()
+    if missing := {"train", "val", "test"} - there:  # without val a training takes test for it
+        raise ValueError(f"--root: {root}: wanted images in train, val and test, got none in {', '.join(missing)}")
+    out, lr = Path(config.out), config.learning_rates[0]
+    each = final(replace(config, seeds=1), root, dict.fromkeys(pairs(config), lr))
+    stages_of([*each, *selection(config, root)])
+    for stage in stages_of(each):
+        own: dict[str, Any] = {"out": f"{out}/{stage.name}", "seed": stage.seed}
+        own |= {"optim.lr": lr} if stage.job != "pretrain" else {}
+        try:
+            options = read_config(JOBS[stage.job].options, stage.argv(out, 0))
+            for name, value in own.items():
+                if (got := value_of(options, name)) != value:
+                    raise ValueError(f"{name}: wanted the study's own, {value}, got {got}")
+        except ValueError as error:
+            raise ValueError(f"{stage.title}: {error}") from error
+
+
+def _report(config: StudyConfig, root: Path, results: Results, path: Path) -> None:
+    """The page of this study's own trials; the results may have more."""
+    tried = results.of(selection(config, root))
+    measured = results.of(final(config, root, choose(config, tried)))
+    write_page(config, tried, [row for row in measured if row["test"] is not None], path)
 
 
 def _run(config: StudyConfig, root: Path, results: Results, console: Console) -> None:
     """Choose the rates, train what has no figures yet, and write the page."""
     out = Path(config.out)
     _train(config, selection(config, root), results, console, result)
-    trials = final(config, root, choose(config, results.rows))
+    trials = final(config, root, choose(config, results.of(selection(config, root))))
 
     def measured(trial: Trial, out: Path, seconds: float) -> dict[str, Any]:
         return tested(result(trial, out, seconds), trial, out, root)
@@ -61,7 +92,7 @@ def _run(config: StudyConfig, root: Path, results: Results, console: Console) ->
         row = results.get(trial)
         if row is not None and row["test"] is None:
             results.put(tested(row, trial, out, root))
-    write_page(config, results.rows, out / "study.md")
+    _report(config, root, results, out / "study.md")
 
 
 def _train(
@@ -120,7 +151,8 @@ def _without_rate(options: Sequence[str]) -> tuple[str, ...]:
 def _print_commands(config: StudyConfig, root: Path, out: Path) -> None:
     """The trainings as commands: pretrainings first, then finetunings, all seeds at every learning rate."""
     rates = [dict.fromkeys(pairs(config), lr) for lr in config.learning_rates]
-    stages = stages_of([trial for chosen in rates for trial in final(config, root, chosen)])
+    trials = [trial for chosen in rates for trial in final(config, root, chosen)]
+    stages = stages_of([*trials, *selection(config, root)])
     for job in ("pretrain", "finetune"):
         lines = [shlex.join(["sparsemae", job, *stage.argv(out, 0)]) for stage in stages if stage.job == job]
         if config.print_commands == "slurm" and lines:
@@ -130,7 +162,7 @@ def _print_commands(config: StudyConfig, root: Path, out: Path) -> None:
                 f"case $SLURM_ARRAY_TASK_ID in\n{numbered}esac"
             )
         else:
-            print(*lines, sep="\n")
+            print(*lines, sep="\n", end="\n" * bool(lines))
 
 
 def _write_embedded(root: Path) -> None:

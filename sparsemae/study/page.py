@@ -1,39 +1,44 @@
 """A study's page: tables, paired differences, pictures, and what may be concluded."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator
 
 from sparsemae.files import replacing, write_atomic
 from sparsemae.options import StudyConfig
+from sparsemae.study.plan import seeds_of
 from sparsemae.study.statistics import Paired
 
 Rows = list[dict[str, Any]]
 
 
-def write_page(config: StudyConfig, rows: Rows, path: Path) -> None:
-    """Write the page, and beside it one picture for each setting, from the trials that were tested.
+def write_page(config: StudyConfig, tried: Rows, tested: Rows, path: Path) -> None:
+    """Write the page, and beside it one picture for each setting.
+
+    Args:
+        tried: by which the learning rates are chosen.
+        tested: on the test images, at the rates that were chosen.
 
     Raises:
         ValueError: none was.
     """
-    tested = [row for row in rows if row["test"] is not None]
     if not tested and config.seeds:
         raise ValueError(f"{config.out}: wanted a study with figures on its test images, got none")
-    text = [_introduction(config, rows)]
+    text = [_introduction(config, [*tried, *(row for row in tested if row not in tried)])]
     for number, setting in enumerate(config.settings):
-        text.append(f"## {setting}\n")
+        text.append(f"## {_shown(setting)}\n")
         if arms := _by_arm(config, tested, setting):
             picture = path.with_name(f"{path.stem}-{number}.png")
             _draw(arms, picture)
             text.append(_section(config, arms, picture.name))
-        tried = {row["lr"] for row in rows if row["setting"] == setting}
-        if len(tried) > 1:
-            text.append(_choice(config, setting, rows))
+        if here := _by_arm(config, tried, setting):
+            text.append(_choice(config, here))
     write_atomic(path, "\n".join(text))
 
 
@@ -44,28 +49,31 @@ def _by_arm(config: StudyConfig, rows: Rows, setting: str) -> dict[str, Rows]:
     return {arm: found for arm, found in arms.items() if found}
 
 
-def _choice(config: StudyConfig, setting: str, rows: Rows) -> str:
-    """How the learning rates were chosen: a table of figures on held-out images."""
-    seeds = range(config.first_seed, config.first_seed + config.selection_seeds)
-    tried = _by_arm(config, [row for row in rows if row["seed"] in seeds], setting)
-    rates = sorted(config.learning_rates)
+def _choice(config: StudyConfig, tried: dict[str, Rows]) -> str:
+    """How the learning rates were chosen: a table of figures on held-out images, at all seeds of the choice."""
+    rates, seeds = sorted({*config.learning_rates}), config.selection_seeds
     first, best = next(iter(config.arms)), dict[str, Rows]()
     lines = [
-        f"Top-1 on held-out images by learning rate, means of {_seeds(len(seeds))}; and {first} less each arm, each at "
-        "its best rate:\n",
+        f"Top-1 on held-out images by learning rate, means of {_seeds(seeds)}; and {_shown(first)} less each arm, each "
+        "at its best rate:\n",
         f"| arm | {' | '.join(f'{rate:g}' for rate in rates)} | difference | ± s.e. |",
         "|---|" + "---:|" * (len(rates) + 2),
     ]
     for arm, found in tried.items():
         by_rate = {rate: [row for row in found if row["lr"] == rate] for rate in rates}
-        means = {rate: fmean(row["val"] for row in some) for rate, some in by_rate.items() if some}
-        best[arm] = by_rate[max(means, key=lambda rate: means[rate])]
+        means = {rate: fmean(row["val"] for row in some) for rate, some in by_rate.items() if len(some) == seeds}
+        best[arm] = by_rate[max(means, key=lambda rate: means[rate])] if len(means) == len(rates) else []
         pair = _paired(best.get(first, []), best[arm], "val")
         error = f"{pair.error:.2f}" if len(pair.differences) > 1 else ""
         told = f"{pair.mean:+.2f} | {error}" if arm != first and pair.differences else " | "
         cells = (f"{100 * means[rate]:.2f}" if rate in means else "" for rate in rates)
-        lines.append(f"| {arm} | {' | '.join(cells)} | {told} |")
+        lines.append(f"| {_shown(arm)} | {' | '.join(cells)} | {told} |")
     return "\n".join([*lines, ""])
+
+
+def _shown(name: str) -> str:
+    """As a cell of a table shows it: one line, without its signs' meaning to Markdown."""
+    return re.sub(r"[|*_`<\[\]~]", r"\\\g<0>", " ".join(name.split()))
 
 
 def _seeds(count: int) -> str:
@@ -76,16 +84,19 @@ def _introduction(config: StudyConfig, rows: Rows) -> str:
     machines = {f"{row['processor']}, torch {row['torch']}, {row['threads']} thread" for row in rows}
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     rates = ", ".join(f"{rate:g}" for rate in config.learning_rates)
+    chosen = (
+        f"Learning rates of finetuning ({rates}) are chosen for each arm and setting by the mean top-1 on held-out "
+        f"images at {_seeds(config.selection_seeds)}"
+        if len(config.learning_rates) > 1
+        else f"The learning rate of finetuning is {rates} for all arms, none was chosen"
+    )
     figures = (
         "figures are of the test images, which nothing is chosen by, at all seeds of pretraining and finetuning. "
         "Differences are paired by seed, on the same processor; an order is claimed only where the 95 % t-interval of "
         "the paired difference excludes 0."
     )
     return (
-        "# Study\n\n"
-        f"Learning rates of finetuning ({rates}) are chosen for each arm and setting by the mean top-1 on held-out "
-        f"images at {_seeds(config.selection_seeds)}; "
-        f"{figures if config.seeds else 'the test images are not looked at.'}\n\n"
+        f"# Study\n\n{chosen}; {figures if config.seeds else 'the test images are not looked at.'}\n\n"
         f"{len(rows)} trainings on {'; '.join(sorted(machines))}. Commits: {commits}. Each line of results.jsonl holds "
         "the commands that made it.\n"
     )
@@ -103,22 +114,28 @@ def _section(config: StudyConfig, arms: dict[str, Rows], picture: str) -> str:
         one = found[0]
         moved = fmean(row["topology"][-1][2] / row["sparse_weights"] for row in found) if one["topology"] else None
         table.append(
-            f"| {arm} | {fmean(scores):.2f} | {error} | {len(scores)} | {one['kept']:,} | {one['total']:,} | "
+            f"| {_shown(arm)} | {fmean(scores):.2f} | {error} | {len(scores)} | {one['kept']:,} | {one['total']:,} | "
             f"{one['multiply_adds'] / 1e6:.2f} M | {one['lr']:g} | {'' if moved is None else f'{moved:.2%}'} |"
         )
     lines = [*table, ""]
     if first in arms and len(arms) > 1:
         lines += [
-            f"{first} less each other arm, points of top-1:\n",
+            f"{_shown(first)} less each other arm, points of top-1:\n",
             "| against | difference | ± s.e. | 95 % interval |",
         ]
         lines += ["|---|---:|---:|---:|"]
-        compared = {arm: _paired(arms[first], found, "test") for arm, found in arms.items() if arm != first}
+        compared = {arm: _paired(arms[first], arms.get(arm, []), "test") for arm in config.arms if arm != first}
         for arm, pair in compared.items():
             if pair.differences:
                 low, high = pair.interval
-                lines.append(f"| {arm} | {pair.mean:+.2f} | {pair.error:.2f} | {low:+.2f} to {high:+.2f} |")
-        lines += ["", _conclusion(first, compared), "", f"![accuracy in training and against size]({picture})", ""]
+                lines.append(f"| {_shown(arm)} | {pair.mean:+.2f} | {pair.error:.2f} | {low:+.2f} to {high:+.2f} |")
+        lines += [
+            "",
+            _conclusion(config, first, compared),
+            "",
+            f"![accuracy in training and against size]({picture})",
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -129,18 +146,24 @@ def _paired(ours: Rows, theirs: Rows, figure: str) -> Paired:
     return Paired.of({row["seed"]: row[figure] for row in ours}, {row["seed"]: row[figure] for row in same})
 
 
-def _conclusion(first: str, compared: dict[str, Paired]) -> str:
-    def names(order: int) -> str:
-        return ", ".join(arm for arm, pair in compared.items() if pair.differences and pair.order == order)
-
-    said = {"better than": names(1), "worse than": names(-1), "not told apart from": names(0)}
-    return "; ".join(f"**{first}** is {word} {arms}" for word, arms in said.items() if arms) + "."
+def _conclusion(config: StudyConfig, first: str, compared: dict[str, Paired]) -> str:
+    """An order is claimed once all pairs are there, lest one look until it is."""
+    orders = {
+        arm: pair.order if len(pair.differences) == min(seeds_of(config, first), seeds_of(config, arm)) else None
+        for arm, pair in compared.items()
+    }
+    words = {1: "better than", -1: "worse than", 0: "not told apart from", None: "not yet compared at all seeds with"}
+    said = {word: ", ".join(_shown(arm) for arm in orders if orders[arm] == order) for order, word in words.items()}
+    return "; ".join(f"**{_shown(first)}** is {word} {arms}" for word, arms in said.items() if arms) + "."
 
 
 def _draw(arms: dict[str, Rows], path: Path) -> None:
     """Accuracy on the held-out images over epochs; on the test images against kept parameters and multiply-adds."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     curves, *sizes = figure.subplots(1, 3)
+    colors: Any = colormaps["tab20"].colors  # type: ignore[attr-defined]
+    for axis in (curves, *sizes):
+        axis.set_prop_cycle(color=[*colors[::2], *colors[1::2]])
     for arm, found in arms.items():
         epochs = [epoch for epoch, _ in found[0]["curve"]]
         means = [100 * fmean(values) for values in zip(*([v for _, v in row["curve"]] for row in found), strict=False)]

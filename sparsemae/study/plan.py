@@ -31,6 +31,10 @@ class Trial:
         """The last of its stages."""
         return self.stages[-1]
 
+    def commands(self, out: Path) -> list[list[str]]:
+        """One for each stage."""
+        return [["sparsemae", stage.job, *stage.argv(out, 0)] for stage in self.stages]
+
     @property
     def key(self) -> list[Any]:
         """What tells it from the others."""
@@ -41,23 +45,28 @@ def selection(study: StudyConfig, root: Path) -> list[Trial]:
     """Every arm at every learning rate; nothing where there is but one."""
     seeds = range(study.first_seed, study.first_seed + study.selection_seeds)
     rates = study.learning_rates if len(study.learning_rates) > 1 else []
-    return [_trial(study, root, *which, seed, lr) for which in pairs(study) for lr in rates for seed in seeds]
+    trials = (_trial(study, root, *which, seed, lr) for which in pairs(study) for lr in rates for seed in seeds)
+    return [*dict.fromkeys(trials)]
 
 
 def final(study: StudyConfig, root: Path, chosen: Rates) -> list[Trial]:
-    """Every arm at its own learning rate, on all its seeds."""
+    """Every arm at its own learning rate, where that is chosen, on all its seeds."""
     return [
-        _trial(study, root, setting, arm, study.first_seed + seed, chosen[setting, arm])
-        for setting, arm in pairs(study)
-        for seed in range(min(study.seeds, study.arms[arm].seeds or study.seeds))
+        _trial(study, root, setting, arm, study.first_seed + seed, lr)
+        for (setting, arm), lr in chosen.items()
+        for seed in range(seeds_of(study, arm))
     ]
+
+
+def seeds_of(study: StudyConfig, arm: str) -> int:
+    """How many there are to be."""
+    return min(study.seeds, study.arms[arm].seeds or study.seeds)
 
 
 def choose(study: StudyConfig, results: list[dict[str, Any]]) -> Rates:
     """For each arm and setting, the rate with the best mean on the held-out images; of equal ones the lowest.
 
-    Raises:
-        KeyError: where a trial is missing.
+    None where a trial is missing.
     """
     if len(study.learning_rates) == 1:
         return dict.fromkeys(pairs(study), study.learning_rates[0])
@@ -68,13 +77,21 @@ def choose(study: StudyConfig, results: list[dict[str, Any]]) -> Rates:
             sorted(study.learning_rates), key=lambda lr: fmean(found[setting, arm, lr, seed] for seed in seeds)
         )
         for setting, arm in pairs(study)
+        if all((setting, arm, lr, seed) in found for lr in study.learning_rates for seed in seeds)
     }
 
 
 def stages_of(trials: list[Trial]) -> list[Stage]:
-    """Of all trials, shared ones once, pretrainings first."""
-    stages = dict.fromkeys(stage for trial in trials for stage in trial.stages)
-    return sorted(stages, key=lambda stage: stage.job != "pretrain")
+    """Of all trials, shared ones once, pretrainings first.
+
+    Raises:
+        ValueError: two would have the same folder.
+    """
+    stages = dict[str, Stage]()
+    for stage in (stage for trial in trials for stage in trial.stages):
+        if (other := stages.setdefault(stage.name, stage)) != stage and stage.job != "pretrain":
+            raise ValueError(f"{stage.name}: wanted a folder for each, got {other.title} and {stage.title}: rename one")
+    return sorted(stages.values(), key=lambda stage: stage.job != "pretrain")
 
 
 def words(options: Mapping[str, Any]) -> tuple[str, ...]:
@@ -96,7 +113,7 @@ def _trial(study: StudyConfig, root: Path, setting: str, arm: str, seed: int, lr
     config, data = study.arms[arm], ("--data.source", "folder", "--data.root", str(root))
     pretraining = _pretraining({**study.pretrain, **study.settings[setting].pretrain}, config, data, seed)
     name = f"{_slug(setting)}.{_slug(arm)}.{lr:g}.{seed}"
-    options = {**study.finetune, **study.settings[setting].finetune, **config.finetune, "optim.lr": lr}
+    options = {"optim.lr": lr, **study.finetune, **study.settings[setting].finetune, **config.finetune}
     finetuning = Stage(
         name, "finetune", f"{arm}, {setting}, rate {lr:g}, seed {seed}", (*data, *words(options)),
         pretraining[0].name if pretraining else None, required=True, seed=seed, recipe=options.get("config"),

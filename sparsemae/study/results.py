@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,25 @@ class Results:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        lines = file.read_text().splitlines() if file.is_file() else []
-        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        self.rows = _lines(file)
 
     def get(self, trial: Trial) -> dict[str, Any] | None:
-        """The line of a trial that is done."""
-        return next((row for row in self.rows if _key(row) == trial.key), None)
+        """The line of a trial that is done. Raises ValueError if it was made with other options."""
+        row = next((row for row in self.rows if _key(row) == trial.key), None)
+        if row and (other := _options(row["commands"]) ^ _options(trial.commands(self.file.parent))):
+            raise ValueError(
+                f"{self.file}: {trial.finetuning.title}: made with other options ({', '.join(sorted(other)):.300}): "
+                "choose another --out"
+            )
+        return row
+
+    def of(self, trials: Iterable[Trial]) -> list[dict[str, Any]]:
+        """The lines of those that are done."""
+        return [row for trial in trials if (row := self.get(trial))]
 
     def put(self, row: dict[str, Any]) -> None:
         """Write a line, in the place of the same trial's."""
-        self.rows = [other for other in self.rows if _key(other) != _key(row)] + [row]
+        self.rows = [other for other in _lines(self.file) if _key(other) != _key(row)] + [row]
         write_atomic(self.file, "".join(json.dumps(row) + "\n" for row in self.rows))
 
 
@@ -60,7 +70,7 @@ def result(trial: Trial, out: Path, seconds: float) -> dict[str, Any]:
         "curve": [[line["epoch"], line[METRIC]] for line in _lines(run / "metrics.jsonl") if METRIC in line],
         "topology": [[line["epoch"], line["total"]["flip_rate"], line["total"]["sad"]] for line in moved],
         "seconds": round(seconds, 1),
-        "commands": [["sparsemae", stage.job, *stage.argv(out, 0)] for stage in trial.stages],
+        "commands": trial.commands(out),
         "processor": processor(), "torch": torch.__version__, "threads": 1, "commit": commit(),
     }  # fmt: skip
 
@@ -89,4 +99,18 @@ def _key(row: dict[str, Any]) -> list[Any]:
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    lines = file.read_text().splitlines() if file.is_file() else []
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise ValueError(f"{file}: wanted a line of JSON for each result, got another: {error}; delete it") from error
+
+
+def _options(commands: list[list[str]]) -> set[str]:
+    """What trainings were given, wherever the study's folder lies."""
+    out = f"{Path(commands[-1][commands[-1].index('--out') + 1]).parent}/"
+    return {
+        f"{job} {name} {value.removeprefix(out) if name in ('--out', '--init', '--data.root') else value}"
+        for _, job, *words in commands
+        for name, value in zip(words[::2], words[1::2], strict=True)
+    }

@@ -11,7 +11,7 @@ import shlex
 import signal
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,12 @@ def run_stages(
                 raise
             for future in ended:
                 stage = running.pop(future)
-                done[stage.name] = future.result()
+                try:
+                    done[stage.name] = future.result()
+                except BrokenExecutor as error:
+                    raise ValueError("a training was killed, for want of memory perhaps (--at_a_time)") from error
+                except (ValueError, OSError, MemoryError) as error:
+                    raise ValueError(f"{stage.title}: {error} (its log: {out}/{stage.name}.log)") from error
                 finished(stage, done[stage.name])
                 said = f"[{time.monotonic() - begin:3.0f} s] {stage.title}: done in {done[stage.name]:.0f} s"
                 console.print(printable(said), markup=False)

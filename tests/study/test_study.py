@@ -14,6 +14,7 @@ import pytest
 import scipy.stats
 import yaml
 from PIL import Image
+from rich.console import Console
 
 from sparsemae.cli import main
 from sparsemae.config import read_config
@@ -21,7 +22,9 @@ from sparsemae.demo.stages import SMALL as RIVAL
 from sparsemae.options import ArmConfig, FinetuneConfig, PretrainConfig, SettingConfig, StudyConfig
 from sparsemae.sparsity import summarize
 from sparsemae.study.page import write_page
-from sparsemae.study.plan import choose, final, selection, stages_of
+from sparsemae.study.plan import choose, final, pairs, selection, stages_of
+from sparsemae.study.results import Results
+from sparsemae.study.stages import Stage, run_stages
 from sparsemae.study.statistics import T95, Paired
 from sparsemae.tasks import task_class
 from sparsemae.tasks.sparse import meta_model
@@ -73,8 +76,14 @@ def test_encoders_are_shared_between_arms_and_settings() -> None:
 
 
 @pytest.mark.slow
-def test_every_stage_is_a_command_that_parses(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["study", "--config", "study_quick", "--print_commands", "shell"])
+def test_every_stage_is_a_command_that_parses(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path] = []
+    monkeypatch.setattr("sparsemae.study.command._write_embedded", written.append)
+    words = ["study", "--config", "study_quick", "--out", str(tmp_path), "--print_commands"]
+    main([*words, "shell"])
+    assert written == [tmp_path / "images"], "which the commands read"
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     kinds: dict[str, Any] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
     configs = [read_config(kinds[job], words) for _, job, *words in lines]
@@ -82,7 +91,7 @@ def test_every_stage_is_a_command_that_parses(capsys: pytest.CaptureFixture[str]
     assert len(configs) == 4 * 3 + 7 * 3 * 2
     assert {config.seed for config in configs} == {0, 1, 2}
     assert {c.optim.lr for c in configs if c.task == "classify"} == set(study.learning_rates)
-    main(["study", "--config", "study_quick", "--print_commands", "slurm"])
+    main([*words, "slurm"])
     script = capsys.readouterr().out
     assert re.findall(r"--array=0-(\d+)", script) == ["11", "41"]
 
@@ -98,8 +107,7 @@ def test_the_test_images_choose_nothing() -> None:
     assert {lr for (_, arm), lr in chosen.items() if arm == "ours"} == {2e-3}
     assert {lr for (_, arm), lr in chosen.items() if arm != "ours"} == {1e-3}, "of equal ones the lowest"
     assert choose(STUDY, [row | {"test": math.nan} for row in rows]) == chosen
-    with pytest.raises(KeyError):
-        choose(STUDY, rows[1:])
+    assert choose(STUDY, rows[1:]).keys() == chosen.keys() - {("few", "ours")}, "not before all were tried"
     assert set(choose(replace(STUDY, learning_rates=[3e-3]), []).values()) == {3e-3}
 
 
@@ -188,9 +196,147 @@ def test_an_arm_may_be_called_anything(tmp_path: Path) -> None:
         "processor": "one", "torch": "2", "threads": 1, "commit": "abc",
     }  # fmt: skip
     study = StudyConfig(arms={name: ArmConfig()}, settings={"all": SettingConfig()}, learning_rates=[1e-3])
-    write_page(study, [row], tmp_path / "study.md")
+    write_page(study, [], [row], tmp_path / "study.md")
     assert f"| {name} | 50.00 |" in (tmp_path / "study.md").read_text()
     assert (tmp_path / "study-0.png").stat().st_size > 0
+
+
+def _rows(words: list[str], out: Path) -> list[dict[str, Any]]:
+    """Lines as trainings leave them, without training: at the second rate all is better, and the first arm best."""
+    study = read_config(StudyConfig, words[1:])
+    return [
+        {"setting": trial.setting, "arm": trial.arm, "seed": trial.seed, "lr": trial.lr,
+         "val": 0.5 + trial.lr, "test": 0.2 + 50 * trial.lr + 0.1 * (trial.arm == "ours") + 0.01 * trial.seed,
+         "kept": 10, "total": 20, "sparse_weights": 8, "multiply_adds": 100, "curve": [[1, 0.4], [2, 0.5]],
+         "topology": [], "processor": "one", "torch": "2", "threads": 1, "commit": "abc",
+         "commands": trial.commands(out)}
+        for trial in selection(replace(study, selection_seeds=4), Path(str(study.root)))
+    ]  # fmt: skip
+
+
+def _report(words: list[str], rows: list[dict[str, Any]], tmp_path: Path) -> str:
+    (tmp_path / "study").mkdir(exist_ok=True)
+    (tmp_path / "study" / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparsemae.study.page._draw", lambda *_: None)  # takes longer than all the rest
+        main([*words, "--report", str(tmp_path / "page.md")])
+    return (tmp_path / "page.md").read_text()
+
+
+@pytest.mark.holds("better.5")
+def test_the_page_is_of_this_studys_trials_alone(small: list[str], tmp_path: Path) -> None:
+    """Figures of a rate that was the best of a narrower grid stay in the results, and so do those of other seeds."""
+    page = _report(small, _rows(small, tmp_path / "study"), tmp_path)
+    assert "| ours | 80.50 | 0.50 | 2 |" in page
+    assert "8 trainings" in page
+    assert "**ours** is better than scratch." in page
+    fresh = _report([*small, "--first_seed", "2"], _rows(small, tmp_path / "study"), tmp_path)
+    assert "| ours | 82.50 | 0.50 | 2 |" in fresh
+    one = _report([*small, "--learning_rates", "[0.001]"], _rows(small, tmp_path / "study"), tmp_path)
+    assert "The learning rate of finetuning is 0.001 for all arms, none was chosen" in one
+    assert "by learning rate" not in one
+
+
+def test_no_order_is_claimed_before_all_pairs_are_there(small: list[str], tmp_path: Path) -> None:
+    small = [*small, "--seeds", "4"]
+    rows = _rows(small, tmp_path / "study")
+    rows[-1]["test"] = None
+    assert "**ours** is not yet compared at all seeds with scratch." in _report(small, rows, tmp_path)
+    rows[-1] |= {"test": 0.7, "processor": "another"}
+    assert "**ours** is not yet compared at all seeds with scratch." in _report(small, rows, tmp_path)
+    half = _report(small, rows[:6] + rows[8:9], tmp_path)
+    assert "| scratch | 55" not in half, "no rate of it is chosen yet"
+    assert "| scratch |  |  |  |  |" in half
+
+
+def test_a_result_of_other_options_is_not_taken(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = _rows(small, Path("before/it/was/moved"))
+    assert "80.50" in _report(small, rows, tmp_path)
+    with pytest.raises(SystemExit):
+        _report([*small, "--settings", '{"all labels": {"finetune": {"erasing": 0.5}}}'], rows, tmp_path)
+    assert "ours, all labels, rate 0.001, seed 0: made with other options (finetune --erasing 0.5)" in (
+        capsys.readouterr().err
+    )
+    (tmp_path / "study" / "results.jsonl").write_text('{"setting": "al')
+    with pytest.raises(SystemExit):
+        main([*small, "--report", str(tmp_path / "page.md")])
+    assert "results.jsonl: wanted a line of JSON for each result" in capsys.readouterr().err
+
+
+def test_two_studies_in_one_folder_keep_each_others_lines(small: list[str], tmp_path: Path) -> None:
+    one, other = (Results(tmp_path / "results.jsonl") for _ in range(2))
+    rows = _rows(small, tmp_path)
+    one.put(rows[0])
+    other.put(rows[1])
+    assert Results(tmp_path / "results.jsonl").rows == rows[:2]
+
+
+def test_signs_of_markdown_in_a_name_are_shown(small: list[str], tmp_path: Path) -> None:
+    row = _rows(small, tmp_path)[0] | {"arm": "a|b [c](d)\n*e*", "setting": "`f`"}
+    study = StudyConfig(arms={row["arm"]: ArmConfig()}, settings={"`f`": SettingConfig()}, learning_rates=[1e-3])
+    write_page(study, [], [row], tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert r"| a\|b \[c\](d) \*e\* | " in page
+    assert r"## \`f\`" in page
+
+
+def test_arms_have_folders_of_their_own_and_share_an_encoder_whatever_says_so() -> None:
+    both = {"a b": ArmConfig(), "A-B!": ArmConfig(finetune={"erasing": 0.5})}
+    study = replace(STUDY, arms=both, learning_rates=[1e-3])
+    with pytest.raises(ValueError, match=r"few.a-b.0.001.0: wanted a folder for each, got a b, .* and A-B!, "):
+        stages_of(final(study, ROOT, dict.fromkeys(pairs(study), 1e-3)))
+    alike = {"a": ArmConfig(pretrain={}), "b": ArmConfig(pretrain={"mask_ratio": 0.5})}
+    study = replace(study, arms=alike, pretrain={"mask_ratio": 0.5}, seeds=1)
+    stages = stages_of(final(study, ROOT, dict.fromkeys(pairs(study), 1e-3)))
+    assert [stage.job for stage in stages].count("pretrain") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--arms", '{"x": {"finetune": {"seed": 5}}}'], "x, all labels, rate 0.001, seed 0: seed: wanted the study's"),
+        (["--arms", '{"x": {"finetune": {"optim.lr": 5}}}'], "optim.lr: wanted the study's own, 0.001, got 5"),
+        (["--arms", '{"x": {"finetune": {"lr": 5}}}'], "optim.lr: wanted the study's own, 0.001, got 5"),
+        (["--arms", '{"x": {"pretrain": {"mask_ration": 0}}}'], "pretraining --mask_ration 0 seed 0: "),
+        (["--arms", '{"x": {"seeds": 0}}'], "seeds: wanted at least 1, got 0"),
+        (["--learning_rates", "[.nan]"], "learning_rates: wanted more than 0, got [nan]"),
+        (["--learning_rates", "[]"], "learning_rates: wanted at least one, got none"),
+    ],
+)
+def test_what_would_fail_or_deceive_is_refused_before_the_first_training(
+    small: list[str], tmp_path: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([*small, *words])
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.holds("better.5")
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_root_without_held_out_or_test_images_is_refused(
+    small: list[str], tmp_path: Path, split: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without ``val`` a training would take ``test`` for it, and so would the choice of the learning rate."""
+    shutil.rmtree(tmp_path / "images" / split)
+    with pytest.raises(SystemExit):
+        main(small)
+    assert f"wanted images in train, val and test, got none in {split}" in capsys.readouterr().err
+
+
+def test_a_search_is_printed_too(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Which has no seeds but those of the choice."""
+    main([*small, "--seeds", "0", "--print_commands", "shell"])
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 2 * 2 * 2
+
+
+@pytest.mark.slow
+def test_which_training_failed_is_said(tmp_path: Path) -> None:
+    stage = Stage("name", "pretrain", "the title", ("--data.source", "folder", "--data.root", str(tmp_path / "no")))
+    with pytest.raises(ValueError, match=r"the title: .*no.* \(its log: .*name.log\)"):
+        run_stages([stage], tmp_path, 0, math.inf, Console(quiet=True), 1)
 
 
 def test_a_report_of_nothing_is_refused(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
