@@ -51,11 +51,11 @@ def _unfolded(node: Any, known: dict[int, int]) -> int:
     if id(node) not in known:
         known[id(node)] = MOST_VALUES + 1
         parts = node.value if isinstance(node, yaml.CollectionNode) else []
-        names = (
-            Counter((key.tag, key.value) for key, _ in parts if key.id == "scalar") if node.id == "mapping" else None
-        )
-        if names and (twice := names.most_common(1)[0])[1] > 1:  # PyYAML takes the last
-            raise ValueError(f"wanted each name once, got {twice[0][1]!r:.60} {twice[1]} times")
+        keys = [key for key, _ in parts] if isinstance(node, yaml.MappingNode) else []
+        names = Counter((key.tag, key.value) for key in keys if isinstance(key, yaml.ScalarNode))
+        for (_, name), times in names.most_common(1):
+            if times > 1:  # PyYAML takes the last
+                raise ValueError(f"wanted each name once, got {name!r:.60} {times} times")
         inner = [part for entry in parts for part in (entry if isinstance(entry, tuple) else (entry,))]
         known[id(node)] = 1 + sum(_unfolded(part, known) for part in inner)
     return known[id(node)]
