@@ -1,0 +1,58 @@
+"""The studies in docs/study: each page is what its results say, and the verdicts are scipy's."""
+
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+from conftest import ROOT, Figure
+
+from sparsemae.cli import main
+
+DOCS = ROOT / "docs" / "study"
+PAGES = {"fashion": "study_fashion", "openclipart": "study_openclipart", "search": f"{DOCS}/search.yaml"}
+OURS, FIRST_SEEDS = "SparseMAE", (0, 1)
+FIVE = ("dense MAE -> SR-STE", "small dense with MAE, equal kept parameters",
+        "small dense with MAE, equal multiply-adds", "big dense with MAE")  # fmt: skip
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (DOCS / name / "results.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("name", "recipe"), PAGES.items())
+def test_a_page_is_made_of_the_results_beside_it(name: str, recipe: str, tmp_path: Path) -> None:
+    page = tmp_path / f"{name}.md"
+    main(["study", "--config", recipe, "--out", str(DOCS / name), "--report", str(page)])
+    assert page.read_text() == (DOCS / page.name).read_text()
+
+
+@pytest.mark.holds("better.2")
+@pytest.mark.parametrize("name", ["fashion", "openclipart"])
+def test_the_verdict_is_scipys(name: str, figure: Figure) -> None:
+    """From the results alone: each arm's rate by two seeds on held-out images, then five paired seeds on test images."""
+    by_rate: dict[str, dict[float, dict[int, Any]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows(name):
+        by_rate[row["arm"]][row["lr"]][row["seed"]] = row
+    scores, processors = {}, set()
+    for arm in (OURS, *FIVE):
+        tried = {lr: rows for lr, rows in by_rate[arm].items() if set(FIRST_SEEDS) <= set(rows)}
+        best = max(sorted(tried), key=lambda lr: np.mean([tried[lr][seed]["val"] for seed in FIRST_SEEDS]))
+        assert sorted(tried[best]) == [0, 1, 2, 3, 4]
+        scores[arm] = 100 * np.array([tried[best][seed]["test"] for seed in range(5)])
+        processors |= {row["processor"] for row in tried[best].values()}
+    assert len(processors) == 1
+    page, verdict = (DOCS / f"{name}.md").read_text(), {}
+    for arm in FIVE:
+        found = scipy.stats.ttest_rel(scores[OURS], scores[arm])
+        low, high = found.confidence_interval(0.95)
+        line = re.search(rf"^\| {re.escape(arm)} \| (\S+) \| \S+ \| (\S+) to (\S+) \|$", page, re.MULTILINE)
+        mean = (scores[OURS] - scores[arm]).mean()
+        assert line and [float(cell) for cell in line.groups()] == pytest.approx([mean, low, high], abs=0.006)
+        verdict[arm] = "better than" if low > 0 else "worse than" if high < 0 else "not told apart from"
+        assert re.search(rf"is {verdict[arm]} [^;]*{re.escape(arm)}", page)
+    figure(f"{name}: SparseMAE is {'; '.join(f'{word} {arm}' for arm, word in verdict.items())}")
