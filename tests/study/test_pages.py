@@ -34,7 +34,7 @@ def test_a_page_is_made_of_the_results_beside_it(name: str, recipe: str, tmp_pat
 @pytest.mark.holds("better.2")
 @pytest.mark.parametrize("name", ["fashion", "openclipart"])
 def test_the_verdict_is_scipys(name: str, figure: Figure) -> None:
-    """From the results alone: each arm's rate by two seeds on held-out images, then five paired seeds on test images."""
+    """From the results alone: each arm's rate by two seeds on held-out images, then five pairs on test images."""
     by_rate: dict[str, dict[float, dict[int, Any]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows(name):
         by_rate[row["arm"]][row["lr"]][row["seed"]] = row
@@ -52,7 +52,8 @@ def test_the_verdict_is_scipys(name: str, figure: Figure) -> None:
         low, high = found.confidence_interval(0.95)
         line = re.search(rf"^\| {re.escape(arm)} \| (\S+) \| \S+ \| (\S+) to (\S+) \|$", page, re.MULTILINE)
         mean = (scores[OURS] - scores[arm]).mean()
-        assert line and [float(cell) for cell in line.groups()] == pytest.approx([mean, low, high], abs=0.006)
+        assert line
+        assert [float(cell) for cell in line.groups()] == pytest.approx([mean, low, high], abs=0.006)
         verdict[arm] = "better than" if low > 0 else "worse than" if high < 0 else "not told apart from"
         assert re.search(rf"is {verdict[arm]} [^;]*{re.escape(arm)}", page)
     figure(f"{name}: SparseMAE is {'; '.join(f'{word} {arm}' for arm, word in verdict.items())}")
