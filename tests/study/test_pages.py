@@ -14,7 +14,12 @@ from conftest import ROOT, Figure
 from sparsemae.cli import main
 
 DOCS = ROOT / "docs" / "study"
-PAGES = {"fashion": "study_fashion", "openclipart": "study_openclipart", "search": f"{DOCS}/search.yaml"}
+PAGES = {
+    "fashion": "study_fashion",
+    "openclipart": "study_openclipart",
+    "quick": "study_quick",
+    "search": f"{DOCS}/search.yaml",
+}
 OURS, FIRST_SEEDS = "SparseMAE", (0, 1)
 FIVE = ("dense MAE -> SR-STE", "small dense with MAE, equal kept parameters",
         "small dense with MAE, equal multiply-adds", "big dense with MAE")  # fmt: skip
@@ -29,6 +34,18 @@ def test_a_page_is_made_of_the_results_beside_it(name: str, recipe: str, tmp_pat
     page = tmp_path / f"{name}.md"
     main(["study", "--config", recipe, "--out", str(DOCS / name), "--report", str(page)])
     assert page.read_text() == (DOCS / page.name).read_text()
+
+
+def test_the_spread_beside_the_demos_figures_is_the_quick_studys() -> None:
+    by_arm: dict[str, list[float]] = defaultdict(list)
+    for row in rows("quick"):
+        if row["test"] is not None:
+            by_arm[row["arm"]].append(100 * row["test"])
+    spread = [np.std(scores, ddof=1) for scores in by_arm.values()]
+    assert {len(scores) for scores in by_arm.values()} == {3}
+    for file in ("README.md", "docs/results.md"):
+        text = " ".join((ROOT / file).read_text().split())
+        assert f"of three, an arm's figures spread by {min(spread):.1f} to {max(spread):.1f} points" in text
 
 
 @pytest.mark.holds("better.2")
