@@ -82,6 +82,7 @@ def test_an_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_arms(stages, out).keys() == {arm.title}
 
 
+@pytest.mark.slow
 def test_a_mask_criterion() -> None:
     torch.manual_seed(0)
     names: dict[str, Any] = {}

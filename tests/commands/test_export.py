@@ -61,6 +61,7 @@ def prepared(files: list[Path], card: Any) -> torch.Tensor:
     return torch.stack([transform(Image.open(file).convert("RGB"), 0)[0] for file in files])
 
 
+@pytest.mark.slow
 @pytest.mark.holds("take.2")
 def test_timm_and_transformers_open_one_folder(
     runs: Path, exported: Path, photographs: list[Path], figure: Callable[[str], None]

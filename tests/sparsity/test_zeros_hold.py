@@ -67,7 +67,7 @@ def assert_zeros(model: nn.Module) -> None:
         assert (layer.weight[layer.weight_mask] != 0).all()
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
 @pytest.mark.parametrize("builder", BUILDERS)
 def test_item_14_zeros_stay_whoever_built_the_model(builder: str, compiled: bool) -> None:
     frozen, moments = frozen_with_momentum()

@@ -105,7 +105,8 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("job", ["pretrain", pytest.param("finetune", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["pretrain", "finetune"])
 def test_a_run_with_a_teacher_resumes_exactly_and_holds_none_of_it(
     tmp_path: Path, runs: Path, dense: Path, job: str
 ) -> None:

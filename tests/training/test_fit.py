@@ -55,6 +55,7 @@ def test_same_seed_same_weights_with_any_workers(
     assert_identical(tmp_path / "one", tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_of_a_run_that_has_ended_nothing_stays_in_the_process(tmp_path: Path) -> None:
     def alive() -> list[object]:
         gc.collect()
@@ -65,6 +66,7 @@ def test_of_a_run_that_has_ended_nothing_stays_in_the_process(tmp_path: Path) ->
     assert [one for one in alive() if not any(one is other for other in before)] == []
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_weights(tmp_path: Path) -> None:
     main(tiny("pretrain", tmp_path / "one"))
     main(tiny("pretrain", tmp_path / "other", "--seed", "1"))
@@ -73,7 +75,7 @@ def test_another_seed_gives_other_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("job", ["pretrain", pytest.param("finetune", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("stop", [1, 2, 5])
+@pytest.mark.parametrize("stop", [*(pytest.param(stop, marks=pytest.mark.slow) for stop in (1, 2)), 5])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, job: str, stop: int) -> None:
     options = ["--model.drop_path", "0.3"]
     if job == "finetune":
