@@ -9,7 +9,7 @@ import pytest
 from fuzz_checkpoints import Checkpoints, make_originals
 from watched import SMALLEST, watched
 
-FILES = int(os.environ.get("SPARSEMAE_TEST_FUZZ", "500"))
+FILES = int(os.environ.get("SPARSEMAE_TEST_FUZZ", "250"))
 """`make fuzz` takes more."""
 
 

@@ -79,7 +79,9 @@ def test_stopped_three_times_with_other_workers_each_time(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("job", "source"), [("pretrain", "tar"), ("segment", "sceneparse")])
+@pytest.mark.parametrize(
+    ("job", "source"), [("pretrain", "tar"), pytest.param("segment", "sceneparse", marks=pytest.mark.holds_only)]
+)
 def test_continued_on_another_number_of_processes(
     tmp_path: Path, words: Callable[..., list[str]], job: str, source: str, resumed: Any
 ) -> None:

@@ -18,7 +18,7 @@ from mutations import edit, scramble
 from PIL import Image
 
 from sparsemae.packing.format import PackedModel, write
-from sparsemae.runtime import load
+from sparsemae.runtime import load, native
 from sparsemae.terminal import printable
 
 pytestmark = [
@@ -43,20 +43,24 @@ def build(folder: Path, *options: str) -> Path:
 def compiled(source: Path, library: Path, *flags: str) -> Path:
     program = library / source.stem
     subprocess.run(
-        ["cc", "-std=c99", "-Wall", "-Wextra", "-Werror", *flags, source, "-I", ROOT / "include", "-L", library,
-         "-lsparsemae", f"-Wl,-rpath,{library}", "-o", program], check=True,
+        ["cc", "-std=c99", "-Wall", "-Wextra", "-Werror", *flags, source, "-I", ROOT / "include", *linked(library),
+         "-o", program], check=True,
     )  # fmt: skip
     return program
 
 
-@pytest.fixture(autouse=True)
-def the_same_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPARSEMAE_ISA", "portable")  # the others take a minute to compile
-
-
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("c"), "-DSPARSEMAE_PORTABLE=ON")
+    """The installed library, and the program beside it."""
+    folder = tmp_path_factory.mktemp("c")
+    shutil.copy(Path(native.__file__).with_name("libsparsemae.so"), folder)
+    command = ["c++", "-std=c++20", "-O2", ROOT / "native/run.cpp", "-I", ROOT / "include", *linked(folder)]
+    subprocess.run([*command, "-o", folder / "sparsemae-run"], check=True)
+    return folder
+
+
+def linked(library: Path) -> list[str | Path]:
+    return ["-L", library, "-lsparsemae", f"-Wl,-rpath,{library}"]
 
 
 def packed(path: Path, dtype: str = "bf16", interpolation: str = "bicubic", **vit: object) -> Path:
@@ -89,6 +93,16 @@ def test_the_programs_logits_are_pythons(
         with_python = [model.prepare(Image.open(image).convert("RGB")) for image in images]
         assert np.array_equal(got, np.concatenate([model(image[None]) for image in with_python]))
     figure(f"{len(images) * len(INTERPOLATIONS)} images, equal bits")
+
+
+@pytest.mark.holds_only
+@pytest.mark.holds("take.5")
+def test_cmake_builds_both(tmp_path: Path) -> None:
+    folder, file = build(tmp_path / "build", "-DSPARSEMAE_PORTABLE=ON"), packed(tmp_path / "model")
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "red.ppm")
+    done = subprocess.run([folder / "sparsemae-run", file, tmp_path / "red.ppm"], capture_output=True, check=True)
+    best = load(file).predict(tmp_path / "red.ppm", 1)[0][0]
+    assert printable(best.label) in done.stdout.decode()
 
 
 def test_the_program_names_classes_and_what_it_cannot_read(library: Path, tmp_path: Path) -> None:

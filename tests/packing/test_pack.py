@@ -172,16 +172,16 @@ def test_the_card_is_kept(tmp_path: Path) -> None:
         pack(model, tmp_path / "n.safetensors", replace(card, task="segment"), patterns=patterns)
 
 
-@pytest.mark.slow
+@pytest.mark.holds_only
 @pytest.mark.holds("packed.2")
 @pytest.mark.holds("packed.3")
 @pytest.mark.parametrize(
     ("pattern", "dtype", "limit"),
     [
         ("2:32", "bf16", 17.0),
-        pytest.param("4:32", "bf16", 30.0, marks=pytest.mark.holds_only),
+        ("4:32", "bf16", 30.0),
         ("2:32", "int8", 12.0),
-        pytest.param("4:32", "int8", 19.7, marks=pytest.mark.holds_only),
+        ("4:32", "int8", 19.7),
     ],
 )
 def test_size_and_error_at_vit_base(pattern: str, dtype: Any, limit: float, tmp_path: Path, figure: Any) -> None:
