@@ -82,7 +82,7 @@ def choose(study: StudyConfig, results: list[dict[str, Any]]) -> Rates:
 
 
 def stages_of(trials: list[Trial]) -> list[Stage]:
-    """Of all trials, shared ones once, pretrainings first.
+    """Of all trials, in their order, so that the first figures come early; shared ones once.
 
     Raises:
         ValueError: two would have the same folder.
@@ -91,7 +91,7 @@ def stages_of(trials: list[Trial]) -> list[Stage]:
     for stage in (stage for trial in trials for stage in trial.stages):
         if (other := stages.setdefault(stage.name, stage)) != stage and stage.job != "pretrain":
             raise ValueError(f"{stage.name}: wanted a folder for each, got {other.title} and {stage.title}: rename one")
-    return sorted(stages.values(), key=lambda stage: stage.job != "pretrain")
+    return list(stages.values())
 
 
 def words(options: Mapping[str, Any]) -> tuple[str, ...]:
