@@ -53,7 +53,7 @@ def compiled(source: Path, library: Path, *flags: str) -> Path:
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The installed library, and the program beside it."""
     folder = tmp_path_factory.mktemp("c")
-    shutil.copy(Path(native.__file__).with_name("libsparsemae.so"), folder)
+    shutil.copy(native.FILE, folder)
     command = ["c++", "-std=c++20", "-O2", ROOT / "native/run.cpp", "-I", ROOT / "include", *linked(folder)]
     subprocess.run([*command, "-o", folder / "sparsemae-run"], check=True)
     return folder
