@@ -128,7 +128,8 @@ def _section(config: StudyConfig, arms: dict[str, Rows], picture: str) -> str:
         for arm, pair in compared.items():
             if pair.differences:
                 low, high = pair.interval
-                lines.append(f"| {_shown(arm)} | {pair.mean:+.2f} | {pair.error:.2f} | {low:+.2f} to {high:+.2f} |")
+                told = f"{pair.error:.2f} | {low:+.2f} to {high:+.2f}" if len(pair.differences) > 1 else " | "
+                lines.append(f"| {_shown(arm)} | {pair.mean:+.2f} | {told} |")
         lines += [
             "",
             _conclusion(config, first, compared),

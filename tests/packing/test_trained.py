@@ -1,4 +1,4 @@
-"""int8 files of a trained model, by every way to multiply int8 there is here, against the masked fp32 model."""
+"""int8 files of trained models, by every way to multiply int8 there is here, against the masked fp32 model."""
 
 import math
 from collections.abc import Callable

@@ -70,7 +70,7 @@ def test_encoders_are_shared_between_arms_and_settings() -> None:
     names = [stage.name for stage in stages]
     assert len(set(names)) == len(names)
     assert {stage.init for stage in stages} - {None} <= set(names)
-    assert not {stage.name for stage in stages_of(selection(STUDY, ROOT))} & {None}
+    assert [stage.job for stage in stages[:4]] == ["pretrain", "finetune"] * 2, "the first figures come early"
     tried = {stage.name for stage in stages_of(selection(STUDY, ROOT))}
     assert len(tried & set(names)) == 2 * 4 * 2 + 4, "what was tried at the chosen rate is not trained again"
 
@@ -244,6 +244,9 @@ def test_no_order_is_claimed_before_all_pairs_are_there(small: list[str], tmp_pa
     assert "**ours** is not yet compared at all seeds with scratch." in _report(small, rows, tmp_path)
     rows[-1] |= {"test": 0.7, "processor": "another"}
     assert "**ours** is not yet compared at all seeds with scratch." in _report(small, rows, tmp_path)
+    one = _report([*small, "--seeds", "1"], rows, tmp_path)
+    assert re.search(r"^\| scratch \| [+-][\d.]+ \|  \|  \|$", one, re.MULTILINE)
+    assert "inf" not in one, "an error of one pair is none"
     half = _report(small, rows[:6] + rows[8:9], tmp_path)
     assert "| scratch | 55" not in half, "no rate of it is chosen yet"
     assert "| scratch |  |  |  |  |" in half
