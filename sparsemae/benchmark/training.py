@@ -11,7 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from itertools import chain, islice, repeat
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from torch.utils.data import ConcatDataset, default_collate
 
 from sparsemae.benchmark.timing import aligned, seconds, take_turns
 from sparsemae.config import read_config
+from sparsemae.data.crops import Crops
 from sparsemae.data.dataset import ImageDataset
 from sparsemae.data.jpeg import decoded_by
 from sparsemae.data.loader import batches
@@ -124,42 +125,54 @@ def _pipelines(data: ImageDataConfig, source: Source, runs: int) -> list[Rate]:
     count = max(1, _PASSES * len(source) // LOADER_BATCH)
     sampler = TrainingSampler(BatchPlan.make(len(source), LOADER_BATCH, None, 1), 0, 0, 0, 1_000_000)
 
-    def ours(library: str) -> Iterator[Tensor]:
-        dataset = ImageDataset(decoded_by(library, source), training_transform(data))
+    def ours(library: str, resize_on: Any = "loader") -> Iterator[Tensor | Crops]:
+        dataset = ImageDataset(decoded_by(library, source), training_transform(replace(data, resize_on=resize_on)))
         for batch in batches(dataset, sampler, workers=1):
-            yield normalize(batch["image"], data.mean, data.std)
+            found = batch["image"]
+            yield normalize(found, data.mean, data.std) if resize_on == "loader" else found
 
     def fed(start: Callable[[], Iterator[Any]]) -> float:
         feed = start()  # a new process each time, which ends with the feed: how its memory lies is luck, worth 5 %
         deque(islice(feed, 2 * _PREFETCHED), 0)
         return seconds(lambda: deque(islice(feed, count), 0)) / (count * LOADER_BATCH)
 
-    timms = partial(_timm_loader, data, source, count)
-    feeds = {library: partial(ours, library) for library in ("pillow", "torchvision")} | {"timm": timms}
-    own, fast, rival = take_turns({name: partial(fed, feed) for name, feed in feeds.items()}, runs).values()
+    subjects = {
+        "ours": partial(ours, "pillow"),
+        "ours with data.jpeg=torchvision": partial(ours, "torchvision"),
+        "timm's create_loader": partial(_timm_loader, data, source, count),
+        "ours with data.jpeg=torchvision and data.resize_on=device, without the device's part":
+            partial(ours, "torchvision", "device"),
+        "timm's create_loader without the device's part": partial(_timm_loader, data, source, count, to_device=False),
+    }  # fmt: skip
+    times = take_turns({name: partial(fed, feed) for name, feed in subjects.items()}, runs)
+    *_, rival, _, rival_alone = times.values()
+    rivals = (rival, rival, None, rival_alone, None)
     return [
-        Rate("input pipeline", "ours, one core", 1 / own, rival / own),
-        Rate("input pipeline", "ours with data.jpeg=torchvision, one core", 1 / fast, rival / fast),
-        Rate("input pipeline", "timm's create_loader, one core", 1 / rival),
+        Rate("input pipeline", f"{name}, one core", 1 / time, None if than is None else than / time)
+        for (name, time), than in zip(times.items(), rivals, strict=True)
     ]
 
 
-def _timm_loader(data: ImageDataConfig, source: Source, count: int) -> Iterator[Any]:
-    """timm's loader with its best settings: no pause between epochs, the transform that ours has."""
+def _timm_loader(data: ImageDataConfig, source: Source, count: int, to_device: bool = True) -> Iterator[Any]:
+    """timm's loader with its best settings: no pause between epochs, the transform that ours has.
+
+    What it does on the device is normalize.
+    """
     images: Any = TimmDataset("", reader=source.reader)
-    images.transform = training_transform(data).steps
+    ours: Any = training_transform(data)
+    images.transform = ours.steps
     repeated: ConcatDataset[Any] = ConcatDataset([images] * (count * LOADER_BATCH // len(source) + 1))
     loader = create_loader(
         repeated, data.img_size, LOADER_BATCH, is_training=True, num_workers=1, device=torch.device("cpu"),
         mean=data.mean, std=data.std, use_multi_epochs_loader=True,
     )  # fmt: skip
-    return (batch for batch, _ in chain.from_iterable(repeat(loader)))
+    return (batch for batch, _ in chain.from_iterable(repeat(loader if to_device else loader.loader)))
 
 
 def _stages(data: ImageDataConfig, source: Source, runs: int) -> list[Rate]:
     """The pipeline's parts, each on what the part before it made of the same images."""
-    steps: Any = training_transform(data).steps
-    *augment, to_tensor = steps.transforms
+    transform: Any = training_transform(data)
+    *augment, to_tensor = transform.steps.transforms
     works: dict[str, Callable[[Any], Any]] = {
         "decode": lambda numbers: [source.read(i)[0] for i in numbers],
         "crop, resize and flip": lambda images: [reduce(lambda x, step: step(x), augment, image) for image in images],

@@ -18,7 +18,7 @@ from sparsemae.data.embedded import TRAIN_IMAGES
 from sparsemae.data.sampling import BatchPlan
 from sparsemae.jobs import JOBS, training_jobs
 from sparsemae.models import use_plain_attention
-from sparsemae.options import PlanConfig, TrainingConfig
+from sparsemae.options import DataConfig, ImageDataConfig, PlanConfig, TrainingConfig
 from sparsemae.sparsity import SparsitySummary, summarize
 from sparsemae.tasks import task_class
 from sparsemae.tasks.derived import settle
@@ -166,10 +166,19 @@ def plan(config: PlanConfig) -> Plan:
         rate, machine = measured_rate(task, batches, precision)
         result = replace(result, images_per_second=rate, machine=f" ({machine}, measured)")
     if result.images_per_second is not None and task.sources:
-        faster = ", or --data.jpeg torchvision" if getattr(recipe.data, "jpeg", "") == "pillow" else ""
-        result = replace(result, loader_rate=loader_rate(task, model), faster=faster)
+        result = replace(result, loader_rate=loader_rate(task, model), faster=_faster(recipe.data))
     print(*map(printable, [*notes, *str(result).splitlines()]), sep="\n")
     return result
+
+
+def _faster(data: DataConfig) -> str:
+    """The option that takes work from the loader processes, if one is left."""
+    if not isinstance(data, ImageDataConfig):
+        return ""
+    if data.jpeg == "pillow":
+        return ", or --data.jpeg torchvision"
+    on_device = data.resize_on == "loader" and data.crop == "resized" and data.auto_augment is None
+    return ", or --data.resize_on device" if on_device else ""
 
 
 def _read_words(job: str, words: list[str]) -> TrainingConfig:

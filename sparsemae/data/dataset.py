@@ -15,13 +15,17 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from sparsemae.data.crops import Crop
 from sparsemae.data.images import DEFAULT_RULES, PixelRules
 from sparsemae.data.masks import IGNORED
 from sparsemae.data.sampling import Key, epoch_order, seeding
 from sparsemae.data.splits import Source
 
-Transform = Callable[[Image.Image, Any], tuple[Tensor, Any]]
-"""RGB image and target to uint8 ``[3, H, W]`` and target, drawing from the global CPU generators."""
+Transform = Callable[[Image.Image, Any], tuple[Tensor | Crop, Any]]
+"""RGB image and target to uint8 ``[3, H, W]``, or to a crop that becomes that on the device, and target.
+
+Draws from the global CPU generators.
+"""
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import torch
 import torchvision
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
+from sparsemae.data.crops import resized
 from sparsemae.data.images import DEFAULT_RULES, PixelRules, decode_rgb, open_image, orientation
 from sparsemae.data.splits import Source
 from sparsemae.limits import MAX_PIXELS
@@ -42,13 +42,14 @@ class Decoded:
         """Its height, px."""
         return self.pixels.shape[-2]
 
+    def part(self, box: tuple[int, int, int, int]) -> Tensor:
+        """uint8 ``[H, W, 3]``, a view."""
+        top, left, height, width = box
+        return self.pixels[:, top : top + height, left : left + width].permute(1, 2, 0)
+
     def resized(self, box: tuple[int, int, int, int], side: int, interpolation: str) -> Image.Image:
         """A part of it, given as top, left, height and width, ``side`` px high and wide."""
-        top, left, height, width = box
-        part = self.pixels[None, :, top : top + height, left : left + width]
-        part = part.contiguous(memory_format=torch.channels_last)  # as the bytes lie: half the time of a view's
-        small = F.resize(part, [side, side], F.InterpolationMode(interpolation), antialias=True)
-        return Image.fromarray(small[0].permute(1, 2, 0).numpy())
+        return Image.fromarray(resized(self.part(box), side, interpolation).permute(1, 2, 0).numpy())
 
 
 def decoded_by(library: str, source: Source) -> Source:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from sparsemae.data.crops import Crop, Crops
 from sparsemae.data.dataset import Unreadable, tolerated
 
 
@@ -108,7 +109,12 @@ def _collate(samples: list[Any]) -> dict[str, Any] | Unreadable:
     readable = [sample for sample in samples if not isinstance(sample, Unreadable)]
     reasons = [sample.reason for sample in missed]
     reasons += [reason for sample in readable for reason in sample.pop("unreadable", ())]
-    return {**(default_collate(readable) if readable else {}), "unreadable": reasons}
+    if not readable:
+        return {"unreadable": reasons}
+    crops = {}
+    if isinstance(readable[0]["image"], Crop):
+        crops["image"] = Crops.of([sample.pop("image") for sample in readable])
+    return {**default_collate(readable), **crops, "unreadable": reasons}
 
 
 def end_with_parent(number: int = signal.SIGKILL) -> None:

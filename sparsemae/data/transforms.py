@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
@@ -14,6 +15,7 @@ from torch import Tensor
 from torchvision import transforms
 
 from sparsemae.card import InputSpec
+from sparsemae.data.crops import Crop
 from sparsemae.data.images import center_crop
 from sparsemae.data.jpeg import Decoded
 from sparsemae.options import ImageDataConfig
@@ -30,7 +32,26 @@ class ImageTransform:
         return torch.as_tensor(self.steps(image)), target
 
 
-def training_transform(options: ImageDataConfig) -> ImageTransform:
+@dataclass(frozen=True)
+class CropTransform:
+    """Cuts out what the device will resize, with the draws of an `ImageTransform`, and passes the image's class on."""
+
+    crop: Any
+    """RandomResizedCropAndInterpolation."""
+    options: ImageDataConfig
+
+    def __call__(self, image: Image.Image | Decoded, target: Any) -> tuple[Crop, Any]:
+        given = image.pixels if isinstance(image, Decoded) else image
+        top, left, height, width = self.crop.get_params(given, self.crop.scale, self.crop.ratio)
+        if isinstance(image, Decoded):
+            part = image.part((top, left, height, width))
+        else:
+            part = torch.from_numpy(np.array(image.crop((left, top, left + width, top + height))))
+        flipped = bool(torch.rand(1) < self.options.hflip)
+        return Crop(part, flipped, self.options.img_size, self.options.interpolation), target
+
+
+def training_transform(options: ImageDataConfig) -> ImageTransform | CropTransform:
     """To ``img_size`` px, drawing from the global generators. Raises ValueError on an unknown policy."""
     if options.crop == "resized":
         try:
@@ -42,6 +63,8 @@ def training_transform(options: ImageDataConfig) -> ImageTransform:
         except Exception as error:  # timm reads its policy with assertions, and as numbers what follows a letter
             raise ValueError(f"data.auto_augment: wanted a policy of timm's, got {options.auto_augment!r}") from error
         _patch_posterize(steps)
+        if options.resize_on == "device":
+            return CropTransform(steps.transforms[0], options)
         steps.transforms[0] = _FirstStep(steps.transforms[0], options)
         return ImageTransform(steps)
     size, interpolation = (options.img_size, options.img_size), transforms.InterpolationMode(options.interpolation)

@@ -166,6 +166,9 @@ class ImageDataConfig(DataConfig):
     jpeg: Literal["pillow", "torchvision"] = "pillow"
     """Which library decodes, crops and resizes the training's JPEGs. torchvision: 1.4 times as fast, pixels within 1 of
     255 in the mean; all other files, and evaluation, stay with pillow."""
+    resize_on: Literal["loader", "device"] = "loader"
+    """Where training crops are resized and flipped. device: by torchvision on the GPU, so that a loader process only
+    decodes; pixels within 1 of 255 in the mean. Not with auto_augment or crop shift, which want the resized image."""
     crop_scale: tuple[float, float] = option((0.2, 1.0), UP_TO_1, from_data=True)
     """Area of a resized crop, as a fraction of the image."""
     crop_shift: int = option(1, AT_LEAST_0)
@@ -174,6 +177,12 @@ class ImageDataConfig(DataConfig):
     """timm's policy string, for example rand-m9-mstd0.5-inc1."""
     crop_pct: float = option(0.875, UP_TO_1)
     """In evaluation the shorter side is resized to img_size / crop_pct px, then the center is cropped."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resize_on == "device" and (self.auto_augment is not None or self.crop != "resized"):
+            other = "auto_augment" if self.auto_augment is not None else "crop shift"
+            raise ValueError(f"data.resize_on: wanted loader with data.{other}, got device")
 
 
 @dataclass

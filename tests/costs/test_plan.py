@@ -223,6 +223,15 @@ def test_a_plan_says_what_the_loader_must_deliver(image_folder: Path, monkeypatc
         *_, wanted, given = str(replace(found, **changes)).splitlines()
         assert wanted.split(maxsplit=1)[1].startswith("100 images/s from each of 2 processes")
         assert given.split(maxsplit=2)[2] == said
+    for job, more, said in (
+        ("pretrain", "", ", or --data.resize_on device"),
+        ("pretrain", "--data.resize_on device", ""),
+        ("pretrain", "--data.auto_augment original", ""),
+    ):
+        told = str(
+            plan(PlanConfig(job, images_per_second=200.0, words=[*words, "--data.jpeg", "torchvision", *more.split()]))
+        )
+        assert told.splitlines()[-1].endswith(f"too slow: wanted 3 of them{said}")
     assert str(replace(found, loader_rate=None)).splitlines()[-1].startswith("loader")
     assert "loader" not in str(replace(found, images_per_second=None))
 

@@ -36,7 +36,7 @@ def test_the_training_transform_is_timms(policy: str | None) -> None:
         32, is_training=True, scale=data.crop_scale, hflip=0.5, color_jitter=0.0, auto_augment=policy,
         interpolation="bicubic", mean=data.mean, use_prefetcher=True,
     )  # fmt: skip
-    ours = training_transform(data)
+    ours: Any = training_transform(data)
     for seed in range(10):
         both = []
         for transform in (lambda x: torch.as_tensor(theirs(x)), lambda x: ours(x, 0)[0]):
@@ -49,13 +49,13 @@ def test_the_training_transform_is_timms(policy: str | None) -> None:
 def test_recipes_keep_the_reference_pipeline() -> None:
     configs = [read_config(kind, ["--config", name]) for name in recipe_names() for job, kind in training_jobs().items()
                if job in name]  # fmt: skip
-    choices = [config.data.jpeg for config in configs if isinstance(config.data, ImageDataConfig)]
+    choices = [(data.jpeg, data.resize_on) for data in (c.data for c in configs) if isinstance(data, ImageDataConfig)]
     assert len(choices) > 5
-    assert set(choices) == {ImageDataConfig().jpeg} == {"pillow"}
+    assert set(choices) == {(ImageDataConfig().jpeg, ImageDataConfig().resize_on)} == {("pillow", "loader")}
 
 
 def test_shift_moves_by_at_most_the_pixels_given_and_fills_with_black() -> None:
-    transform = training_transform(ImageDataConfig(img_size=8, crop="shift", crop_shift=1, hflip=0.0))
+    transform: Any = training_transform(ImageDataConfig(img_size=8, crop="shift", crop_shift=1, hflip=0.0))
     pixels = np.arange(1, 65, dtype=np.uint8).reshape(8, 8)
     seen = set()
     for _ in range(200):
@@ -69,9 +69,9 @@ def test_shift_moves_by_at_most_the_pixels_given_and_fills_with_black() -> None:
 
 def test_randaugment_at_full_magnitude_keeps_no_bits_as_it_did() -> None:
     """Pillow 13 refuses to posterize to 0 bits, which timm asks of one image in 700; Pillow 12 gave black."""
-    steps: Any = training_transform(ImageDataConfig(auto_augment="rand-m10-inc1-n15", img_size=8)).steps
+    transform: Any = training_transform(ImageDataConfig(auto_augment="rand-m10-inc1-n15", img_size=8))
     image = Image.new("RGB", (8, 8), (200, 100, 50))
-    operations = [op for step in steps.transforms for op in getattr(step, "ops", ())]
+    operations = [op for step in transform.steps.transforms for op in getattr(step, "ops", ())]
     (posterize,) = [op for op in operations if op.name == "PosterizeIncreasing"]
     posterize.prob = 1.0
     assert np.asarray(posterize(image)).max() == 0
