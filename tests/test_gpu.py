@@ -189,10 +189,12 @@ def cores(factor: float) -> Iterator[None]:
 random_masks = partial(patch.object, right, "nm_mask", lambda weight, pattern: torch.rand(weight.shape) > 0.5)
 nan_images = partial(patch.object, speed, "_random_like", lambda value: value.float() * torch.nan)
 nan_vit = partial(patch.object, nn.functional, "cross_entropy", lambda scores, target: scores.sum() * torch.nan)
+noise = partial(patch.object, right.Crops, "to", lambda crops, device: torch.randint(0, 256, (len(crops), 3, 9, 9)))
 broken = partial(patch.object, speed, "_step_rate", side_effect=RuntimeError("no step"))
 BREAKS: dict[str, list[Callable[[], Any]]] = {
     "masks": [random_masks],
     "frozen": [freezing_forgets],
+    "crops": [noise],
     "jobs": [partial(runs, ones("device", "again")), partial(runs, ones("again"))],
     "resume": [partial(runs, ones("cut")), partial(runs, ones("again", "cut"))],
     "kernel": [partial(kernel, True)],

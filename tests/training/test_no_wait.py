@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sparsemae.data.crops import Crop, Crops
 from sparsemae.data.sampling import BatchPlan
 from sparsemae.options import DecoderConfig, HeadConfig, InferenceConfig, ModelConfig, SparseConfig
 from sparsemae.options.data import ImageDataConfig, MaskDataConfig
@@ -147,6 +149,18 @@ def test_a_step_waits_for_nothing(job: str, state: str) -> None:
         average.update(model)
     for name, layer in iter_sparse(model):
         assert layer.weight.isfinite().all(), name
+
+
+@pytest.mark.holds("fast.7")
+def test_crops_come_to_the_device_without_a_wait() -> None:
+    crops = Crops.of([Crop(torch.zeros(40 + number, 50, 3, dtype=torch.uint8), number == 1, 32, "bicubic")
+                      for number in range(3)])  # fmt: skip
+    with NoWait():
+        assert crops.to("cpu").shape == (3, 3, 32, 32)
+    with FakeTensorMode() as mode:
+        there = replace(crops, pixels=mode.from_tensor(crops.pixels).to("cuda"))
+        with OnDevice():
+            assert there.to("cuda").device.type == "cuda"
 
 
 @pytest.mark.holds("fast.7")

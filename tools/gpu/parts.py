@@ -6,6 +6,7 @@ from gpu.bench import Part
 PARTS: dict[str, Part] = {
     "masks": Part(right.masks_are_equal, 20),
     "frozen": Part(right.frozen_masks_follow, 10),
+    "crops": Part(right.crops_are_the_cpus, 20),
     "jobs": Part(right.jobs_agree_with_cpu, 60),
     "resume": Part(right.jobs_resume, 60),
     "kernel": Part(speed.mask_kernel, 30),

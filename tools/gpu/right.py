@@ -20,6 +20,7 @@ from torch import nn
 from gpu import jobs
 from gpu.bench import Bench
 from sparsemae.commands.export import export
+from sparsemae.data.crops import Crop, Crops
 from sparsemae.options import ExportConfig, OptimConfig, SparseConfig
 from sparsemae.options.tasks import FinetuneConfig
 from sparsemae.sparsity import MaskSchedule, NMPattern, freeze, iter_sparse, nm_mask, sparsify
@@ -42,6 +43,21 @@ def masks_are_equal(bench: Bench) -> None:
             kept = nm_mask(weight, NMPattern.parse(pattern))
             right &= torch.equal(nm_mask(weight.to(bench.device), NMPattern.parse(pattern)).cpu(), kept)
     bench.check("masks equal the CPU's", right)
+
+
+def crops_are_the_cpus(bench: Bench) -> None:
+    """Crops of 500 x 375 px resized and flipped on the device, against the CPU's, and how many a second."""
+    draw, sizes = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)
+    found = []
+    for number in range(4 if bench.tiny else 256):
+        height, width = (int(torch.randint(150, most, (), generator=sizes)) for most in (376, 501))
+        pixels = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=draw)
+        found.append(Crop(pixels, number % 2 == 1, 224, "bicubic"))
+    crops = Crops.of(found)
+    whole = crops.pin_memory() if bench.device == "cuda" else crops
+    far = (crops.to("cpu").int() - whole.to(bench.device).cpu().int()).abs().float().mean(dim=(1, 2, 3)).max().item()
+    rate = len(crops) / bench.seconds(lambda: whole.to(bench.device), 10)
+    bench.check("crops as on the CPU", far < 1, of_255_in_the_mean=round(far, 4), images_per_second=round(rate))
 
 
 def jobs_agree_with_cpu(bench: Bench) -> None:
