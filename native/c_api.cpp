@@ -260,8 +260,8 @@ SPARSEMAE_API int sparsemae_time_kernels(sparsemae_model* m, size_t rounds, spar
 
 // Of a training step: masks.h.
 SPARSEMAE_API int sparsemae_select_kept(const float* weights, size_t groups, size_t m, size_t n, size_t threads,
-                                        uint8_t* mask) {
-  return guarded(1, [&] { return select_kept(weights, groups, m, n, threads, mask), 0; });
+                                        uint8_t* mask, uint16_t* kept) {
+  return guarded(1, [&] { return select_kept(weights, groups, m, n, threads, mask, kept), 0; });
 }
 
 SPARSEMAE_API int sparsemae_kept_bf16(const float* weights, const uint8_t* mask, size_t count, size_t threads,

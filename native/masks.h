@@ -8,9 +8,9 @@
 namespace sparsemae {
 
 // The n of largest magnitude in each of `groups` groups of m finite weights; of equal ones the first. mask: 0 or 1
-// each.
+// each. kept: null, or what kept_bf16 makes of them.
 void select_kept(const float* weights, std::size_t groups, std::size_t m, std::size_t n, std::size_t threads,
-                 std::uint8_t* mask);
+                 std::uint8_t* mask, std::uint16_t* kept);
 // Kept weights rounded to bf16, to nearest even as torch does; the others 0.
 void kept_bf16(const float* weights, const std::uint8_t* mask, std::size_t count, std::size_t threads,
                std::uint16_t* out);

@@ -213,7 +213,8 @@ def subject(recipe: str, batch: int, pattern: str) -> Subject:
     model = task.build(task.card(), config.model.drop_path)
     make_sparse(model, config.sparse)
     task.prepare(model, Fabric(accelerator="cpu", devices=1), BatchPlan.make(batch, batch, None, 1))
-    optimizer, masks, forward = make_optimizer(model, config.optim), MaskSchedule(model), task.wrapped(model)
+    masks = MaskSchedule(model, in_bf16=_best_precision() == "bf16")
+    optimizer, forward = make_optimizer(model, config.optim), task.wrapped(model)
     example, autocast = task.example_batch(model, batch), _autocast(model)
 
     def backward() -> None:
@@ -242,9 +243,13 @@ def _timm_step(batch: int) -> Callable[[], None]:
     return step
 
 
+def _best_precision() -> str:
+    return resolved_precision(TrainerConfig(accelerator="cpu"))
+
+
 def _autocast(model: nn.Module) -> AbstractContextManager[Any]:
     """The precision that is best here."""
-    if resolved_precision(TrainerConfig(accelerator="cpu")) != "bf16":
+    if _best_precision() != "bf16":
         return nullcontext()
     use_plain_attention(model)
     return torch.autocast("cpu", torch.bfloat16)

@@ -41,7 +41,7 @@ def measured_rate(task: Task[Any], plan: BatchPlan, precision: str, seconds: flo
     set_switches(trainer)
     wrapped = training_forward(task.wrapped(model), trainer, fabric.device)
     forward, optimizer = fabric.setup(wrapped, make_optimizer(model.train(), config.optim))
-    masks, found = MaskSchedule(model), _images(task, plan, model)
+    masks, found = MaskSchedule(model, in_bf16=precision == "bf16"), _images(task, plan, model)
 
     def backward() -> None:
         fabric.backward(task.loss(forward, fabric.to_device(next(found))))

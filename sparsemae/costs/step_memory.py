@@ -23,7 +23,12 @@ from sparsemae.tasks.task import Task
 from sparsemae.training.optim import make_optimizer
 from sparsemae.training.step import optimizer_step
 
-_MASKING = (torch.ops.aten.where, torch.ops.aten.masked_fill, torch.ops.sparsemae.kept_bf16)
+_MASKING = (
+    torch.ops.aten.where,
+    torch.ops.aten.masked_fill,
+    torch.ops.sparsemae.kept_bf16,
+    torch.ops.sparsemae.select_kept_bf16,
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def step_memory(task: Task[Any], model: nn.Module, batches: BatchPlan, precision
             live.optimizer = optimizer
             # reference and last look: one mask until the first epoch ends, then two
             topology = [Topology(model), Topology(model)] if any(iter_sparse(model)) else []
-            masks, forward = MaskSchedule(model), task.wrapped(model)
+            masks, forward = MaskSchedule(model, in_bf16=precision == "bf16"), task.wrapped(model)
 
             def backward() -> None:
                 for parameter in model.parameters() if batches.world > 1 else ():

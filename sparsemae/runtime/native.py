@@ -46,7 +46,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "isas": (c_char_p, []),
     "processor": (c_char_p, []),
     "time_kernels": (c_int, [c_void_p, c_size_t, POINTER(_Timing), c_int]),
-    "select_kept": (c_int, [c_void_p, c_size_t, c_size_t, c_size_t, c_size_t, c_void_p]),
+    "select_kept": (c_int, [c_void_p, c_size_t, c_size_t, c_size_t, c_size_t, c_void_p, c_void_p]),
     "kept_bf16": (c_int, [c_void_p, c_void_p, c_size_t, c_size_t, c_void_p]),
     "pull_pruned": (c_int, [c_void_p, c_void_p, c_void_p, c_size_t, c_float, c_size_t]),
     "decode_positions": (c_int, [c_char_p, c_size_t, c_size_t, c_uint, c_uint, _BYTES]),

@@ -115,11 +115,15 @@ def _sparse_layers(model: nn.Module, caller: str) -> list[tuple[str, NMLinear]]:
 
 
 @contextmanager
-def hold_masks(model: nn.Module) -> Iterator[None]:
-    """Keep the masks of now: each is computed once, however many forwards run inside."""
+def hold_masks(model: nn.Module, in_bf16: bool = False) -> Iterator[None]:
+    """Keep the masks of now: each is computed once, however many forwards run inside.
+
+    Args:
+        in_bf16: these run under autocast to it; faster, and the same.
+    """
     held = [layer for _, layer in iter_sparse(model) if not layer.frozen and layer.held_mask is None]
     for layer in held:
-        layer.hold_mask()
+        layer.hold_mask(in_bf16)
     try:
         yield
     finally:

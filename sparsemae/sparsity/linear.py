@@ -87,13 +87,17 @@ class NMLinear(nn.Linear):
             return self.held_mask
         return select_mask(whole(self.weight), self.pattern, self.criterion)
 
-    def hold_mask(self) -> None:
-        """Keep the mask of now as ``held_mask``."""
+    def hold_mask(self, in_bf16: bool = False) -> None:
+        """Keep the mask of now as ``held_mask``, and for forwards in bf16, where one pass makes both, ``held_kept``."""
         n, m = self.pattern.n, self.pattern.m
-        if self.criterion is magnitude and passes.fits_kernel(self.weight, n, m):
+        if self.criterion is not magnitude or self.pruned_scale is not None:
+            self.held_mask = self.current_mask()
+        elif passes.fits_kernel(self.weight, n, m):
             from sparsemae.sparsity.kernel import select_in_one_pass
 
             self.held_mask, self.held_kept = select_in_one_pass(self.weight.detach(), n, m)
+        elif in_bf16 and passes.selects(self.weight, n, m):
+            self.held_mask, self.held_kept = passes.select_kept_bf16(self.weight.detach(), n, m)
         else:
             self.held_mask = self.current_mask()
 

@@ -40,6 +40,11 @@ def fits(*tensors: Tensor) -> bool:
     )
 
 
+def selects(weight: Tensor, n: int, m: int) -> bool:
+    """Whether `select_kept` takes them."""
+    return n <= min(MOST_KEPT, m - 1) and fits(weight)
+
+
 def fits_kernel(weight: Tensor, n: int, m: int) -> bool:
     """Whether the kernel on a CUDA device takes them, and is to."""
     return (
@@ -58,15 +63,28 @@ def fits_kernel(weight: Tensor, n: int, m: int) -> bool:
 def select_kept(weight: Tensor, n: int, m: int) -> Tensor:
     """Of every m the n of largest magnitude, of equal ones the first: bool, in the shape of ``weight``."""
     mask = torch.empty(weight.shape, dtype=torch.bool)
-    _library().run(
-        "select_kept", weight.data_ptr(), weight.numel() // m, m, n, torch.get_num_threads(), mask.data_ptr()
-    )
+    groups, threads = weight.numel() // m, torch.get_num_threads()
+    _library().run("select_kept", weight.data_ptr(), groups, m, n, threads, mask.data_ptr(), None)
     return mask
 
 
 @select_kept.register_fake
 def _(weight: Tensor, n: int, m: int) -> Tensor:
     return torch.empty_like(weight, dtype=torch.bool)
+
+
+@torch.library.custom_op("sparsemae::select_kept_bf16", mutates_args=())
+def select_kept_bf16(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
+    """`select_kept`, and `kept_bf16` of it, in one pass."""
+    mask, kept = torch.empty(weight.shape, dtype=torch.bool), torch.empty(weight.shape, dtype=torch.bfloat16)
+    groups, threads = weight.numel() // m, torch.get_num_threads()
+    _library().run("select_kept", weight.data_ptr(), groups, m, n, threads, mask.data_ptr(), kept.data_ptr())
+    return mask, kept
+
+
+@select_kept_bf16.register_fake
+def _(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(weight, dtype=torch.bool), torch.empty_like(weight, dtype=torch.bfloat16)
 
 
 @torch.library.custom_op("sparsemae::kept_bf16", mutates_args=())

@@ -95,7 +95,7 @@ def nm_mask(weight: Tensor, pattern: NMPattern, name: str = "weight", criterion:
 def select_mask(weight: Tensor, pattern: NMPattern, criterion: Criterion = magnitude) -> Tensor:
     """`nm_mask` without its checks, for the training forward (a check for NaN would synchronize the device)."""
     n, m = pattern.n, pattern.m
-    if criterion is magnitude and n <= min(passes.MOST_KEPT, m - 1) and passes.fits(weight):
+    if criterion is magnitude and passes.selects(weight, n, m):
         kept: Tensor = passes.select_kept(weight.detach(), n, m)
         return kept
     scores = criterion(weight.detach())

@@ -28,6 +28,7 @@ class MaskSchedule:
         decay_epochs: from the dense epochs' end on, and for so long, let the pruned weights fade: the forward sees
             (M + s * (1 - M)) * W, s falling linearly from 1 to 0 (the same paper's MdGf-Linear).
         allocation_epoch: give each layer its own n then, see `allocate`; None: all keep theirs.
+        in_bf16: forwards run under autocast to it, see `hold_masks`.
 
     Raises:
         ValueError: if the masks were to freeze before a gradual schedule has reached the pattern or before there are
@@ -42,6 +43,7 @@ class MaskSchedule:
         freeze_epoch: float | None = None,
         decay_epochs: float = 0.0,
         allocation_epoch: float | None = None,
+        in_bf16: bool = False,
     ) -> None:
         if freeze_epoch is not None and freeze_epoch < gradual_epochs:
             raise ValueError(
@@ -56,7 +58,7 @@ class MaskSchedule:
         self._final = {name: layer.pattern for name, layer in iter_sparse(model)}
         self._dense_epochs, self._gradual_epochs, self._freeze_epoch = dense_epochs, gradual_epochs, freeze_epoch
         self._decay_epochs, self._allocation_epoch = decay_epochs, allocation_epoch
-        self._fixed = self._allocated = False
+        self._fixed, self._allocated, self._in_bf16 = False, False, in_bf16
         if allocation_epoch is not None:
             choices(next(iter(self._final.values())))
             self._allocate_at(0.0)
@@ -80,7 +82,7 @@ class MaskSchedule:
             self._fix({name: layer.current_mask() for name, layer in layers.items()})
         dense = epoch < self._dense_epochs
         try:
-            with dense_weights(self._model) if dense else hold_masks(self._model):
+            with dense_weights(self._model) if dense else hold_masks(self._model, self._in_bf16):
                 yield not dense
         finally:
             for layer in layers.values():

@@ -11,6 +11,7 @@ from sparsemae.data.sampling import BatchPlan
 from sparsemae.options import SparseConfig, TrainerConfig
 from sparsemae.sparsity import MaskSchedule, freeze, sparsify, zero_pruned
 from sparsemae.tasks.task import Task
+from sparsemae.training.device import resolved_precision
 
 
 def make_sparse(model: nn.Module, sparse: SparseConfig) -> list[str]:
@@ -49,4 +50,5 @@ def mask_schedule(model: nn.Module, sparse: SparseConfig, trainer: TrainerConfig
     return MaskSchedule(
         model, sparse.dense_epochs, gradual if sparse.schedule == "gradual" else 0.0, sparse.freeze_epoch,
         sparse.decay_epochs, None if sparse.allocation == "uniform" else sparse.allocation_epoch,
+        resolved_precision(trainer) == "bf16",
     )  # fmt: skip

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sparsemae.sparsity import NMPattern, passes
+from sparsemae.sparsity import MaskSchedule, NMPattern, iter_sparse, passes, sparsify
 from sparsemae.sparsity.linear import _StraightThrough
 from sparsemae.sparsity.pattern import select_mask
 
@@ -52,6 +52,27 @@ def test_the_kept_weights_in_bf16_are_torchs() -> None:
     wanted = torch.where(mask, weight, 0.0).bfloat16()
     got = passes.kept_bf16(weight, mask)
     assert torch.equal(got.view(torch.int16), wanted.view(torch.int16))
+    for pattern in (NMPattern(2, 32), NMPattern(4, 32), NMPattern(3, 8), NMPattern(5, 24)):
+        mask, kept = passes.select_kept_bf16(weight, pattern.n, pattern.m)
+        assert torch.equal(mask, by_sort(weight, pattern))
+        assert torch.equal(kept.view(torch.int16), torch.where(mask, weight, 0.0).bfloat16().view(torch.int16))
+
+
+def test_held_in_bf16_two_forwards_are_what_they_are_without() -> None:
+    found = []
+    for in_bf16 in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 32))
+        sparsify(model, "2:32", include=["*"])
+        masks = MaskSchedule(model, in_bf16=in_bf16)
+        with masks.step(0.0):
+            assert all((layer.held_kept is not None) == in_bf16 for _, layer in iter_sparse(model))
+            for images in torch.randn(2, 5, 64):
+                with torch.autocast("cpu", torch.bfloat16):
+                    model(images).float().square().sum().backward()
+        assert all(layer.held_kept is None for _, layer in iter_sparse(model))
+        found.append([parameter.grad for parameter in model.parameters()])
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.usefixtures("threads")
