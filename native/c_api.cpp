@@ -30,6 +30,9 @@ using namespace sparsemae;
 
 namespace {
 
+// Fewer inputs of an int8 layer stay as they are: there, rounding takes most from the logits and saves the least.
+constexpr std::size_t kLeastRounded = 192;
+
 thread_local char last_error[256];
 #if !defined(__wasm__)
 thread_local std::vector<KernelTiming> timings;
@@ -117,6 +120,7 @@ struct sparsemae_kernel_timing {
 };
 SPARSEMAE_API
 #endif
+// quantize: whether the inputs of int8 layers are rounded; negative: of those that have kLeastRounded or more.
 sparsemae_model* sparsemae_open_as(const void* bytes, size_t size, uint32_t threads, const char* isa, int quantize) {
   return guarded<sparsemae_model*>(nullptr, [&]() -> sparsemae_model* {
     const auto* at = static_cast<const std::uint8_t*>(bytes);
@@ -128,7 +132,8 @@ sparsemae_model* sparsemae_open_as(const void* bytes, size_t size, uint32_t thre
     }
     PackedFile file;
     const std::string wrong = read_packed(at, size, file);
-    for (auto& [name, weights] : file.weights) weights.quantize = weights.quantize && quantize;
+    for (auto& [name, weights] : file.weights)
+      weights.quantize = weights.quantize && (quantize < 0 ? weights.columns >= kLeastRounded : quantize);
     if (wrong.empty() && threads <= 1024) return new sparsemae_model(std::move(file), threads, isa);
     remember((wrong.empty() ? "threads: wanted at most 1024"
                             : "wanted a packed model, got one that cannot be used: " + wrong)
@@ -139,7 +144,7 @@ sparsemae_model* sparsemae_open_as(const void* bytes, size_t size, uint32_t thre
 
 EXPORT(sparsemae_open_memory)
 sparsemae_model* sparsemae_open_memory(const void* bytes, size_t size, uint32_t threads, const char* isa) {
-  return sparsemae_open_as(bytes, size, threads, isa, 1);
+  return sparsemae_open_as(bytes, size, threads, isa, -1);
 }
 
 #if !defined(__wasm__)

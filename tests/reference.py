@@ -44,7 +44,7 @@ def vit_shape(**changes: object) -> VitShape:
     return replace(TINY, **changes)  # type: ignore[arg-type]
 
 
-def native(model: PackedModel, threads: int = 1, isa: str = "", quantize: bool = True) -> Vit:
+def native(model: PackedModel, threads: int = 1, isa: str = "", quantize: bool | None = True) -> Vit:
     """The same in the native library."""
     return Vit(to_bytes(model), threads, isa, quantize)
 

@@ -145,15 +145,15 @@ def bilinear(tokens: int, patch: int) -> NDArray[np.float32]:
     return np.stack(weights, axis=1).astype(np.float32)
 
 
-def load(path: str | Path, threads: int | None = None, quantize: bool = True) -> Model:
+def load(path: str | Path, threads: int | None = None, quantize: bool | None = None) -> Model:
     """Load a packed file.
 
     Args:
         threads: how many to compute with, fewer where the system lets no more start; default: the processors this
             process may use, within its cgroup's quota, as far as the model has work for them.
-        quantize: of int8 files, on processors that multiply int8 (amx, amxvnni, avx512vnni): round the inputs of every
-            sparse layer to int8 with a scale per token, for about 1.5 times the speed; off, the int8 weights are
-            multiplied as bf16.
+        quantize: of int8 files, on processors that multiply int8 (amx, amxvnni, avx512vnni, avxvnni): round the inputs
+            of the sparse layers to int8 with a scale per token, for about 1.5 times the speed; False: the int8 weights
+            are multiplied as bf16; None: that where a layer has fewer than 192 inputs, whose rounding costs most.
 
     Raises:
         ValueError: it is no packed model that can be used (one line, naming it), `threads` is no number of threads, or
@@ -165,7 +165,7 @@ def load(path: str | Path, threads: int | None = None, quantize: bool = True) ->
         threads = _default_threads(config.vit.tokens)
     threads = whole_number("threads", threads, 1, MAX_THREADS)
     try:
-        native = Vit(Path(path).read_bytes(), threads, os.environ.get("SPARSEMAE_ISA", ""), bool(quantize))
+        native = Vit(Path(path).read_bytes(), threads, os.environ.get("SPARSEMAE_ISA", ""), quantize)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return Model(config, native)

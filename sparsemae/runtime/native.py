@@ -80,11 +80,12 @@ def _refuse() -> NoReturn:
 class Vit:
     """The forward of one packed file."""
 
-    def __init__(self, content: bytes, threads: int, isa: str = "", quantize: bool = True) -> None:
+    def __init__(self, content: bytes, threads: int, isa: str = "", quantize: bool | None = None) -> None:
         """Raises ValueError, without the file's name, if the content is no packed model or `isa` cannot be had."""
         if not 1 <= threads <= 1024:
             raise ValueError(f"threads must be in [1, 1024], got {threads}")
-        self._model = _LIBRARY.sparsemae_open_as(content, len(content), threads, isa.encode(), quantize)
+        rounded = -1 if quantize is None else bool(quantize)
+        self._model = _LIBRARY.sparsemae_open_as(content, len(content), threads, isa.encode(), rounded)
         if not self._model:
             _refuse()
         self._close = weakref.finalize(self, _LIBRARY.sparsemae_close, self._model)

@@ -9,7 +9,9 @@ from sparsemae.data.images import center_crop
 
 
 def transform(image: Image.Image, spec: InputSpec, height: int, width: int) -> NDArray[np.float32]:
-    """Resize, crop and normalize an RGB image. Returns float32 [3, H, W]."""
+    """Resize, crop and normalize an RGB image. Returns float32 [3, H, W]. Raises ValueError on another mode."""
+    if image.mode != "RGB":
+        raise ValueError(f"image: wanted mode RGB, got {image.mode}")
     cropped = center_crop(image, height, width, spec.crop_pct, spec.interpolation)
     pixels = np.asarray(cropped, dtype=np.float32) / np.float32(255)
     mean, std = (np.array(values, np.float32) for values in (spec.mean, spec.std))

@@ -36,7 +36,7 @@ def serve(folder: Path, seconds: float) -> dict[str, object]:
     model = load(folder / "bf16", threads=2)
     shape = (3, model.vit.image_height, model.vit.image_width)
     images = rng.standard_normal((3, *shape), np.float32)
-    wanted, other = model(images), load(folder / "int8", threads=2)(images)
+    wanted, other = model(images), load(folder / "int8", threads=2, quantize=True)(images)
     good = (folder / "int8").read_bytes()
     bad: list[np.ndarray] = [images[0], images.astype(np.float64), images[:, :, 1:], np.zeros((0, 3, 1, 1), np.float32)]
     counts = dict.fromkeys(("calls", "loads", "forks", "refusals"), 0)

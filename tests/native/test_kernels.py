@@ -101,6 +101,22 @@ def test_any_batch_and_thread_count_gives_the_same_bits(isa: str, dtype: str) ->
             assert (vit(images[:batch], False) == wanted[:batch]).all()
 
 
+@pytest.mark.holds("fast.3")
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa in INTEGER])
+def test_inputs_are_rounded_from_192_on(isa: str) -> None:
+    """Unless told otherwise."""
+    for width, heads, wide in ((64, 2, False), (192, 3, True)):
+        model = reference.random_model(
+            reference.vit_shape(embed_dim=width, num_heads=heads, mlp_hidden=width, depth=1), dtype="int8"
+        )
+        images = images_for(model, 2)
+        left, rounded, chosen = (
+            reference.native(model, 1, isa, quantize)(images, False) for quantize in (False, True, None)
+        )
+        assert (left != rounded).any()
+        assert (chosen == (rounded if wide else left)).all()
+
+
 def test_fp32_files_are_computed_in_fp32() -> None:
     for isa in ISAS:
         assert reference.native(reference.random_model(reference.TINY, dtype="fp32"), 1, isa).math == "fp32"

@@ -26,7 +26,7 @@ def demo(folder: Path) -> Measured:
         ["finetune", "--config", "demo_finetune", "--trainer.evaluate_every_epochs", "20", "--out", str(folder / "run")]
     )
     reader = EmbeddedReader("val")
-    return folder / "run", [reader[index][0] for index in range(len(reader))], reader.labels
+    return folder / "run", [reader[index][0].convert("RGB") for index in range(len(reader))], reader.labels
 
 
 def own_images(folder: Path) -> Measured:
@@ -67,5 +67,5 @@ def test_int8_of_a_trained_model_gives_its_classes(
         assert (got.argmax(1) == wanted.argmax(1))[clear].all()
         assert clear.mean() > 0.9
         assert points <= 0.2
-        assert within > 0.9999  # the bar is all: a few of 100,000 logits are beyond it with bf16 beside int8
+        assert within > 0.9998  # the bar is all; by training and processor up to 16 of 100,000 are beyond it
         assert largest <= 5e-2

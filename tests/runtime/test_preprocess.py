@@ -55,6 +55,11 @@ def test_every_mode_becomes_rgb(mode: str, suffix: str, tmp_path: Path) -> None:
     assert np.isfinite(image).all()
 
 
+def test_an_image_of_another_mode_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^image: wanted mode RGB, got L$"):
+        transform(Image.new("L", (60, 40)), InputSpec(16, MEAN, STD), 16, 16)
+
+
 def test_exif_orientation_is_a_setting(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 3  # turned by 180 degrees
