@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import is_dataclass
 from typing import Any
 
 import pytest
@@ -23,6 +24,14 @@ from sparsemae.tasks.task import encoder_of
 from sparsemae.training.optim import in_epochs, learning_rate
 
 IMAGENET = 1_281_167
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """Options with their values, by dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in vars(config).items():
+        found |= {f"{name}.{key}": one for key, one in flat(value).items()} if is_dataclass(value) else {name: value}
+    return found
 
 
 def recipe(name: str) -> Any:
@@ -199,3 +208,12 @@ def test_the_schedule_over_ade20k(name: str) -> None:
     assert rates == pytest.approx(
         {0: 1e-10, 750: 1e-4 * 0.5000005, 1500: 1e-4, 80_750: 5e-5, 159_999: 1e-4 / 158_500}, rel=1e-6
     )
+
+
+@pytest.mark.parametrize("size", ["t", "s"])
+@pytest.mark.parametrize(("job", "teacher"), [("pretrain", "runs/pretrain_dense"), ("finetune", "runs/finetune_dense")])
+def test_plus_is_the_papers_recipe_with_two_changes(job: str, teacher: str, size: str) -> None:
+    papers, ours = (flat(recipe(f"{job}_{size}{name}")) for name in ("", "_plus"))
+    changed = {name: ours[name] for name in ours if ours[name] != papers[name]}
+    where = {"out": f"runs/{job}_{size}_plus"} | ({"init": f"runs/pretrain_{size}_plus"} if job == "finetune" else {})
+    assert changed == where | {"teacher": teacher, "sparse.term": "decoupled", "sparse.strength": 0.5}
