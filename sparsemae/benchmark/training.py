@@ -46,7 +46,6 @@ from sparsemae.training.step import optimizer_step
 LOADER_BATCH = 32
 _PREFETCHED = 2  # batches that a loader process makes ahead
 _PASSES = 6  # over the images, in one timed run
-_RIVAL_STEP = "timm's dense ViT-B/16, classification"
 
 
 class Subject(NamedTuple):
@@ -197,11 +196,15 @@ def _steps(batch: int, runs: int) -> list[Rate]:
         "pretrain_t, dense": subject("pretrain_t", batch, "dense").step,
         "finetune_t, 196 + 1 tokens": subject("finetune_t", batch, "2:32").step,
         "finetune_t, dense": subject("finetune_t", batch, "dense").step,
-        _RIVAL_STEP: _timm_step(batch),
+        "timm's dense ViT-B/16, classification": _timm_step(batch),
     }
     times = take_turns({name: partial(seconds, step) for name, step in steps.items()}, runs)
-    ratios = {name: times[_RIVAL_STEP] / time for name, time in times.items() if name != _RIVAL_STEP}
-    return [Rate("step", name, batch / time, ratios.get(name)) for name, time in times.items()]
+    pretrain, dense_pretrain, finetune, dense_finetune, timms = times
+    rivals = {pretrain: dense_pretrain, dense_pretrain: timms, finetune: dense_finetune, dense_finetune: timms}
+    return [
+        Rate("step", name, batch / time, times[rivals[name]] / time if name in rivals else None)
+        for name, time in times.items()
+    ]
 
 
 def subject(recipe: str, batch: int, pattern: str) -> Subject:
