@@ -41,10 +41,14 @@ class StudyConfig(Options):
     root: str | None = option(None, must_exist=lambda config: config.report is None)
     """Images in class folders below train, val and test. Learning rates are chosen by val, figures taken on test.
     None: the embedded images, 2,000 training images of which are val."""
+    job: Literal["finetune", "segment"] = "finetune"
+    """What follows pretraining: classification, whose figure is top-1, or segmentation, whose is mIoU. Of segmentation,
+    root has images/{train,val,test}, masks/{train,val,test} and classes.txt, with the name of a class on each line; the
+    embedded images have masks computed from them."""
     pretrain: dict[str, Any] = field(default_factory=lambda: {"config": "demo_pretrain"})
     """Options of all pretrainings, a recipe as config among them."""
     finetune: dict[str, Any] = field(default_factory=lambda: {"config": "demo_finetune"})
-    """Options of all finetunings."""
+    """Options of all finetunings, for classes or for masks."""
     settings: dict[str, SettingConfig] = field(default_factory=dict)
     """What arms are compared under, by title."""
     arms: dict[str, ArmConfig] = field(default_factory=dict)

@@ -10,17 +10,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from PIL import Image
 from rich.console import Console
 
 from sparsemae.config import read_config
-from sparsemae.data.embedded import CLASS_NAMES, EmbeddedReader
+from sparsemae.data.embedded import CLASS_NAMES, EmbeddedPairs, EmbeddedReader, masks
 from sparsemae.data.folders import split_folders
 from sparsemae.jobs import JOBS
 from sparsemae.limits import value_of
 from sparsemae.options import StudyConfig, TrainerConfig
 from sparsemae.processors import processors
 from sparsemae.study.page import write_page
-from sparsemae.study.plan import Trial, choose, final, pairs, selection, stages_of
+from sparsemae.study.plan import CLASSES, Trial, choose, final, images_of, pairs, selection, stages_of
 from sparsemae.study.results import Results, result, tested
 from sparsemae.study.stages import Stage, run_stages
 from sparsemae.terminal import printable
@@ -44,7 +45,7 @@ def study(config: StudyConfig) -> None:
     _check(config, root)
     out.mkdir(parents=True, exist_ok=True)
     if config.root is None:
-        _write_embedded(root)
+        _write_embedded(config, root)
     if config.print_commands is not None:
         _print_commands(config, root, out)
     else:
@@ -53,9 +54,10 @@ def study(config: StudyConfig) -> None:
 
 def _check(config: StudyConfig, root: Path) -> None:
     """Read each arm's commands before the first is run: what would be refused after hours is refused now."""
-    there = {"train", "val", "test"} if config.root is None else split_folders(root, "--root").keys()
+    images = images_of(config, root)
+    there = {"train", "val", "test"} if config.root is None else split_folders(images, "--root").keys()
     if missing := {"train", "val", "test"} - there:  # without val a training takes test for it
-        raise ValueError(f"--root: {root}: wanted images in train, val and test, got none in {', '.join(missing)}")
+        raise ValueError(f"--root: {images}: wanted images in train, val and test, got none in {', '.join(missing)}")
     out, lr = Path(config.out), config.learning_rates[0]
     each = final(replace(config, seeds=1), root, dict.fromkeys(pairs(config), lr))
     stages_of([*each, *selection(config, root)])
@@ -153,7 +155,7 @@ def _print_commands(config: StudyConfig, root: Path, out: Path) -> None:
     rates = [dict.fromkeys(pairs(config), lr) for lr in config.learning_rates]
     trials = [trial for chosen in rates for trial in final(config, root, chosen)]
     stages = stages_of([*trials, *selection(config, root)])
-    for job in ("pretrain", "finetune"):
+    for job in ("pretrain", config.job):
         lines = [shlex.join(["sparsemae", job, *stage.argv(out, 0)]) for stage in stages if stage.job == job]
         if config.print_commands == "slurm" and lines:
             numbered = "".join(f"{number}) {line} ;;\n" for number, line in enumerate(lines))
@@ -165,8 +167,8 @@ def _print_commands(config: StudyConfig, root: Path, out: Path) -> None:
             print(*lines, sep="\n", end="\n" * bool(lines))
 
 
-def _write_embedded(root: Path) -> None:
-    """The embedded images as class folders below train, val and test."""
+def _write_embedded(config: StudyConfig, root: Path) -> None:
+    """The embedded images as class folders below train, val and test; of segmentation below images, beside masks."""
     if root.is_dir():
         return
     partial = root.with_name(f".{root.name}.tmp")
@@ -177,7 +179,13 @@ def _write_embedded(root: Path) -> None:
         for index in range(len(reader)):
             image, label = reader[index]
             part = "test" if split == "val" else "train" if index < first_held_out else "val"
-            folder = partial / part / CLASS_NAMES[label].replace("/", "-")
-            folder.mkdir(parents=True, exist_ok=True)
-            image.save(folder / f"{index:05}.png")
+            written = {images_of(config, partial): image}
+            if config.job == "segment":
+                written[partial / "masks"] = Image.fromarray(masks(split)[index])
+            for top, picture in written.items():
+                folder = top / part / CLASS_NAMES[label].replace("/", "-")
+                folder.mkdir(parents=True, exist_ok=True)
+                picture.save(folder / f"{index:05}.png")
+    if config.job == "segment":
+        (partial / CLASSES).write_text("".join(f"{name}\n" for name in EmbeddedPairs.class_names))
     partial.replace(root)

@@ -16,6 +16,8 @@ from sparsemae.study.plan import seeds_of
 from sparsemae.study.statistics import Paired
 
 Rows = list[dict[str, Any]]
+FIGURES = {"finetune": "top-1", "segment": "mIoU"}
+"""What networks are compared by."""
 
 
 def write_page(config: StudyConfig, tried: Rows, tested: Rows, path: Path) -> None:
@@ -35,7 +37,7 @@ def write_page(config: StudyConfig, tried: Rows, tested: Rows, path: Path) -> No
         text.append(f"## {_shown(setting)}\n")
         if arms := _by_arm(config, tested, setting):
             picture = path.with_name(f"{path.stem}-{number}.png")
-            _draw(arms, picture)
+            _draw(arms, picture, FIGURES[config.job])
             text.append(_section(config, arms, picture.name))
         if here := _by_arm(config, tried, setting):
             text.append(_choice(config, here))
@@ -54,8 +56,8 @@ def _choice(config: StudyConfig, tried: dict[str, Rows]) -> str:
     rates, seeds = sorted({*config.learning_rates}), config.selection_seeds
     first, best = next(iter(config.arms)), dict[str, Rows]()
     lines = [
-        f"Top-1 on held-out images by learning rate, means of {_seeds(seeds)}; and {_shown(first)} less each arm, each "
-        "at its best rate:\n",
+        f"By learning rate, {FIGURES[config.job]} on held-out images, means of {_seeds(seeds)}; and {_shown(first)} "
+        "less each arm, each at its best rate:\n",
         f"| arm | {' | '.join(f'{rate:g}' for rate in rates)} | difference | ± s.e. |",
         "|---|" + "---:|" * (len(rates) + 2),
     ]
@@ -85,8 +87,8 @@ def _introduction(config: StudyConfig, rows: Rows) -> str:
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     rates = ", ".join(f"{rate:g}" for rate in config.learning_rates)
     chosen = (
-        f"Learning rates of finetuning ({rates}) are chosen for each arm and setting by the mean top-1 on held-out "
-        f"images at {_seeds(config.selection_seeds)}"
+        f"Learning rates of finetuning ({rates}) are chosen for each arm and setting by the mean {FIGURES[config.job]} "
+        f"on held-out images at {_seeds(config.selection_seeds)}"
         if len(config.learning_rates) > 1
         else f"The learning rate of finetuning is {rates} for all arms, none was chosen"
     )
@@ -105,7 +107,8 @@ def _introduction(config: StudyConfig, rows: Rows) -> str:
 def _section(config: StudyConfig, arms: dict[str, Rows], picture: str) -> str:
     first = next(iter(config.arms))
     table = [
-        "| arm | top-1 | ± s.e. | seeds | parameters kept | in training | multiply-adds kept | rate | masks moved |",
+        f"| arm | {FIGURES[config.job]} | ± s.e. | seeds | parameters kept | in training | multiply-adds kept | rate | "
+        "masks moved |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for arm, found in arms.items():
@@ -120,7 +123,7 @@ def _section(config: StudyConfig, arms: dict[str, Rows], picture: str) -> str:
     lines = [*table, ""]
     if first in arms and len(arms) > 1:
         lines += [
-            f"{_shown(first)} less each other arm, points of top-1:\n",
+            f"{_shown(first)} less each other arm, points of {FIGURES[config.job]}:\n",
             "| against | difference | ± s.e. | 95 % interval |",
         ]
         lines += ["|---|---:|---:|---:|"]
@@ -158,8 +161,8 @@ def _conclusion(config: StudyConfig, first: str, compared: dict[str, Paired]) ->
     return "; ".join(f"**{_shown(first)}** is {word} {arms}" for word, arms in said.items() if arms) + "."
 
 
-def _draw(arms: dict[str, Rows], path: Path) -> None:
-    """Accuracy on the held-out images over epochs; on the test images against kept parameters and multiply-adds."""
+def _draw(arms: dict[str, Rows], path: Path, what: str) -> None:
+    """The figure on the held-out images over epochs; on the test images against kept parameters and multiply-adds."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     curves, *sizes = figure.subplots(1, 3)
     colors: Any = colormaps["tab20"].colors  # type: ignore[attr-defined]
@@ -171,8 +174,8 @@ def _draw(arms: dict[str, Rows], path: Path) -> None:
         curves.plot(epochs[: len(means)], means, marker="o", markersize=3, label=arm)
         for axis, key in zip(sizes, ("kept", "multiply_adds"), strict=True):
             _scatter(axis, found, key)
-    curves.set(xlabel="epoch of finetuning", ylabel="top-1 on held-out images, %")
-    sizes[0].set(xlabel="parameters kept", ylabel="top-1 on test images, %", xscale="log")
+    curves.set(xlabel="epoch of finetuning", ylabel=f"{what} on held-out images, %")
+    sizes[0].set(xlabel="parameters kept", ylabel=f"{what} on test images, %", xscale="log")
     sizes[1].set(xlabel="multiply-adds kept, per image", xscale="log")
     for axis in sizes:
         axis.xaxis.set_major_formatter(EngFormatter())

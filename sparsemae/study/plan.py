@@ -11,6 +11,8 @@ from typing import Any
 from sparsemae.options import ArmConfig, StudyConfig
 from sparsemae.study.stages import Stage
 
+CLASSES = "classes.txt"
+"""File of the names of the classes of masks, below the root."""
 Rates = Mapping[tuple[str, str], float]
 """Learning rate by setting and arm."""
 
@@ -109,13 +111,25 @@ def pairs(study: StudyConfig) -> Iterator[tuple[str, str]]:
     return ((setting, arm) for setting in study.settings for arm in study.arms)
 
 
+def images_of(study: StudyConfig, root: Path) -> Path:
+    """The folder of train, val and test."""
+    return root / "images" if study.job == "segment" else root
+
+
+def _data(root: Path) -> tuple[str, ...]:
+    return ("--data.source", "folder", "--data.root", str(root))
+
+
 def _trial(study: StudyConfig, root: Path, setting: str, arm: str, seed: int, lr: float) -> Trial:
-    config, data = study.arms[arm], ("--data.source", "folder", "--data.root", str(root))
-    pretraining = _pretraining({**study.pretrain, **study.settings[setting].pretrain}, config, data, seed)
+    config, data = study.arms[arm], _data(root)
+    if study.job == "segment":
+        data += ("--data.classes", str(root / CLASSES))
+    common = {**study.pretrain, **study.settings[setting].pretrain}
+    pretraining = _pretraining(common, config, _data(images_of(study, root)), seed)
     name = f"{_slug(setting)}.{_slug(arm)}.{lr:g}.{seed}"
     options = {"optim.lr": lr, **study.finetune, **study.settings[setting].finetune, **config.finetune}
     finetuning = Stage(
-        name, "finetune", f"{arm}, {setting}, rate {lr:g}, seed {seed}", (*data, *words(options)),
+        name, study.job, f"{arm}, {setting}, rate {lr:g}, seed {seed}", (*data, *words(options)),
         pretraining[0].name if pretraining else None, required=True, seed=seed, recipe=options.get("config"),
     )  # fmt: skip
     return Trial(setting, arm, seed, lr, (*pretraining, finetuning))

@@ -15,14 +15,13 @@ from sparsemae.benchmark.kernels import processor
 from sparsemae.commands.evaluate import evaluate
 from sparsemae.config import read_config
 from sparsemae.files import write_atomic
-from sparsemae.options import EvaluateConfig, FinetuneConfig, SourceConfig
+from sparsemae.jobs import JOBS
+from sparsemae.options import EvaluateConfig, SourceConfig
 from sparsemae.sparsity import summarize
-from sparsemae.study.plan import Trial
+from sparsemae.study.plan import CLASSES, Trial
 from sparsemae.tasks import task_class
 from sparsemae.tasks.loading import load_model
 from sparsemae.tasks.sparse import meta_model
-
-METRIC = "top1"
 
 
 class Results:
@@ -56,18 +55,21 @@ def result(trial: Trial, out: Path, seconds: float) -> dict[str, Any]:
     """Of a trial whose runs are in ``out``: figures on the held-out images, sizes, curve, and where it was trained."""
     run = out / trial.finetuning.name
     model, card = load_model(run)
-    config = read_config(FinetuneConfig, ["--config", str(run / "config.yaml")])
-    task = task_class("classify")(config)
+    config = read_config(JOBS[trial.finetuning.job].options, ["--config", str(run / "config.yaml")])
+    task: Any = task_class(config.task)(config)
     task.class_names = card.class_names
-    summary, (forward,) = summarize(model), task.forwards(meta_model(task))
+    summary, forwards = summarize(model), [forward.total for forward in task.forwards(meta_model(task))]
     moved = _lines(run / "topology.jsonl")
     return {
         "setting": trial.setting, "arm": trial.arm, "seed": trial.seed, "lr": trial.lr,
-        "val": card.metrics[METRIC], "test": None,
+        "val": card.metrics[task.best_by], "test": None,
         "kept": summary.kept + summary.dense_total, "total": summary.sparse_total + summary.dense_total,
         "sparse_weights": summary.sparse_total,
-        "multiply_adds": forward.total.kept, "dense_multiply_adds": forward.total.dense,
-        "curve": [[line["epoch"], line[METRIC]] for line in _lines(run / "metrics.jsonl") if METRIC in line],
+        "multiply_adds": sum(total.kept for total in forwards),
+        "dense_multiply_adds": sum(total.dense for total in forwards),
+        "curve": [
+            [line["epoch"], line[task.best_by]] for line in _lines(run / "metrics.jsonl") if task.best_by in line
+        ],
         "topology": [[line["epoch"], line["total"]["flip_rate"], line["total"]["sad"]] for line in moved],
         "seconds": round(seconds, 1),
         "commands": trial.commands(out),
@@ -77,14 +79,16 @@ def result(trial: Trial, out: Path, seconds: float) -> dict[str, Any]:
 
 def tested(row: dict[str, Any], trial: Trial, out: Path, root: Path) -> dict[str, Any]:
     """The same with the figure on the test images, which nothing is chosen by."""
-    source = SourceConfig(source="folder", root=str(root), workers=0)
+    classes = str(root / CLASSES) if trial.finetuning.job == "segment" else None
+    source = SourceConfig(source="folder", root=str(root), classes=classes, workers=0)
     with (
         Path(os.devnull).open("w") as nowhere,
         contextlib.redirect_stdout(nowhere),
         contextlib.redirect_stderr(nowhere),
     ):
         metrics = evaluate(EvaluateConfig(str(out / trial.finetuning.name), source, split="test", accelerator="cpu"))
-    return {**row, "test": metrics[METRIC], "test_error": metrics["standard_error"]}
+    figure = str(task_class(JOBS[trial.finetuning.job].options.task).best_by)
+    return {**row, "test": metrics[figure], "test_error": metrics.get("standard_error")}
 
 
 def commit() -> str:

@@ -17,9 +17,18 @@ from PIL import Image
 from rich.console import Console
 
 from sparsemae.cli import main
+from sparsemae.commands.evaluate import evaluate
 from sparsemae.config import read_config
 from sparsemae.demo.stages import SMALL as RIVAL
-from sparsemae.options import ArmConfig, FinetuneConfig, PretrainConfig, SettingConfig, StudyConfig
+from sparsemae.options import (
+    ArmConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    SettingConfig,
+    SourceConfig,
+    StudyConfig,
+)
 from sparsemae.sparsity import summarize
 from sparsemae.study.page import write_page
 from sparsemae.study.plan import choose, final, pairs, selection, stages_of
@@ -171,7 +180,7 @@ def test_a_study_to_its_end_and_a_deleted_result_again(small: list[str], tmp_pat
     page = (out / "study.md").read_text()
     assert "| scratch | " in page.split("less each other arm")[1]
     assert (out / "study-0.png").is_file()
-    by_rate = page.split("Top-1 on held-out images by learning rate")[1]
+    by_rate = page.split("By learning rate, top-1 on held-out images")[1]
     mean = sum(row["val"] for row in rows if row["arm"] == "scratch" and row["lr"] == 1e-3) / 2
     assert f"| scratch | {100 * mean:.2f} | " in by_rate
 
@@ -347,3 +356,41 @@ def test_a_report_of_nothing_is_refused(small: list[str], tmp_path: Path, capsys
         main([*small, "--report", str(tmp_path / "study.md")])
     assert "wanted a study with figures on its test images" in capsys.readouterr().err
     assert not (tmp_path / "study.md").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.holds("better.1")
+def test_a_study_of_segmentation(tmp_path: Path) -> None:
+    """Masks of two classes, bright or dark; figures are of mIoU, those on test images evaluate's."""
+    root, generator = tmp_path / "scenes", np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 3), ("test", 4)):
+        for kind in ("images", "masks"):
+            (root / kind / split).mkdir(parents=True)
+        for number in range(count):
+            pixels = generator.integers(0, 256, (28, 28), np.uint8)
+            Image.fromarray(pixels).save(root / "images" / split / f"{number}.png")
+            Image.fromarray((pixels > 128).astype(np.uint8)).save(root / "masks" / split / f"{number}.png")
+    (root / "classes.txt").write_text("dark\nbright\n")
+    network = {"patch_size": 7, "embed_dim": 32, "depth": 4, "num_heads": 2}
+    short = {"trainer.epochs": 1, "optim.warmup_epochs": 0, "trainer.global_batch": 4, "model.args": network,
+             "data.train_images": 8, "trainer.precision": "fp32"}  # fmt: skip
+    head = {"head.kind": "linear", "trainer.evaluate_every_epochs": 1}
+    study = {
+        "out": str(tmp_path / "out"), "job": "segment", "root": str(root), "seeds": 1, "selection_seeds": 1,
+        "learning_rates": [1e-3, 2e-3], "pretrain": {"config": "demo_pretrain", **short},
+        "finetune": {"config": "demo_segment", **short, **head}, "settings": {"few": {}},
+        "arms": {"ours": {"pretrain": {}}, "scratch": {}},
+    }  # fmt: skip
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    main(["study", "--config", str(tmp_path / "study.yaml")])
+    rows = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
+    assert len(rows) == 4
+    page = (tmp_path / "out/study.md").read_text()
+    for row in (row for row in rows if row["test"] is not None):
+        assert [command[1] for command in row["commands"]][-1] == "segment"
+        run = row["commands"][-1][row["commands"][-1].index("--out") + 1]
+        config = EvaluateConfig(run, SourceConfig(source="folder", root=str(root)), split="test", accelerator="cpu")
+        assert row["test"] == evaluate(config)["miou"]
+        assert f"| {row['arm']} | {100 * row['test']:.2f} |" in page
+    assert "| arm | mIoU |" in page
+    assert "top-1" not in page
