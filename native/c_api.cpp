@@ -30,8 +30,13 @@ using namespace sparsemae;
 
 namespace {
 
-// Fewer inputs of an int8 layer stay as they are: there, rounding takes most from the logits and saves the least.
+// In a network with narrower int8 layers inputs stay as they are: rounding takes most from its logits, saves least.
 constexpr std::size_t kLeastRounded = 192;
+
+bool is_wide(const PackedFile& file) {
+  return std::all_of(file.weights.begin(), file.weights.end(),
+                     [](const auto& entry) { return !entry.second.quantize || entry.second.columns >= kLeastRounded; });
+}
 
 thread_local char last_error[256];
 #if !defined(__wasm__)
@@ -120,7 +125,7 @@ struct sparsemae_kernel_timing {
 };
 SPARSEMAE_API
 #endif
-// quantize: whether the inputs of int8 layers are rounded; negative: of those that have kLeastRounded or more.
+// quantize: whether the inputs of int8 layers are rounded; negative: where the network is wide.
 sparsemae_model* sparsemae_open_as(const void* bytes, size_t size, uint32_t threads, const char* isa, int quantize) {
   return guarded<sparsemae_model*>(nullptr, [&]() -> sparsemae_model* {
     const auto* at = static_cast<const std::uint8_t*>(bytes);
@@ -132,8 +137,8 @@ sparsemae_model* sparsemae_open_as(const void* bytes, size_t size, uint32_t thre
     }
     PackedFile file;
     const std::string wrong = read_packed(at, size, file);
-    for (auto& [name, weights] : file.weights)
-      weights.quantize = weights.quantize && (quantize < 0 ? weights.columns >= kLeastRounded : quantize);
+    const bool rounded = quantize < 0 ? is_wide(file) : quantize;
+    for (auto& [name, weights] : file.weights) weights.quantize = weights.quantize && rounded;
     if (wrong.empty() && threads <= 1024) return new sparsemae_model(std::move(file), threads, isa);
     remember((wrong.empty() ? "threads: wanted at most 1024"
                             : "wanted a packed model, got one that cannot be used: " + wrong)

@@ -6,6 +6,7 @@ Everything is counted on the models that the job would build, on the meta device
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lightning_fabric import Fabric
 from torch import nn
@@ -182,7 +183,9 @@ def _faster(data: DataConfig) -> str:
 
 
 def _read_words(job: str, words: list[str]) -> TrainingConfig:
-    recipe = read_config(JOBS[job].options, words, "sparsemae plan", JOBS[job].recipe)
+    recipe: Any = read_config(JOBS[job].options, words, "sparsemae plan", JOBS[job].recipe)
+    if hasattr(recipe, "teacher"):
+        recipe.teacher = None  # not counted, and perhaps not trained yet
     check_paths(recipe)
     return recipe  # type: ignore[no-any-return]
 

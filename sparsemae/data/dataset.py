@@ -39,7 +39,7 @@ class Unreadable:
 
 
 class ImageDataset(Dataset[Any]):
-    """Samples ``{"image": uint8 [3, H, W], "target": class or uint8 [H, W], "index": int}``.
+    """Samples ``{"image": uint8 [3, H, W] or a crop, "target": class or uint8 [H, W], "index": int}``.
 
     Indexed by a training key (epoch, index), or in evaluation by the index alone. With ``patches`` a sample has
     ``"noise": [L]``. ``"unreadable"`` lists what a training sample was tried with in vain; its augmentation is that of

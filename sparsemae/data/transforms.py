@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision import transforms
 
 from sparsemae.card import InputSpec
-from sparsemae.data.crops import Crop
+from sparsemae.data.crops import Crop, resized
 from sparsemae.data.images import center_crop
 from sparsemae.data.jpeg import Decoded
 from sparsemae.options import ImageDataConfig
@@ -32,6 +32,10 @@ class ImageTransform:
         return torch.as_tensor(self.steps(image)), target
 
 
+LARGEST_CROP = 16
+"""Pixels of a crop for each that it will have; of larger ones a batch would be of gigabytes: a loader resizes them."""
+
+
 @dataclass(frozen=True)
 class CropTransform:
     """Cuts out what the device will resize, with the draws of an `ImageTransform`, and passes the image's class on."""
@@ -41,14 +45,17 @@ class CropTransform:
     options: ImageDataConfig
 
     def __call__(self, image: Image.Image | Decoded, target: Any) -> tuple[Crop, Any]:
-        given = image.pixels if isinstance(image, Decoded) else image
+        given, options = image.pixels if isinstance(image, Decoded) else image, self.options
         top, left, height, width = self.crop.get_params(given, self.crop.scale, self.crop.ratio)
+        top, left = min(top, image.height - 1), min(left, image.width - 1)  # a part of a tiny image may have no pixel
+        height, width = max(height, 1), max(width, 1)
         if isinstance(image, Decoded):
             part = image.part((top, left, height, width))
         else:
             part = torch.from_numpy(np.array(image.crop((left, top, left + width, top + height))))
-        flipped = bool(torch.rand(1) < self.options.hflip)
-        return Crop(part, flipped, self.options.img_size, self.options.interpolation), target
+        if height * width > LARGEST_CROP * options.img_size**2:
+            part = resized(part, options.img_size, options.interpolation).permute(1, 2, 0)
+        return Crop(part, bool(torch.rand(1) < options.hflip), options.img_size, options.interpolation), target
 
 
 def training_transform(options: ImageDataConfig) -> ImageTransform | CropTransform:

@@ -152,8 +152,8 @@ def load(path: str | Path, threads: int | None = None, quantize: bool | None = N
         threads: how many to compute with, fewer where the system lets no more start; default: the processors this
             process may use, within its cgroup's quota, as far as the model has work for them.
         quantize: of int8 files, on processors that multiply int8 (amx, amxvnni, avx512vnni, avxvnni): round the inputs
-            of the sparse layers to int8 with a scale per token, for about 1.5 times the speed; False: the int8 weights
-            are multiplied as bf16; None: that where a layer has fewer than 192 inputs, whose rounding costs most.
+            of the sparse layers to int8 with a scale per token, for about 1.5 times the speed; False: leave them as
+            they are; None: round them in networks 192 wide or more, since narrower ones lose most by it.
 
     Raises:
         ValueError: it is no packed model that can be used (one line, naming it), `threads` is no number of threads, or

@@ -119,7 +119,7 @@ def hold_masks(model: nn.Module, in_bf16: bool = False) -> Iterator[None]:
     """Keep the masks of now: each is computed once, however many forwards run inside.
 
     Args:
-        in_bf16: these run under autocast to it; faster, and the same.
+        in_bf16: these run under autocast to it, and the weights do not change meanwhile: the kept ones are held, too.
     """
     held = [layer for _, layer in iter_sparse(model) if not layer.frozen and layer.held_mask is None]
     for layer in held:

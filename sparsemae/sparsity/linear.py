@@ -119,7 +119,7 @@ class NMLinear(nn.Linear):
         if self.weight.grad is not None:
             self.weight.grad.masked_fill_(~divided(mask, self.weight), 0.0)
         check_holds(whole(self.weight), mask, self.pattern, name)
-        self.held_mask = None
+        self.held_mask = self.held_kept = None
         _keep_zero_after_steps(self)
 
     @torch.no_grad()

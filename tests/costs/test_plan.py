@@ -241,3 +241,11 @@ def test_a_loaders_rate_is_measured(image_folder: Path) -> None:
     task = Pretraining(PretrainConfig(data=data, model=ModelConfig(args={"patch_size": 7, "depth": 1})))
     task.open_data()
     assert loader_rate(task, meta_model(task), seconds=0.05) > 1
+
+
+@pytest.mark.slow
+def test_the_teacher_of_a_plus_recipe_need_not_be_there(image_folder: Path) -> None:
+    for job in ("pretrain", "finetune"):
+        words = ["--config", f"{job}_t_plus", "--init", "null", "--data.root", str(image_folder), "--model.args", "{depth: 1}",
+                 "--trainer.global_batch", "8", "--trainer.device_batch", "8"]  # fmt: skip
+        assert "images" in str(plan(PlanConfig(job, words=words)))

@@ -1,6 +1,7 @@
 """Crops that are resized on the device: the loader's draws, its pixels to a rounding, and a whole training."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import photographs
 import pytest
 import torch
 from conftest import Figure, tiny
+from PIL import Image
 
 from sparsemae.cli import main
 from sparsemae.data.crops import Crops
@@ -87,3 +89,16 @@ def test_what_wants_the_resized_image_is_refused(option: str) -> None:
     other: Any = {"auto_augment": "rand-m9-mstd0.5-inc1", "crop": "shift"}[option]
     with pytest.raises(ValueError, match=rf"^data\.resize_on: wanted loader with data\.{option}.*, got device$"):
         ImageDataConfig(resize_on="device", **{option: other})
+
+
+def test_large_crops_are_resized_by_the_loader_and_tiny_ones_have_a_pixel() -> None:
+    transform = training_transform(ImageDataConfig(img_size=8, crop_scale=(0.9, 1.0), resize_on="device"))
+    for width, height, large in ((200, 200, True), (20, 20, False), (1, 1, False)):
+        for seed in range(50):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            crop, target = transform(Image.new("RGB", (width, height), (9, 8, 7)), 3)
+            assert target == 3
+            assert (crop.pixels.shape == (8, 8, 3)) == large
+            assert crop.pixels.numel() >= 3
+            assert (Crops.of([crop]).to("cpu")[0, :, 0, 0] == torch.tensor([9, 8, 7])).all()

@@ -103,11 +103,11 @@ def test_any_batch_and_thread_count_gives_the_same_bits(isa: str, dtype: str) ->
 
 @pytest.mark.holds("fast.3")
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa in INTEGER])
-def test_inputs_are_rounded_from_192_on(isa: str) -> None:
+def test_inputs_are_rounded_in_networks_from_192_on(isa: str) -> None:
     """Unless told otherwise."""
-    for width, heads, wide in ((64, 2, False), (192, 3, True)):
+    for width, hidden, heads, wide in ((64, 256, 2, False), (192, 192, 3, True)):
         model = reference.random_model(
-            reference.vit_shape(embed_dim=width, num_heads=heads, mlp_hidden=width, depth=1), dtype="int8"
+            reference.vit_shape(embed_dim=width, num_heads=heads, mlp_hidden=hidden, depth=1), dtype="int8"
         )
         images = images_for(model, 2)
         left, rounded, chosen = (

@@ -67,5 +67,5 @@ def test_int8_of_a_trained_model_gives_its_classes(
         assert (got.argmax(1) == wanted.argmax(1))[clear].all()
         assert clear.mean() > 0.9
         assert points <= 0.2
-        assert within > 0.9998  # the bar is all; by training and processor up to 16 of 100,000 are beyond it
+        assert within > 0.9998  # the bar is all; in some trainings a few of 100,000 are beyond it
         assert largest <= 5e-2
