@@ -177,4 +177,4 @@ def _random_block(vit: VitShape, isa: str, pattern: str, dtype: str) -> native.V
         tensors[f"{name}.values"] = to_bf16(values) if dtype == "bf16" else values.astype(DTYPES[dtype])
     spec = InputSpec(vit.image_height, (0.5,) * vit.in_chans, (0.5,) * vit.in_chans)
     card = ModelCard("classify", "random weights", {}, spec, patterns=patterns)
-    return native.Vit(to_bytes(PackedModel(PackedConfig(card, vit, dtypes), tensors)), 1, isa)
+    return native.Vit(to_bytes(PackedModel(PackedConfig(card, vit, dtypes), tensors)), 1, isa, quantize=True)

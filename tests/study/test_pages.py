@@ -21,6 +21,8 @@ PAGES = {
     "search": f"{DOCS}/search.yaml",
     "candidates": f"{DOCS}/candidates.yaml",
     "plus": f"{DOCS}/plus.yaml",
+    "quick_plus": f"{DOCS}/quick_plus.yaml",
+    "openclipart_plus": f"{DOCS}/openclipart_plus.yaml",
 }
 OURS, FIRST_SEEDS = "SparseMAE", (0, 1)
 FIVE = ("dense MAE -> SR-STE", "small dense with MAE, equal kept parameters",
