@@ -89,7 +89,7 @@ def test_every_stage_is_a_command_that_parses(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[Path] = []
-    monkeypatch.setattr("sparsemae.study.command._write_embedded", written.append)
+    monkeypatch.setattr("sparsemae.study.command._write_embedded", lambda config, root: written.append(root))
     words = ["study", "--config", "study_quick", "--out", str(tmp_path), "--print_commands"]
     main([*words, "shell"])
     assert written == [tmp_path / "images"], "which the commands read"
