@@ -246,6 +246,6 @@ def test_a_loaders_rate_is_measured(image_folder: Path) -> None:
 @pytest.mark.slow
 def test_the_teacher_of_a_plus_recipe_need_not_be_there(image_folder: Path) -> None:
     for job in ("pretrain", "finetune"):
-        words = ["--config", f"{job}_t_plus", "--init", "null", "--data.root", str(image_folder), "--model.args", "{depth: 1}",
-                 "--trainer.global_batch", "8", "--trainer.device_batch", "8"]  # fmt: skip
+        words = ["--config", f"{job}_t_plus", "--init", "null", "--data.root", str(image_folder), "--model.args",
+                 "{depth: 1}", "--trainer.global_batch", "8", "--trainer.device_batch", "8"]  # fmt: skip
         assert "images" in str(plan(PlanConfig(job, words=words)))
