@@ -57,6 +57,7 @@ def test_pixels_are_the_references_to_a_rounding(jpeg: Any, interpolation: str, 
     figure(f"{jpeg}, {interpolation}: {differences.mean():.3f} of 255 in the mean, at most {differences.max():.3f}")
 
 
+@pytest.mark.slow
 def test_a_training_sees_the_same_crops_and_resumes(jpegs: Path, tmp_path: Path) -> None:
     def losses(name: str, *more: str) -> list[float]:
         where = [

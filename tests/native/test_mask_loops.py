@@ -67,6 +67,7 @@ def found(loops: Any, weight: Tensor, gradient: Tensor) -> list[Tensor]:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.holds("fast.8")
 @pytest.mark.parametrize("name", ["avx2", "avx512"])
 def test_bits_are_those_of_the_plain_loops(name: str, tmp_path: Path) -> None:
