@@ -54,10 +54,14 @@ def study(config: StudyConfig) -> None:
 
 def _check(config: StudyConfig, root: Path) -> None:
     """Read each arm's commands before the first is run: what would be refused after hours is refused now."""
-    images = images_of(config, root)
-    there = {"train", "val", "test"} if config.root is None else split_folders(images, "--root").keys()
-    if missing := {"train", "val", "test"} - there:  # without val a training takes test for it
-        raise ValueError(f"--root: {images}: wanted images in train, val and test, got none in {', '.join(missing)}")
+    masks_too = [root / "masks"] if config.job == "segment" else []
+    for top in [images_of(config, root), *masks_too] if config.root is not None else []:
+        if (
+            missing := {"train", "val", "test"} - split_folders(top, "--root").keys()
+        ):  # without val test is taken for it
+            raise ValueError(f"--root: {top}: wanted images in train, val and test, got none in {', '.join(missing)}")
+    if masks_too and config.root is not None and not (root / CLASSES).is_file():
+        raise ValueError(f"--root: {root / CLASSES}: wanted a class on each line, got no such file")
     out, lr = Path(config.out), config.learning_rates[0]
     each = final(replace(config, seeds=1), root, dict.fromkeys(pairs(config), lr))
     stages_of([*each, *selection(config, root)])

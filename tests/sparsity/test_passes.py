@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsemae.sparsity import MaskSchedule, NMPattern, iter_sparse, passes, sparsify
+from sparsemae.sparsity import MaskSchedule, NMPattern, freeze, iter_sparse, passes, sparsify
 from sparsemae.sparsity.linear import _StraightThrough
 from sparsemae.sparsity.pattern import select_mask
 
@@ -70,6 +70,8 @@ def test_held_in_bf16_two_forwards_are_what_they_are_without() -> None:
             for images in torch.randn(2, 5, 64):
                 with torch.autocast("cpu", torch.bfloat16):
                     model(images).float().square().sum().backward()
+            freeze(model)  # which holds nothing any more
+            assert all(layer.held_kept is None for _, layer in iter_sparse(model))
         assert all(layer.held_kept is None for _, layer in iter_sparse(model))
         found.append([parameter.grad for parameter in model.parameters()])
     assert all(map(torch.equal, *found))

@@ -382,6 +382,12 @@ def test_a_study_of_segmentation(tmp_path: Path) -> None:
         "arms": {"ours": {"pretrain": {}}, "scratch": {}},
     }  # fmt: skip
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    for missing in (root / "classes.txt", root / "masks" / "val"):  # said before the first training
+        missing.rename(tmp_path / "away")
+        with pytest.raises(SystemExit):
+            main(["study", "--config", str(tmp_path / "study.yaml")])
+        assert not (tmp_path / "out").exists()
+        (tmp_path / "away").rename(missing)
     main(["study", "--config", str(tmp_path / "study.yaml")])
     rows = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
     assert len(rows) == 4
