@@ -393,7 +393,8 @@ def test_a_study_of_segmentation(tmp_path: Path) -> None:
     assert len(rows) == 4
     page = (tmp_path / "out/study.md").read_text()
     for row in (row for row in rows if row["test"] is not None):
-        assert [command[1] for command in row["commands"]][-1] == "segment"
+        jobs = {command[1]: command[command.index("--data.root") + 1] for command in row["commands"]}
+        assert jobs == {"segment": str(root)} | ({} if row["arm"] == "scratch" else {"pretrain": f"{root}/images"})
         run = row["commands"][-1][row["commands"][-1].index("--out") + 1]
         config = EvaluateConfig(run, SourceConfig(source="folder", root=str(root)), split="test", accelerator="cpu")
         assert row["test"] == evaluate(config)["miou"]
