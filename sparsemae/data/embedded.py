@@ -69,8 +69,8 @@ class EmbeddedReader:
 class EmbeddedPairs(EmbeddedReader):
     """Images, and the classes of all their pixels, uint8 ``[28, 28]``, in place of a label."""
 
-    class_names, one_size = ["Background", *CLASS_NAMES], True
-    legend = Legend(class_names)
+    legend = Legend(["Background", *CLASS_NAMES])
+    class_names = legend.class_names
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
         return super().__getitem__(index)[0], masks(self.split)[index]

@@ -42,8 +42,6 @@ class Source:
     """Number in ``class_names`` for each of the reader's labels; None: they are these numbers."""
     legend: Legend | None = None
     """What the values of the masks mean; None: each image has one class."""
-    one_size: bool = False
-    """All images have the same size."""
     max_pixels: int = MAX_PIXELS
     """Images and masks of more are refused."""
     decoder: Callable[..., Any] = decode_rgb
@@ -219,9 +217,8 @@ class Splits:
     def whole(self, split: Part) -> Source:
         """All images of one split, or of all splits."""
         reader = self._joined() if split == "all" else self.reader(split)
-        legend, one_size = getattr(reader, "legend", None), getattr(reader, "one_size", False)
-        limit = self.data.max_pixels
-        return Source(reader, reader.class_names, np.arange(len(reader)), None, legend, one_size, limit)
+        legend = getattr(reader, "legend", None)
+        return Source(reader, reader.class_names, np.arange(len(reader)), None, legend, self.data.max_pixels)
 
     def open(
         self, split: Part, limit: int | None = None, class_names: Sequence[str] | None = None,
@@ -319,7 +316,7 @@ class _Joined:
 
     def __init__(self, readers: Sequence[Any]) -> None:
         self.readers, self.class_names = readers, readers[0].class_names
-        self.legend, self.one_size = getattr(readers[0], "legend", None), False
+        self.legend = getattr(readers[0], "legend", None)
         self.starts = np.cumsum([0, *map(len, readers)])
         sources = [Source(reader, reader.class_names, np.arange(0)) for reader in readers]
         if self.legend is None:

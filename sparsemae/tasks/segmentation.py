@@ -4,8 +4,9 @@ Predictions are compared with the masks at the images' own size. All scores come
 all images and processes.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 from torchvision.transforms.v2 import functional as transforms
 
-from sparsemae.card import ModelCard
+from sparsemae.card import InputSpec, ModelCard
 from sparsemae.costs.multiply_adds import Forward, count_forward
 from sparsemae.data import loader, mask_transforms, masks, pairs, sampling
 from sparsemae.data.dataset import ImageDataset
@@ -28,15 +29,15 @@ from sparsemae.models.segmenter import Segmenter, segmentation_loss
 from sparsemae.options import HeadConfig, InferenceConfig, SegmentConfig, SourceConfig
 from sparsemae.predictor import require_finite
 from sparsemae.tasks.outcomes import PixelOutcomes, Shown
-from sparsemae.tasks.sliding_window import predict_scores
+from sparsemae.tasks.sliding_window import predict_scores, resized
 from sparsemae.tasks.sparse import meta_model
 from sparsemae.tasks.task import Network, Task, blank_images, picture
 from sparsemae.training.logs import with_progress
 
 PER_CLASS = "iou/"
 """Before a class's name, in the metrics."""
-SMALL_IMAGES_AT_ONCE = 250
-"""Of a source whose images have one size; others come one at a time."""
+PIXELS_AT_ONCE = 512 * 512
+"""As the network sees them: small images of one size are evaluated together, one that has more by itself."""
 
 
 class Segmentation(Task[SegmentConfig]):
@@ -191,15 +192,14 @@ class Segmentation(Task[SegmentConfig]):
         """
         names, inference = card.class_names, InferenceConfig(**card.settings["inference"])
         meter = MulticlassConfusionMatrix(len(names), ignore_index=masks.IGNORED).to(fabric.device)
-        at_once = SMALL_IMAGES_AT_ONCE if dataset.source.one_size else 1
-        sampler = sampling.EvaluationSampler(len(dataset), at_once, fabric.global_rank, fabric.world_size)
+        sampler = sampling.EvaluationSampler(len(dataset), 1, fabric.global_rank, fabric.world_size)
 
         def logits(images: Tensor) -> Any:
             with fabric.autocast():
                 return network(images).logits
 
         unreadable = loader.UnreadableImages(len(dataset), 0.0, at_end=True)
-        found = loader.batches(dataset, sampler, workers, unreadable=unreadable)
+        found = of_one_size(loader.batches(dataset, sampler, workers, unreadable=unreadable), card.input, inference)
         for batch in with_progress(found, "evaluating", len(dataset)) if progress else found:
             images, targets = fabric.to_device((batch["image"], batch["target"]))
             predicted = predict_scores(logits, images, card.input, inference).argmax(dim=1)
@@ -248,6 +248,20 @@ class Segmentation(Task[SegmentConfig]):
         if inference["mode"] == "whole":
             del inference["stride"]
         return ", ".join(f"{name} {value}" for name, value in inference.items())
+
+
+def of_one_size(
+    single: Iterable[dict[str, Tensor]], spec: InputSpec, inference: InferenceConfig
+) -> Iterator[dict[str, Tensor]]:
+    """Batches of one image each, in their order; those that follow on one of the same size go with it, while small."""
+
+    def pixels(height: int, width: int) -> int:
+        seen_height, seen_width = resized(height, width, spec, max(inference.scales))
+        return max(height * width, seen_height * seen_width)
+
+    for size, same in itertools.groupby(single, lambda batch: batch["image"].shape[-2:]):
+        while together := list(itertools.islice(same, max(1, PIXELS_AT_ONCE // pixels(*size)))):
+            yield {key: torch.cat([batch[key] for batch in together]) for key in together[0]}
 
 
 def scores(confusion: Tensor) -> tuple[dict[str, float], list[float]]:

@@ -40,19 +40,23 @@ def slide(network: Network, images: Tensor, window: int, stride: int) -> Tensor:
     return total / count
 
 
+def resized(height: int, width: int, spec: InputSpec, scale: float) -> tuple[int, int]:
+    """Size at which a network sees an image."""
+    assert spec.short_side is not None
+    assert spec.long_side is not None
+    return resized_size(height, width, spec.short_side * scale, spec.long_side * scale)
+
+
 def predict_scores(network: Network, images: Tensor, spec: InputSpec, inference: InferenceConfig) -> Tensor:
     """Scores ``[B, C, H, W]`` of bytes ``[B, 3, H, W]`` at their own size: their argmax is the prediction.
 
     One view's are its logits; of several scales and mirrored images it is the mean of their probabilities.
     """
     height, width = size = images.shape[-2:]
-    assert spec.short_side is not None
-    assert spec.long_side is not None
     views = [(scale, flip) for scale in inference.scales for flip in (False, True)[: 1 + inference.flip]]
     total = None
     for scale, flip in views:
-        resized = resized_size(height, width, spec.short_side * scale, spec.long_side * scale)
-        view = transforms.resize(images, list(resized), antialias=True)
+        view = transforms.resize(images, list(resized(height, width, spec, scale)), antialias=True)
         view = normalize(view.flip(-1) if flip else view, spec.mean, spec.std)
         logits = slide(network, view, spec.img_size, inference.stride) if inference.mode == "slide" else network(view)
         logits = F.interpolate(logits.flip(-1) if flip else logits, size=size, mode="bilinear", align_corners=False)

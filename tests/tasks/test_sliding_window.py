@@ -9,6 +9,7 @@ from sparsemae.card import InputSpec
 from sparsemae.options.model import InferenceConfig
 from sparsemae.sparsity import hold_masks
 from sparsemae.tasks.loading import load_model
+from sparsemae.tasks.segmentation import of_one_size
 from sparsemae.tasks.sliding_window import predict_scores, slide, window_starts
 
 SIZES = [(300, 500), (512, 512), (512, 683), (683, 512), (513, 1024), (1024, 683), (200, 1000)]
@@ -66,3 +67,27 @@ def test_scales_and_mirrors_are_averaged_at_the_images_size() -> None:
     assert torch.allclose(scores.sum(1), torch.ones(1, 40, 60))
     mirrored = predict_scores(forward, images.flip(-1), spec, inference)
     assert torch.allclose(mirrored.flip(-1), scores, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "short_side", "scales", "wanted"),
+    [
+        ([(28, 28)] * 700, 28, [1.0], [334, 334, 32]),  # 334 * 28 * 28 <= 512 * 512 < 335 * 28 * 28
+        ([(28, 28)] * 700, 28, [1.0, 2.0], [83] * 8 + [36]),
+        ([(28, 28)] * 3, 512, [1.0], [1, 1, 1]),  # as large as the network sees them
+        ([(600, 600)] * 2, 28, [1.0], [1, 1]),  # as large as their masks are
+        ([(28, 28), (28, 28), (28, 30), (30, 28), (30, 28), (28, 28)], 28, [1.0], [2, 1, 2, 1]),
+        ([], 28, [1.0], []),
+    ],
+)
+def test_small_images_of_one_size_that_follow_on_one_another_are_evaluated_together(
+    sizes: list[tuple[int, int]], short_side: int, scales: list[float], wanted: list[int]
+) -> None:
+    single = [
+        {"image": torch.zeros(1, 3, *size, dtype=torch.uint8), "index": torch.tensor([number])}
+        for number, size in enumerate(sizes)
+    ]
+    spec = InputSpec(28, (0.5,) * 3, (0.5,) * 3, short_side=short_side, long_side=4 * short_side)  # type: ignore[arg-type]
+    batches = list(of_one_size(single, spec, InferenceConfig("whole", scales=scales)))
+    assert [len(batch["image"]) for batch in batches] == wanted
+    assert [index for batch in batches for index in batch["index"].tolist()] == [*range(len(sizes))]
