@@ -163,13 +163,22 @@ def completion(shell: str, options: Mapping[str, type[Any]]) -> str:
     return str(whole.get_completion_script(f"shtab-{shell}"))
 
 
-def check_paths(config: Any) -> None:
-    """Raises ValueError, naming the option, if a file or folder, or the recipe, that a job is to read is not there."""
+def recipe_settings(name: str) -> dict[str, Any]:
+    """What a recipe sets, by the names of now. Raises ValueError as `read_config` does."""
+    return _recipe(name)[1]
+
+
+def check_paths(config: Any, but: Sequence[str] = ()) -> None:
+    """Raises ValueError, naming the option, if a file or folder, or the recipe, that a job is to read is not there.
+
+    Args:
+        but: options that may name what is yet to be made.
+    """
     if hasattr(config, "recipe") and config.words is None:
         _recipe(config.recipe)
     for option, value in marked(config, "must_exist"):
         for path in value if isinstance(value, list) else [value]:
-            if path is not None and not Path(path).exists():
+            if option not in but and path is not None and not Path(path).exists():
                 raise ValueError(f"{option}: {path}: no such file or folder")
 
 

@@ -34,22 +34,6 @@ _HEAD = (
     "of its peak", "norm",
 )  # fmt: skip
 _MARKS = re.compile(r"(<!-- table of make kernels -->\n).*?(<!-- end -->)", re.DOTALL)
-_GENERATIONS = {
-    "AuthenticAMD 23/": "Zen 2 or older",
-    "AuthenticAMD 25/1[67]/": "Zen 4",
-    "AuthenticAMD 25/9[67]/": "Zen 4",
-    "AuthenticAMD 25/1[12][0-9]/": "Zen 4",
-    "AuthenticAMD 25/16[0-9]/": "Zen 4c",
-    "AuthenticAMD 25/": "Zen 3",
-    "AuthenticAMD 26/": "Zen 5",
-    "GenuineIntel 6/85/": "Skylake-X, Cascade or Cooper Lake",
-    "GenuineIntel 6/10[68]/": "Ice Lake",
-    "GenuineIntel 6/143/": "Sapphire Rapids",
-    "GenuineIntel 6/15[14]/": "Alder Lake",
-    "GenuineIntel 6/(183|186|191)/": "Raptor Lake",
-    "GenuineIntel 6/207/": "Emerald Rapids",
-    "GenuineIntel 6/17[34]/": "Granite Rapids",
-}
 
 
 @dataclass
@@ -139,7 +123,7 @@ def _measure(vit: VitShape, block: native.Vit, pattern: str, dtype: str, runs: i
     rate = vit.tokens * sum(weights.values()) / sum(timing.seconds for timing in linear)
     attention = timings["attention"]
     return KernelRow(
-        processor=processor(),
+        processor=native.processor_name(),
         isa=block.isa,
         weights=f"{pattern} {dtype}",
         milliseconds={kernel: 1e3 * timing.seconds for kernel, timing in timings.items()},
@@ -148,13 +132,6 @@ def _measure(vit: VitShape, block: native.Vit, pattern: str, dtype: str, runs: i
         share=rate / (linear[0].peak * (n / m if linear[0].zeros else 1.0)),
         attention_share=2 * vit.tokens**2 * vit.embed_dim / attention.seconds / attention.peak,
     )
-
-
-def processor() -> str:
-    """Vendor, family/model/stepping, generation where it is known: instruction sets."""
-    name, features = native.processor()
-    generation = next((known for pattern, known in _GENERATIONS.items() if re.match(pattern, name)), "")
-    return f"{name or 'unknown'}{f' ({generation})' if generation else ''}: {' '.join(features) or 'none by name'}"
 
 
 def _random_block(vit: VitShape, isa: str, pattern: str, dtype: str) -> native.Vit:

@@ -67,6 +67,7 @@ class StudyConfig(Options):
     plan: bool = False
     """Only count the trainings, measure the rate of each kind, and say what the study takes."""
     print_commands: Literal["shell", "slurm"] | None = None
-    """Only print the trainings as commands for a cluster: as lines, or as two Slurm arrays."""
+    """Only print the trainings as commands for a cluster. slurm: write two arrays into out, and print how to submit
+    them. Started there without it when they have ended, the study collects their results."""
     report: str | None = None
     """Only write this page, and its pictures beside it, from the results there are."""

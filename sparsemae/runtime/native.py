@@ -4,6 +4,7 @@ A call costs a microsecond; Python's lock is free while the library computes. Wh
 """
 
 import ctypes
+import re
 import sys
 import weakref
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_size_t, c_uint, c_uint8, c_uint32, c_void_p
@@ -171,6 +172,31 @@ def processor() -> tuple[str, list[str]]:
     """Vendor, family, model and stepping; and the instruction sets that kernels could use."""
     name, _, features = _LIBRARY.sparsemae_processor().decode().partition("\n")
     return name, features.split()
+
+
+def processor_name() -> str:
+    """Vendor, family/model/stepping, generation where it is known: instruction sets."""
+    name, features = processor()
+    generation = next((known for pattern, known in _GENERATIONS.items() if re.match(pattern, name)), "")
+    return f"{name or 'unknown'}{f' ({generation})' if generation else ''}: {' '.join(features) or 'none by name'}"
+
+
+_GENERATIONS = {
+    "AuthenticAMD 23/": "Zen 2 or older",
+    "AuthenticAMD 25/1[67]/": "Zen 4",
+    "AuthenticAMD 25/9[67]/": "Zen 4",
+    "AuthenticAMD 25/1[12][0-9]/": "Zen 4",
+    "AuthenticAMD 25/16[0-9]/": "Zen 4c",
+    "AuthenticAMD 25/": "Zen 3",
+    "AuthenticAMD 26/": "Zen 5",
+    "GenuineIntel 6/85/": "Skylake-X, Cascade or Cooper Lake",
+    "GenuineIntel 6/10[68]/": "Ice Lake",
+    "GenuineIntel 6/143/": "Sapphire Rapids",
+    "GenuineIntel 6/15[14]/": "Alder Lake",
+    "GenuineIntel 6/(183|186|191)/": "Raptor Lake",
+    "GenuineIntel 6/207/": "Emerald Rapids",
+    "GenuineIntel 6/17[34]/": "Granite Rapids",
+}
 
 
 def decode_positions(codes: NDArray[np.uint8], groups: int, n: int, k: int) -> bytes:

@@ -13,9 +13,10 @@ from typing import Any
 from PIL import Image
 from rich.console import Console
 
-from sparsemae.config import read_config
+from sparsemae.config import check_paths, read_config
 from sparsemae.data.embedded import CLASS_NAMES, EmbeddedPairs, EmbeddedReader, masks
 from sparsemae.data.folders import split_folders
+from sparsemae.files import write_atomic
 from sparsemae.jobs import JOBS
 from sparsemae.limits import value_of
 from sparsemae.options import StudyConfig, TrainerConfig
@@ -73,6 +74,7 @@ def _check(config: StudyConfig, root: Path) -> None:
             for name, value in own.items():
                 if (got := value_of(options, name)) != value:
                     raise ValueError(f"{name}: wanted the study's own, {value}, got {got}")
+            check_paths(options, but=("init", "data.root", "data.classes"))  # which come to be
         except ValueError as error:
             raise ValueError(f"{stage.title}: {error}") from error
 
@@ -91,13 +93,13 @@ def _run(config: StudyConfig, root: Path, results: Results, console: Console) ->
     trials = final(config, root, choose(config, results.of(selection(config, root))))
 
     def measured(trial: Trial, out: Path, seconds: float) -> dict[str, Any]:
-        return tested(result(trial, out, seconds), trial, out, root)
+        return tested(result(trial, out, seconds), trial, out)
 
     _train(config, trials, results, console, measured)
     for trial in trials:  # the rate's own choice trained these
         row = results.get(trial)
         if row is not None and row["test"] is None:
-            results.put(tested(row, trial, out, root))
+            results.put(tested(row, trial, out))
     _report(config, root, results, out / "study.md")
 
 
@@ -158,22 +160,34 @@ def _print_commands(config: StudyConfig, root: Path, out: Path) -> None:
     """The trainings as commands: pretrainings first, then finetunings, all seeds at every learning rate."""
     rates = [dict.fromkeys(pairs(config), lr) for lr in config.learning_rates]
     trials = [trial for chosen in rates for trial in final(config, root, chosen)]
-    stages = stages_of([*trials, *selection(config, root)])
+    stages, after = stages_of([*trials, *selection(config, root)]), ""
     for job in ("pretrain", config.job):
-        lines = [shlex.join(["sparsemae", job, *stage.argv(out, 0)]) for stage in stages if stage.job == job]
+        lines = [shlex.join(["sparsemae", stage.job, *stage.argv(out, 0)]) for stage in stages if stage.job == job]
         if config.print_commands == "slurm" and lines:
-            numbered = "".join(f"{number}) {line} ;;\n" for number, line in enumerate(lines))
-            print(
-                f"#!/bin/bash\n# sbatch {job}.sh\n#SBATCH --array=0-{len(lines) - 1}\n#SBATCH --cpus-per-task=1\n"
-                f"case $SLURM_ARRAY_TASK_ID in\n{numbered}esac"
-            )
-        else:
-            print(*lines, sep="\n", end="\n" * bool(lines))
+            script = out / f"{job}.sh"
+            write_atomic(script, _slurm_array(lines))
+            print(f"{job}=$(sbatch --parsable {after}{shlex.quote(str(script))})")
+            after = f"--dependency=afterok:${job} "
+        elif lines:
+            print(*lines, sep="\n")
+
+
+def _slurm_array(lines: Sequence[str]) -> str:
+    """A task for each line."""
+    numbered = "".join(f"{number}) {line} ;;\n" for number, line in enumerate(lines))
+    return (
+        f"#!/bin/bash\n#SBATCH --array=0-{len(lines) - 1}\n#SBATCH --cpus-per-task=1\nexport OMP_NUM_THREADS=1\n"
+        f"case $SLURM_ARRAY_TASK_ID in\n{numbered}esac\n"
+    )
 
 
 def _write_embedded(config: StudyConfig, root: Path) -> None:
     """The embedded images as class folders below train, val and test; of segmentation below images, beside masks."""
     if root.is_dir():
+        if not (images_of(config, root) / "train").is_dir():
+            raise ValueError(
+                f"{root}: wanted images of a study with job {config.job}, got another's: choose another --out"
+            )
         return
     partial = root.with_name(f".{root.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)

@@ -18,6 +18,13 @@ from sparsemae.study.statistics import Paired
 Rows = list[dict[str, Any]]
 FIGURES = {"finetune": "top-1", "segment": "mIoU"}
 """What networks are compared by."""
+LEGEND = (
+    "± s.e.: the standard error of the mean over seeds. Parameters are those of the whole network: kept at the end, "
+    "and in training. Multiply-adds: of one image, with the kept weights. Replaced: of the places that a sparse layer "
+    "keeps, those that it did not keep when finetuning began."
+)
+MACHINE = ("processor", "torch", "threads")
+"""Of a result: what both of a pair have in common."""
 
 
 def write_page(config: StudyConfig, tried: Rows, tested: Rows, path: Path) -> None:
@@ -57,7 +64,7 @@ def _choice(config: StudyConfig, tried: dict[str, Rows]) -> str:
     first, best = next(iter(config.arms)), dict[str, Rows]()
     lines = [
         f"By learning rate, {FIGURES[config.job]} on held-out images, means of {_seeds(seeds)}; and {_shown(first)} "
-        "less each arm, each at its best rate:\n",
+        "minus each arm, each at its best rate:\n",
         f"| arm | {' | '.join(f'{rate:g}' for rate in rates)} | difference | ± s.e. |",
         "|---|" + "---:|" * (len(rates) + 2),
     ]
@@ -90,40 +97,40 @@ def _introduction(config: StudyConfig, rows: Rows) -> str:
         f"Learning rates of finetuning ({rates}) are chosen for each arm and setting by the mean {FIGURES[config.job]} "
         f"on held-out images at {_seeds(config.selection_seeds)}"
         if len(config.learning_rates) > 1
-        else f"The learning rate of finetuning is {rates} for all arms, none was chosen"
+        else f"The learning rate of finetuning is {rates} for all arms; it was not chosen here"
     )
     figures = (
-        "figures are of the test images, which nothing is chosen by, at all seeds of pretraining and finetuning. "
-        "Differences are paired by seed, on the same processor; an order is claimed only where the 95 % t-interval of "
-        "the paired difference excludes 0."
+        "figures are of the test images, which nothing is chosen by, and of held-out ones where that is said, at all "
+        "seeds of pretraining and finetuning. Differences are paired by seed, on the same processor; an order is "
+        "claimed only where the 95 % t-interval of the paired difference excludes 0."
     )
     return (
-        f"# Study\n\n{chosen}; {figures if config.seeds else 'the test images are not looked at.'}\n\n"
-        f"{len(rows)} trainings on {'; '.join(sorted(machines))}. Commits: {commits}. Each line of results.jsonl holds "
-        "the commands that made it.\n"
+        f"# Study\n\n{chosen}; {figures if config.seeds else 'there are no figures of test images.'}\n\n"
+        f"{len(rows)} finetunings on {'; '.join(sorted(machines))}. Commits: {commits}. Each line of results.jsonl "
+        "holds the commands that made it.\n"
     )
 
 
 def _section(config: StudyConfig, arms: dict[str, Rows], picture: str) -> str:
     first = next(iter(config.arms))
     table = [
-        f"| arm | {FIGURES[config.job]} | ± s.e. | seeds | parameters kept | in training | multiply-adds kept | rate | "
-        "masks moved |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        f"| arm | {FIGURES[config.job]} | ± s.e. | seeds | held-out | parameters kept | in training | multiply-adds | "
+        "rate | replaced |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for arm, found in arms.items():
         scores = [100 * row["test"] for row in found]
         error = f"{stdev(scores) / len(scores) ** 0.5:.2f}" if len(scores) > 1 else ""
-        one = found[0]
-        moved = fmean(row["topology"][-1][2] / row["sparse_weights"] for row in found) if one["topology"] else None
+        one, held_out = found[0], 100 * fmean(row["val"] for row in found)
+        replaced = f"{fmean(map(_replaced, found)):.0%}" if one["topology"] else ""
         table.append(
-            f"| {_shown(arm)} | {fmean(scores):.2f} | {error} | {len(scores)} | {one['kept']:,} | {one['total']:,} | "
-            f"{one['multiply_adds'] / 1e6:.2f} M | {one['lr']:g} | {'' if moved is None else f'{moved:.2%}'} |"
+            f"| {_shown(arm)} | {fmean(scores):.2f} | {error} | {len(scores)} | {held_out:.2f} | {one['kept']:,} | "
+            f"{one['total']:,} | {one['multiply_adds'] / 1e6:.2f} M | {one['lr']:g} | {replaced} |"
         )
-    lines = [*table, ""]
+    lines = [*table, "", LEGEND, ""]
     if first in arms and len(arms) > 1:
         lines += [
-            f"{_shown(first)} less each other arm, points of {FIGURES[config.job]}:\n",
+            f"{_shown(first)} minus each other arm, points of {FIGURES[config.job]}:\n",
             "| against | difference | ± s.e. | 95 % interval |",
         ]
         lines += ["|---|---:|---:|---:|"]
@@ -143,20 +150,32 @@ def _section(config: StudyConfig, arms: dict[str, Rows], picture: str) -> str:
     return "\n".join(lines)
 
 
+def _replaced(row: dict[str, Any]) -> float:
+    """Share of the kept places of sparse layers that others had when finetuning began."""
+    kept = row["kept"] - (row["total"] - row["sparse_weights"])
+    entries = row["topology"][-1][2]  # of the masks, that differ: two for each place
+    return float(entries / 2 / kept)
+
+
 def _paired(ours: Rows, theirs: Rows, figure: str) -> Paired:
-    """By test or val, of seeds whose two trials ran on the same processor."""
-    processors = {row["seed"]: row["processor"] for row in ours}
-    same = [row for row in theirs if processors.get(row["seed"]) == row["processor"]]
+    """By test or val, of seeds whose two trials ran on the same processor, with as many threads and the same torch."""
+    where = {row["seed"]: [row[key] for key in MACHINE] for row in ours}
+    same = [row for row in theirs if where.get(row["seed"]) == [row[key] for key in MACHINE]]
     return Paired.of({row["seed"]: row[figure] for row in ours}, {row["seed"]: row[figure] for row in same})
 
 
 def _conclusion(config: StudyConfig, first: str, compared: dict[str, Paired]) -> str:
     """An order is claimed once all pairs are there, lest one look until it is."""
     orders = {
-        arm: pair.order if len(pair.differences) == min(seeds_of(config, first), seeds_of(config, arm)) else None
+        arm: pair.order if 1 < len(pair.differences) == min(seeds_of(config, first), seeds_of(config, arm)) else None
         for arm, pair in compared.items()
     }
-    words = {1: "better than", -1: "worse than", 0: "not told apart from", None: "not yet compared at all seeds with"}
+    words = {
+        1: "better than",
+        -1: "worse than",
+        0: "not told apart from",
+        None: "not yet compared at enough seeds with",
+    }
     said = {word: ", ".join(_shown(arm) for arm in orders if orders[arm] == order) for order, word in words.items()}
     return "; ".join(f"**{_shown(first)}** is {word} {arms}" for word, arms in said.items() if arms) + "."
 

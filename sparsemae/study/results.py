@@ -1,27 +1,22 @@
 """What came out of each trial: one JSON line, with the machine and the command that made it."""
 
-import contextlib
+import hashlib
 import json
-import os
-import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import sparsemae
-from sparsemae.benchmark.kernels import processor
-from sparsemae.commands.evaluate import evaluate
-from sparsemae.config import read_config
-from sparsemae.files import write_atomic
+from sparsemae.config import read_config, recipe_settings
+from sparsemae.files import existing, write_atomic
 from sparsemae.jobs import JOBS
-from sparsemae.options import EvaluateConfig, SourceConfig
 from sparsemae.sparsity import summarize
-from sparsemae.study.plan import CLASSES, Trial
+from sparsemae.study.plan import Trial
 from sparsemae.tasks import task_class
 from sparsemae.tasks.loading import load_model
 from sparsemae.tasks.sparse import meta_model
+
+PATHS = ("--out", "--init", "--data.root", "--data.classes")
+"""Options that name what may lie in a study's folder."""
 
 
 class Results:
@@ -34,7 +29,8 @@ class Results:
     def get(self, trial: Trial) -> dict[str, Any] | None:
         """The line of a trial that is done. Raises ValueError if it was made with other options."""
         row = next((row for row in self.rows if _key(row) == trial.key), None)
-        if row and (other := _options(row["commands"]) ^ _options(trial.commands(self.file.parent))):
+        commands = trial.commands(self.file.parent)
+        if row and (other := _options(row["commands"]) ^ _options(commands) or _changed(row, commands)):
             raise ValueError(
                 f"{self.file}: {trial.finetuning.title}: made with other options ({', '.join(sorted(other)):.300}): "
                 "choose another --out"
@@ -59,7 +55,7 @@ def result(trial: Trial, out: Path, seconds: float) -> dict[str, Any]:
     task: Any = task_class(config.task)(config)
     task.class_names = card.class_names
     summary, forwards = summarize(model), [forward.total for forward in task.forwards(meta_model(task))]
-    moved = _lines(run / "topology.jsonl")
+    moved, machine = _lines(run / "topology.jsonl"), json.loads(existing(run / "environment.json").read_text())
     return {
         "setting": trial.setting, "arm": trial.arm, "seed": trial.seed, "lr": trial.lr,
         "val": card.metrics[task.best_by], "test": None,
@@ -72,30 +68,22 @@ def result(trial: Trial, out: Path, seconds: float) -> dict[str, Any]:
         ],
         "topology": [[line["epoch"], line["total"]["flip_rate"], line["total"]["sad"]] for line in moved],
         "seconds": round(seconds, 1),
-        "commands": trial.commands(out),
-        "processor": processor(), "torch": torch.__version__, "threads": 1, "commit": commit(),
+        "commands": trial.commands(out), "recipes": _recipes(trial.commands(out)),
+        "threads": machine["torch_threads"],
+        **{key: machine.get(key, "not recorded") for key in ("processor", "torch", "commit")},
     }  # fmt: skip
 
 
-def tested(row: dict[str, Any], trial: Trial, out: Path, root: Path) -> dict[str, Any]:
-    """The same with the figure on the test images, which nothing is chosen by."""
-    classes = str(root / CLASSES) if trial.finetuning.job == "segment" else None
-    source = SourceConfig(source="folder", root=str(root), classes=classes, workers=0)
-    with (
-        Path(os.devnull).open("w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(nowhere),
-    ):
-        metrics = evaluate(EvaluateConfig(str(out / trial.finetuning.name), source, split="test", accelerator="cpu"))
+def tested(row: dict[str, Any], trial: Trial, out: Path) -> dict[str, Any]:
+    """The same with the figure on the test images, which the training measured at its end and nothing is chosen by.
+
+    Raises ValueError if it could not.
+    """
+    told = json.loads(existing(out / trial.finetuning.name / "result.json").read_text())
+    if (metrics := told["test"]) is None:
+        raise ValueError(f"{trial.finetuning.title}: {'; '.join(told['notes'])}")
     figure = str(task_class(JOBS[trial.finetuning.job].options.task).best_by)
     return {**row, "test": metrics[figure], "test_error": metrics.get("standard_error")}
-
-
-def commit() -> str:
-    """Of the checkout that this package lies in; of an installed package its version."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or sparsemae.__version__
 
 
 def _key(row: dict[str, Any]) -> list[Any]:
@@ -110,11 +98,24 @@ def _lines(file: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{file}: wanted a line of JSON for each result, got another: {error}; delete it") from error
 
 
+def _recipes(commands: list[list[str]]) -> dict[str, str]:
+    """What tells each recipe that is named from another of its name: a digest of its settings."""
+    names = {words[words.index("--config") + 1] for words in commands}
+    settings = {name: json.dumps(recipe_settings(name), sort_keys=True, default=str) for name in sorted(names)}
+    return {name: hashlib.sha256(text.encode()).hexdigest()[:8] for name, text in settings.items()}
+
+
+def _changed(row: dict[str, Any], commands: list[list[str]]) -> set[str]:
+    """Recipes that have changed since a line was made; lines of before do not say."""
+    told = row.get("recipes")
+    return {f"recipe {name}" for name, _ in told.items() ^ _recipes(commands).items()} if told else set()
+
+
 def _options(commands: list[list[str]]) -> set[str]:
     """What trainings were given, wherever the study's folder lies."""
     out = f"{Path(commands[-1][commands[-1].index('--out') + 1]).parent}/"
     return {
-        f"{job} {name} {value.removeprefix(out) if name in ('--out', '--init', '--data.root') else value}"
+        f"{job} {name} {value.removeprefix(out) if name in PATHS else value}"
         for _, job, *words in commands
         for name, value in zip(words[::2], words[1::2], strict=True)
     }

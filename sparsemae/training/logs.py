@@ -7,6 +7,7 @@ process writes.
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+import sparsemae
 from sparsemae.files import existing, write_atomic
 from sparsemae.terminal import printable
 from sparsemae.training.mirrors import Mirror, mirrored, open_mirrors
@@ -181,5 +183,25 @@ def environment() -> dict[str, Any]:
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(), "platform": platform.platform(), "packages": package_versions(),
-        "cuda_devices": devices, "torch_threads": torch.get_num_threads(), "command": sys.argv,
+        "torch": torch.__version__, "cuda_devices": devices, "torch_threads": torch.get_num_threads(),
+        "processor": _processor(), "commit": commit(), "command": sys.argv,
     }  # fmt: skip
+
+
+def _processor() -> str | None:
+    """None in a checkout without the native library, as on a machine that only trains on a GPU."""
+    try:
+        from sparsemae.runtime import native
+    except ImportError:
+        return None
+    return native.processor_name()
+
+
+def commit() -> str:
+    """Of the checkout that this package lies in; of an installed package its version."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no git
+        return sparsemae.__version__
+    return done.stdout.strip() or sparsemae.__version__

@@ -69,8 +69,9 @@ class Run:
                     self.folder.mkdir(parents=True, exist_ok=True)
                     self.log.lost = held.enter_context(lock.run_lock(self.folder, self.log.info))
                     held.push(self.log.close)
-                    # first: it is what tells a run's folder from somebody's
-                    write_atomic(self.folder / "environment.json", json.dumps(logs.environment(), indent=1))
+                    if self.changed or not (self.folder / "result.json").is_file():  # else it says where that was made
+                        # first: it is what tells a run's folder from somebody's
+                        write_atomic(self.folder / "environment.json", json.dumps(logs.environment(), indent=1))
                     self.checkpoints.mkdir(exist_ok=True)
                     checkpoint.remove_leftovers(self.checkpoints)
                     write_atomic(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import reference
 
-from sparsemae.benchmark.kernels import processor
 from sparsemae.packing.format import write
 from sparsemae.runtime import Model, load
+from sparsemae.runtime.native import processor_name
 
 ROOT = Path(__file__).parents[2]
 EARLIER = "916367b"
@@ -115,7 +115,7 @@ def topology(cores: list[int]) -> str:
     """Which processors, and how many share a core."""
     files = [Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list") for core in cores]
     shared = {file.read_text().strip() for file in files if file.is_file()}
-    return f"{len(cores)} processors on {len(shared) or 'unknown'} cores, {processor().split(':')[0]}"
+    return f"{len(cores)} processors on {len(shared) or 'unknown'} cores, {processor_name().split(':')[0]}"
 
 
 @pytest.mark.holds_only

@@ -5,6 +5,7 @@ import math
 import re
 import shlex
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,11 @@ from sparsemae.options import (
     SourceConfig,
     StudyConfig,
 )
+from sparsemae.runtime import native
 from sparsemae.sparsity import summarize
-from sparsemae.study.page import write_page
+from sparsemae.study.page import _replaced, write_page
 from sparsemae.study.plan import choose, final, pairs, selection, stages_of
-from sparsemae.study.results import Results
+from sparsemae.study.results import Results, _options, _recipes
 from sparsemae.study.stages import Stage, run_stages
 from sparsemae.study.statistics import T95, Paired
 from sparsemae.tasks import task_class
@@ -101,8 +103,21 @@ def test_every_stage_is_a_command_that_parses(
     assert {config.seed for config in configs} == {0, 1, 2}
     assert {c.optim.lr for c in configs if c.task == "classify"} == set(study.learning_rates)
     main([*words, "slurm"])
-    script = capsys.readouterr().out
-    assert re.findall(r"--array=0-(\d+)", script) == ["11", "41"]
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"pretrain=$(sbatch --parsable {tmp_path}/pretrain.sh)"
+    assert second == f"finetune=$(sbatch --parsable --dependency=afterok:$pretrain {tmp_path}/finetune.sh)"
+    for job, count in (("pretrain", 12), ("finetune", 42)):
+        script = tmp_path / f"{job}.sh"
+        assert f"#SBATCH --array=0-{count - 1}\n" in script.read_text()
+        told = [
+            subprocess.run(
+                ["bash", "-c", f"sparsemae() {{ printf '%s\\n' \"$@\"; }}; . {shlex.quote(str(script))}"],
+                env={"SLURM_ARRAY_TASK_ID": str(task)}, capture_output=True, text=True, check=True,
+            ).stdout.splitlines()
+            for task in (0, count - 1, count)
+        ]  # fmt: skip
+        of_job = [words for _, *words in lines if words[0] == job]
+        assert told == [of_job[0], of_job[-1], []]
 
 
 @pytest.mark.holds("better.5")
@@ -178,7 +193,7 @@ def test_a_study_to_its_end_and_a_deleted_result_again(small: list[str], tmp_pat
     assert len(rows) == 2 * 2 * 2, "two arms, two rates, two seeds"
     assert sum(row["test"] is not None for row in rows) == 2 * 2, "of the chosen rates alone"
     page = (out / "study.md").read_text()
-    assert "| scratch | " in page.split("less each other arm")[1]
+    assert "| scratch | " in page.split("minus each other arm")[1]
     assert (out / "study-0.png").is_file()
     by_rate = page.split("By learning rate, top-1 on held-out images")[1]
     mean = sum(row["val"] for row in rows if row["arm"] == "scratch" and row["lr"] == 1e-3) / 2
@@ -193,6 +208,14 @@ def test_a_study_to_its_end_and_a_deleted_result_again(small: list[str], tmp_pat
     found = next(row for row in again if all(row[key] == lost[key] for key in ("setting", "arm", "seed", "lr")))
     assert {**found, "seconds": 0} == {**lost, "seconds": 0}
     assert len(again) == len(rows)
+    assert found["processor"] == native.processor_name()
+
+    machine = json.loads((tmp_path / run / "environment.json").read_text()) | {"processor": "another", "commit": "abc"}
+    (tmp_path / run / "environment.json").write_text(json.dumps(machine))
+    (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in again if row is not found))
+    main(small)
+    collected = json.loads((out / "results.jsonl").read_text().splitlines()[-1])
+    assert {**collected, "seconds": 0} == {**found, "seconds": 0, "processor": "another", "commit": "abc"}
 
 
 @pytest.mark.holds("held.1")
@@ -236,13 +259,13 @@ def _report(words: list[str], rows: list[dict[str, Any]], tmp_path: Path) -> str
 def test_the_page_is_of_this_studys_trials_alone(small: list[str], tmp_path: Path) -> None:
     """Figures of a rate that was the best of a narrower grid stay in the results, and so do those of other seeds."""
     page = _report(small, _rows(small, tmp_path / "study"), tmp_path)
-    assert "| ours | 80.50 | 0.50 | 2 |" in page
-    assert "8 trainings" in page
+    assert "| ours | 80.50 | 0.50 | 2 | 51.00 |" in page
+    assert "8 finetunings" in page
     assert "**ours** is better than scratch." in page
     fresh = _report([*small, "--first_seed", "2"], _rows(small, tmp_path / "study"), tmp_path)
     assert "| ours | 82.50 | 0.50 | 2 |" in fresh
     one = _report([*small, "--learning_rates", "[0.001]"], _rows(small, tmp_path / "study"), tmp_path)
-    assert "The learning rate of finetuning is 0.001 for all arms, none was chosen" in one
+    assert "The learning rate of finetuning is 0.001 for all arms; it was not chosen here" in one
     assert "by learning rate" not in one
 
 
@@ -250,9 +273,9 @@ def test_no_order_is_claimed_before_all_pairs_are_there(small: list[str], tmp_pa
     small = [*small, "--seeds", "4"]
     rows = _rows(small, tmp_path / "study")
     rows[-1]["test"] = None
-    assert "**ours** is not yet compared at all seeds with scratch." in _report(small, rows, tmp_path)
+    assert "**ours** is not yet compared at enough seeds with scratch." in _report(small, rows, tmp_path)
     rows[-1] |= {"test": 0.7, "processor": "another"}
-    assert "**ours** is not yet compared at all seeds with scratch." in _report(small, rows, tmp_path)
+    assert "**ours** is not yet compared at enough seeds with scratch." in _report(small, rows, tmp_path)
     one = _report([*small, "--seeds", "1"], rows, tmp_path)
     assert re.search(r"^\| scratch \| [+-][\d.]+ \|  \|  \|$", one, re.MULTILINE)
     assert "inf" not in one, "an error of one pair is none"
@@ -271,10 +294,51 @@ def test_a_result_of_other_options_is_not_taken(
     assert "ours, all labels, rate 0.001, seed 0: made with other options (finetune --erasing 0.5)" in (
         capsys.readouterr().err
     )
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text("mixup: 0.1  # a comment tells nothing\n")
+    own = [*small, "--finetune.config", str(recipe)]
+    rows = [row | {"recipes": _recipes(row["commands"])} for row in _rows(own, tmp_path / "study")]
+    recipe.write_text("mixup: 0.1\n")
+    assert "80.50" in _report(own, rows, tmp_path)
+    recipe.write_text("mixup: 0.2\n")
+    with pytest.raises(SystemExit):
+        _report(own, rows, tmp_path)
+    assert f"rate 0.001, seed 0: made with other options (recipe {recipe})" in capsys.readouterr().err
     (tmp_path / "study" / "results.jsonl").write_text('{"setting": "al')
     with pytest.raises(SystemExit):
         main([*small, "--report", str(tmp_path / "page.md")])
     assert "results.jsonl: wanted a line of JSON for each result" in capsys.readouterr().err
+
+
+def test_a_study_of_the_embedded_images_and_masks_may_be_moved() -> None:
+    study = StudyConfig(job="segment", finetune={"config": "demo_segment"}, settings=STUDY.settings, arms=STUDY.arms)
+    before, after = (
+        final(study, Path(out) / "images", dict.fromkeys(pairs(study), 1e-3))[0].commands(Path(out)) for out in "ab"
+    )
+    assert before != after
+    assert _options(before) == _options(after)
+
+
+def test_embedded_images_of_another_job_are_not_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "images" / "train").mkdir(parents=True)
+    words = [
+        "--job",
+        "segment",
+        "--finetune.config",
+        "demo_segment",
+        "--arms",
+        '{"x": {}}',
+        "--settings",
+        '{"all": {}}',
+    ]
+    with pytest.raises(SystemExit):
+        main(["study", "--out", str(tmp_path), *words])
+    assert f"{tmp_path}/images: wanted images of a study with job segment" in capsys.readouterr().err
+
+
+def test_what_was_replaced_is_counted_by_place() -> None:
+    """12 of 96 places are kept, 3 of them others than at the start: 6 entries of the masks differ."""
+    assert _replaced({"kept": 12 + 10, "total": 96 + 10, "sparse_weights": 96, "topology": [[1, 0.0, 6]]}) == 0.25
 
 
 def test_two_studies_in_one_folder_keep_each_others_lines(small: list[str], tmp_path: Path) -> None:
@@ -313,6 +377,7 @@ def test_arms_have_folders_of_their_own_and_share_an_encoder_whatever_says_so() 
         (["--arms", '{"x": {"finetune": {"lr": 5}}}'], "optim.lr: wanted the study's own, 0.001, got 5"),
         (["--arms", '{"x": {"pretrain": {"mask_ration": 0}}}'], "pretraining --mask_ration 0 seed 0: "),
         (["--arms", '{"x": {"seeds": 0}}'], "seeds: wanted at least 1, got 0"),
+        (["--arms", '{"x": {"finetune": {"teacher": "no/such"}}}'], "seed 0: teacher: no/such: no such file or folder"),
         (["--learning_rates", "[.nan]"], "learning_rates: wanted more than 0, got [nan]"),
         (["--learning_rates", "[]"], "learning_rates: wanted at least one, got none"),
     ],
