@@ -120,9 +120,6 @@ class SparseConfig(Options):
     """Epoch at which the weights are looked at for that; 0: those the training starts from."""
     freeze_epoch: float | None = option(None, AT_LEAST_0)
     """Epoch from which the mask stays as it is; None: it moves to the end."""
-    threshold: Literal["hard", "soft"] = "hard"
-    """soft: the forward sees each kept weight nearer to 0 by the largest pruned one of its group, times a scale for
-    each layer that is fixed at the start (S-STE, arXiv 2409.09099; there without SR-STE's term)."""
     mask: Literal["dynamic", "fixed"] = "dynamic"
     """dynamic: the mask follows the latent weights; fixed: the mask of the starting weights, frozen (a baseline)."""
     exclude: list[str] = field(default_factory=list)
@@ -138,11 +135,6 @@ class SparseConfig(Options):
             raise ValueError(
                 "sparse.mask: wanted dynamic with sparse.schedule=gradual, dense_epochs, decay_epochs, freeze_epoch or "
                 "allocation, got fixed"
-            )
-        if self.threshold == "soft" and (moves or allocated or self.mask == "fixed"):
-            raise ValueError(
-                "sparse.threshold: wanted hard with sparse.schedule=gradual, dense_epochs, decay_epochs, freeze_epoch, "
-                "allocation or mask=fixed, got soft"
             )
         if self.allocation_epoch and not allocated:
             raise ValueError("sparse.allocation_epoch: wanted sparse.allocation=magnitude with it, got uniform")

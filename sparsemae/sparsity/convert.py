@@ -171,7 +171,7 @@ def densify(model: nn.Module) -> list[str]:
     for _, layer in layers:
         layer.drop_mask()
         del layer.pattern
-        for name in ("held_mask", "held_kept", "use_dense", "pruned_scale", "soft_scale", "criterion"):
+        for name in ("held_mask", "held_kept", "use_dense", "pruned_scale", "criterion"):
             layer.__dict__.pop(name, None)
         layer.__class__ = nn.Linear  # type: ignore[assignment]
     return [name for name, _ in layers]

@@ -22,22 +22,19 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparsemae.sparsity import passes
-from sparsemae.sparsity.pattern import Criterion, NMPattern, check_finite, check_holds, magnitude, select_mask, soften
+from sparsemae.sparsity.pattern import Criterion, NMPattern, check_finite, check_holds, magnitude, select_mask
 
 
 class _StraightThrough(torch.autograd.Function):
     """M * W forward, the gradient of W~ passed unchanged to *all* of W backward (SR-STE with strength 0).
 
-    With a scale, (M + scale * (1 - M)) * W forward. ``kept`` is M * W in bf16, where that is there, or what stands in
-    for it in the weight's own dtype.
+    With a scale, (M + scale * (1 - M)) * W forward. ``kept`` is M * W in bf16, where that is there.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(weight: Tensor, mask: Tensor, scale: Tensor | None, kept: Tensor | None = None) -> Tensor:
-        if kept is not None and kept.dtype is weight.dtype:
-            return kept
         device = "cuda" if weight.is_cuda else "cpu"
         in_bf16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.bfloat16
         if scale is None and in_bf16 and kept is not None:
@@ -76,8 +73,6 @@ class NMLinear(nn.Linear):
     """True inside `dense_weights`."""
     pruned_scale: Tensor | None = None
     """What the pruned weights are multiplied by while `MaskSchedule` lets them fade, 0-dim; None: 0."""
-    soft_scale: Tensor | None = None
-    """What the softened weights are multiplied by, 0-dim; None: the kept ones stay as they are."""
 
     @property
     def frozen(self) -> bool:
@@ -95,7 +90,7 @@ class NMLinear(nn.Linear):
     def hold_mask(self, in_bf16: bool = False) -> None:
         """Keep the mask of now as ``held_mask``, and for forwards in bf16, where one pass makes both, ``held_kept``."""
         n, m = self.pattern.n, self.pattern.m
-        if self.criterion is not magnitude or self.pruned_scale is not None or self.soft_scale is not None:
+        if self.criterion is not magnitude or self.pruned_scale is not None:
             self.held_mask = self.current_mask()
         elif passes.fits_kernel(self.weight, n, m):
             from sparsemae.sparsity.kernel import select_in_one_pass
@@ -113,23 +108,12 @@ class NMLinear(nn.Linear):
         elif self.frozen:
             weight = torch.where(self.weight_mask, self.weight, 0.0)  # not straight-through: pruned gradients are 0
         else:
-            mask = self.current_mask()
-            kept = self.held_kept if self.soft_scale is None else self._softened(mask)
-            weight = _StraightThrough.apply(self.weight, mask, self.pruned_scale, kept)
+            weight = _StraightThrough.apply(self.weight, self.current_mask(), self.pruned_scale, self.held_kept)
         return F.linear(input, weight, self.bias)
 
-    @torch.no_grad()
-    def _softened(self, mask: Tensor) -> Tensor:
-        assert self.soft_scale is not None
-        return soften(self.weight, mask, self.pattern) * self.soft_scale
-
-    @torch.no_grad()
     def freeze(self, name: str = "layer") -> None:
         """Make the current mask permanent and set the pruned weights to exactly +0; again, if they are not any more."""
         mask = self.current_mask()
-        if self.soft_scale is not None:
-            self.weight.copy_(self._softened(mask))
-            self.soft_scale = None
         self.weight_mask = mask if self.frozen else mask.clone()
         self.zero_pruned()
         if self.weight.grad is not None:

@@ -110,13 +110,6 @@ def select_mask(weight: Tensor, pattern: NMPattern, criterion: Criterion = magni
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order[:, :n], True).view(weight.shape)
 
 
-def soften(weight: Tensor, mask: Tensor, pattern: NMPattern) -> Tensor:
-    """Kept weights, each nearer to 0 by the largest pruned one of its group, the others 0 (S-STE, arXiv 2409.09099)."""
-    groups = weight.masked_fill(mask, 0.0).abs().view(-1, pattern.m)
-    threshold = groups.amax(dim=1, keepdim=True).expand_as(groups).reshape(weight.shape)
-    return torch.where(mask, weight - weight.sign() * threshold, 0.0)
-
-
 def check_divides(weight: Tensor, pattern: NMPattern, name: str) -> None:
     """Raise ValueError, naming the layer and both numbers, unless ``m`` divides the last dimension."""
     if weight.shape[-1] % pattern.m:

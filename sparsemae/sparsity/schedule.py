@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparsemae.sparsity.allocation import allocate, choices
 from sparsemae.sparsity.convert import dense_weights, hold_masks, iter_sparse
 from sparsemae.sparsity.linear import whole
-from sparsemae.sparsity.pattern import NMPattern, soften
+from sparsemae.sparsity.pattern import NMPattern
 from sparsemae.sparsity.topology import pack_masks, unpack_masks
 
 
@@ -28,8 +28,6 @@ class MaskSchedule:
         decay_epochs: from the dense epochs' end on, and for so long, let the pruned weights fade: the forward sees
             (M + s * (1 - M)) * W, s falling linearly from 1 to 0 (the same paper's MdGf-Linear).
         allocation_epoch: give each layer its own n then, see `allocate`; None: all keep theirs.
-        soft: the forward sees the softened weights, see `soften`, times what makes them most like the weights that the
-            training starts from.
         in_bf16: forwards run under autocast to it, see `hold_masks`.
 
     Raises:
@@ -46,7 +44,6 @@ class MaskSchedule:
         decay_epochs: float = 0.0,
         allocation_epoch: float | None = None,
         in_bf16: bool = False,
-        soft: bool = False,
     ) -> None:
         if freeze_epoch is not None and freeze_epoch < gradual_epochs:
             raise ValueError(
@@ -65,10 +62,6 @@ class MaskSchedule:
         if allocation_epoch is not None:
             choices(next(iter(self._final.values())))
             self._allocate_at(0.0)
-        for _, layer in iter_sparse(model) if soft else ():
-            weight = whole(layer.weight).detach()
-            softened = soften(weight, layer.current_mask(), layer.pattern)
-            layer.soft_scale = (weight * softened).sum() / (softened * softened).sum()
 
     @property
     def patterns(self) -> dict[str, str]:
@@ -112,7 +105,7 @@ class MaskSchedule:
         Masks that move are not synced: the copy's follow from its own weights.
         """
         for (_, own), (_, other) in zip(iter_sparse(self._model), iter_sparse(twin), strict=True):
-            other.pattern, other.held_mask, other.soft_scale = own.pattern, own.held_mask, own.soft_scale
+            other.pattern, other.held_mask = own.pattern, own.held_mask
         return twin
 
     def _allocate_at(self, epoch: float) -> None:
@@ -133,8 +126,7 @@ class MaskSchedule:
         """The fixed masks as bits, and each layer's n where it was chosen; empty while there are none."""
         masks = {name: layer.current_mask() for name, layer in iter_sparse(self._model) if self._fixed}
         kept = {name: torch.tensor(pattern.n) for name, pattern in self._final.items() if self._allocated}
-        scales = {name: layer.soft_scale for name, layer in iter_sparse(self._model) if layer.soft_scale is not None}
-        return {"masks": pack_masks(masks), "patterns": kept, "scales": scales}
+        return {"masks": pack_masks(masks), "patterns": kept}
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Inverse of `state_dict`; masks fixed since then move again."""
@@ -146,8 +138,6 @@ class MaskSchedule:
             self._final = {name: NMPattern(int(kept[name]), final.m) for name, final in self._final.items()}
             self._allocated = True
             self.finish()
-        for name, scale in state.get("scales", {}).items():
-            dict(iter_sparse(self._model))[name].soft_scale = scale
         if masks := state.get("masks"):
             self._fix(unpack_masks(masks, dict(iter_sparse(self._model))))
 

@@ -50,5 +50,5 @@ def mask_schedule(model: nn.Module, sparse: SparseConfig, trainer: TrainerConfig
     return MaskSchedule(
         model, sparse.dense_epochs, gradual if sparse.schedule == "gradual" else 0.0, sparse.freeze_epoch,
         sparse.decay_epochs, None if sparse.allocation == "uniform" else sparse.allocation_epoch,
-        resolved_precision(trainer) == "bf16", sparse.threshold == "soft",
+        resolved_precision(trainer) == "bf16",
     )  # fmt: skip

@@ -78,7 +78,7 @@ def test_a_schedule_chooses_patterns_once_and_they_are_state() -> None:
     masks = MaskSchedule(model, allocation_epoch=1.0, gradual_epochs=2.0)
     with masks.step(0.9):
         pass
-    assert masks.state_dict() == {"masks": {}, "patterns": {}, "scales": {}}
+    assert masks.state_dict() == {"masks": {}, "patterns": {}}
     with torch.no_grad():
         model[1].weight *= 10
     with masks.step(1.0):  # half-way from 32:32

@@ -2,16 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsemae.sparsity import (
-    MaskSchedule,
-    NMPattern,
-    freeze,
-    iter_sparse,
-    nm_mask,
-    shrink_pruned,
-    sparsify,
-    zero_pruned,
-)
+from sparsemae.sparsity import MaskSchedule, NMPattern, iter_sparse, nm_mask, shrink_pruned, sparsify, zero_pruned
 from sparsemae.sparsity.schedule import pattern_at
 
 
@@ -124,41 +115,3 @@ def test_zero_pruned_leaves_the_sparse_network_alone() -> None:
     zero_pruned(model)
     assert (model[0].weight.view(-1, 32) != 0).sum(1).eq(2).all()
     assert torch.equal(model(x), wanted)
-
-
-@pytest.mark.holds("better.4")
-@pytest.mark.parametrize("pattern", ["2:32", "8:32"])
-def test_softened_weights_are_nearer_to_0_by_the_largest_pruned_one(pattern: str) -> None:
-    """Group by group, in plain Python; the scale is least squares'; the gradient reaches all; frozen, it stays."""
-    model, x = sparse_model(pattern), torch.randn(3, 64)
-    kept, layer = NMPattern.parse(pattern).n, model[0]
-
-    def softened() -> torch.Tensor:
-        rows = []
-        for group in layer.weight.detach().view(-1, 32).tolist():
-            threshold = sorted(map(abs, group))[-kept - 1]
-            rows.append([(abs(w) - threshold) * (1 if w > 0 else -1) if abs(w) > threshold else 0.0 for w in group])
-        return torch.tensor(rows).view_as(layer.weight)
-
-    start = softened()
-    scale = torch.linalg.lstsq(start.reshape(-1, 1), layer.weight.detach().reshape(-1, 1)).solution.item()
-    masks = MaskSchedule(model, soft=True)
-    with torch.no_grad():
-        layer.weight.add_(0.1 * torch.randn_like(layer.weight))
-    seen = (scale * softened()).requires_grad_()
-    with masks.step(0.0):
-        output = layer(x)
-    wanted = nn.functional.linear(x, seen, layer.bias)
-    torch.testing.assert_close(output, wanted)
-    (own,), (straight_through,) = (
-        torch.autograd.grad(y.square().sum(), weight) for y, weight in ((output, layer.weight), (wanted, seen))
-    )
-    torch.testing.assert_close(own, straight_through)
-
-    resumed = sparse_model(pattern)
-    resumed.load_state_dict(model.state_dict())
-    MaskSchedule(resumed, soft=True).load_state_dict(masks.state_dict())
-    assert torch.equal(resumed[0](x), layer(x))
-    freeze(model)
-    torch.testing.assert_close(layer(x), wanted)
-    assert torch.equal(layer.weight != 0, nm_mask(seen, NMPattern.parse(pattern)))

@@ -168,7 +168,6 @@ def test_a_changed_configuration_is_refused_with_the_difference(
             pytest.param(options, marks=pytest.mark.slow)
             for options in (
                 ["--sparse.decay_epochs", "2"],
-                ["--sparse.threshold", "soft", "--sparse.strength", "0"],
                 ["--sparse.allocation", "magnitude", "--sparse.allocation_epoch", "1"],
                 ["--sparse.dense_epochs", "1", "--optim.freeze_variance_epoch", "1"],
                 ["--sparse.freeze_epoch", "1", "--trainer.ema_decay", "0.9"],
