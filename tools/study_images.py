@@ -1,7 +1,9 @@
-"""Make the image folders of the studies, ROOT/{train,val,test}/CLASS/*.png, from Debian's packages:
+"""Make the image folders of the studies, ROOT/{train,val,test}/CLASS/*, from Debian's packages and from ImageNet:
 
 python tools/study_images.py fashion-mnist /usr/share/datasets/fashion-mnist ROOT
 python tools/study_images.py openclipart /usr/share/openclipart/png ROOT
+python tools/study_images.py imagenet IMAGENET ROOT        links to IMAGENET/{train,val}/CLASS/*
+python tools/study_images.py imagenet-100 IMAGENET ROOT    every tenth class of the 1,000
 """
 
 import gzip
@@ -9,6 +11,8 @@ import hashlib
 import re
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +24,8 @@ HELD_OUT = 6000
 """Of Fashion-MNIST's training images, the last ones."""
 CLIPART_SIDE, LEAST, MOST_PER_STEM = 64, 90, 60
 """Of openclipart: side, px; pictures that a class needs; pictures of one name."""
+HELD_OUT_OF_CLASS = 50
+"""Of ImageNet's training images of a class, those whose names have the lowest hashes."""
 
 
 def fashion_mnist(source: Path, root: Path) -> None:
@@ -65,6 +71,20 @@ def openclipart(source: Path, root: Path) -> None:
                 save(square, root / split_of(stem) / name / f"{number:04}.png")
 
 
+def imagenet(source: Path, root: Path, every: int = 1) -> None:
+    """Links to the training images, some of which are val, and to the validation images, which are test."""
+    classes = sorted(path.name for path in (source / "train").iterdir() if path.is_dir())[::every]
+    for name in classes:
+        files = sorted(
+            (source / "train" / name).iterdir(), key=lambda file: hashlib.sha256(file.name.encode()).digest()
+        )
+        parts = {"val": files[:HELD_OUT_OF_CLASS], "train": files[HELD_OUT_OF_CLASS:]}
+        for part, images in {**parts, "test": sorted((source / "val" / name).iterdir())}.items():
+            (root / part / name).mkdir(parents=True)
+            for image in images:
+                (root / part / name / image.name).symlink_to(image.resolve())
+
+
 def split_of(stem: str) -> str:
     """A fifth of the names are test, a tenth val."""
     share = int.from_bytes(hashlib.sha256(stem.encode()).digest()[:4], "big") % 10
@@ -81,4 +101,10 @@ if __name__ == "__main__":
     what, source, root = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     if root.exists():
         sys.exit(f"{root}: wanted a new folder")
-    {"fashion-mnist": fashion_mnist, "openclipart": openclipart}[what](source, root)
+    makers: dict[str, Callable[[Path, Path], None]] = {
+        "fashion-mnist": fashion_mnist,
+        "openclipart": openclipart,
+        "imagenet": imagenet,
+        "imagenet-100": partial(imagenet, every=10),
+    }
+    makers[what](source, root)

@@ -19,7 +19,9 @@ def make_sparse(model: nn.Module, sparse: SparseConfig) -> list[str]:
     if sparse.pattern == "dense":
         return []
     if sparse.term == "gradient" and sparse.strength > 1e-3:
-        warnings.warn(f"sparse.strength {sparse.strength:g} in the gradient: above 1e-3 accuracy is lost", stacklevel=2)
+        warnings.warn(
+            f"sparse.strength {sparse.strength:g} in the gradient: more than 1e-3 may cost accuracy", stacklevel=2
+        )
     prefix = "encoder." if hasattr(model, "encoder") else ""
     names = sparsify(model, sparse.pattern, exclude=[prefix + glob for glob in sparse.exclude])
     if sparse.init_weights == "sparse":

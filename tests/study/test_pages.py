@@ -21,6 +21,7 @@ PAGES = {
     "search": f"{DOCS}/search.yaml",
     "candidates": f"{DOCS}/candidates.yaml",
     "plus": f"{DOCS}/plus.yaml",
+    "soft_threshold": f"{DOCS}/soft_threshold.yaml",
     "quick_plus": f"{DOCS}/quick_plus.yaml",
     "openclipart_plus": f"{DOCS}/openclipart_plus.yaml",
 }
@@ -98,3 +99,94 @@ def test_the_plus_recipe_is_a_point_better_on_fresh_seeds(figure: Figure) -> Non
         figure(f"{arm}: {mean:+.2f} points of top-1 ({found.low:+.2f} to {found.high:+.2f})")
         assert mean >= least
         assert found.low > 0
+
+
+def scores(name: str, figure: str = "test") -> dict[str, dict[int, float]]:
+    """Points by arm and seed, of a page whose arms have one rate."""
+    by_arm: dict[str, dict[int, float]] = defaultdict(dict)
+    for row in rows(name):
+        if row["test"] is not None:
+            by_arm[row["arm"]][row["seed"]] = 100 * row[figure]
+    return by_arm
+
+
+def more(ours: dict[int, float], theirs: dict[int, float]) -> tuple[float, float, float]:
+    """Mean of the paired differences, and its 95 % interval."""
+    seeds = sorted(ours.keys() & theirs.keys())
+    found = scipy.stats.ttest_rel([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds])
+    low, high = found.confidence_interval(0.95)
+    return float(np.mean([ours[seed] - theirs[seed] for seed in seeds])), low, high
+
+
+def shown(difference: tuple[float, float, float]) -> str:
+    mean, low, high = (f"{value:+.1f}".replace("-", "−") for value in difference)
+    return f"{mean} ({low} to {high})"
+
+
+def test_the_table_of_candidates_is_of_their_results() -> None:
+    """In the order of their gain, on test images and on held-out ones; bold where the interval excludes 0."""
+    lines = []
+    for page in ("candidates", "soft_threshold"):
+        test, held_out = scores(page), scores(page, "val")
+        for arm in test.keys() - {OURS} - ({"no term"} if page == "soft_threshold" else set()):
+            assert len(test[arm]) == 3
+            found = more(test[arm], test[OURS])
+            clear = "**" if found[1] * found[2] > 0 else ""
+            gain, *_ = more(held_out[arm], held_out[OURS])
+            line = f"| {arm} | {clear}{shown(found)}{clear} | {gain:+.1f} |".replace("-", "−").replace(
+                "| −0.0 |", "| +0.0 |"
+            )
+            lines.append((-found[0], line))
+    table = "\n".join(line for _, line in sorted(lines))
+    assert table in (ROOT / "docs/study.md").read_text(), table
+
+
+@pytest.mark.parametrize(
+    ("name", "ours", "theirs", "said"),
+    [
+        ("plus", "best three together", OURS, "**1.7 points better (1.3 to 2.1)**"),
+        ("plus", "best three together", "term decoupled", "not told apart from it (+0.6, −0.1 to +1.3)"),
+        ("openclipart_plus", "best three together", OURS, "the three are **4.6 points better (1.8 to 7.3)**"),
+        (
+            "openclipart_plus",
+            "best three together",
+            "term decoupled",
+            "3.9 points (1.7 to 6.1) better than the term alone",
+        ),
+        ("openclipart_plus", "term decoupled", OURS, "not told apart from SparseMAE (+0.7, −1.4 to +2.8;"),
+    ],
+)
+def test_what_the_text_adds_to_the_pages(name: str, ours: str, theirs: str, said: str) -> None:
+    found, by_arm = re.findall(r"[+−]?\d+\.\d", said), scores(name)
+    assert [float(number.replace("−", "-")) for number in found] == [
+        pytest.approx(value, abs=0.0501) for value in more(by_arm[ours], by_arm[theirs])
+    ]
+    assert said in " ".join((ROOT / "docs/study.md").read_text().split())
+
+
+def test_the_three_together_beside_the_upper_bound() -> None:
+    """Of openclipart, where both have the same seeds: the bound at its own rate."""
+    rate = min(row["lr"] for row in rows("openclipart"))
+    bound = {
+        row["seed"]: 100 * row["test"]
+        for row in rows("openclipart")
+        if row["arm"] == "big dense with MAE" and row["test"] is not None and row["lr"] == rate
+    }
+    assert len(bound) == 5
+    found = shown(more(scores("openclipart_plus")["best three together"], bound))
+    assert found == "+0.6 (−0.1 to +1.4)"
+    assert "which has 52.6 (+0.6, −0.1 to +1.4)" in " ".join((ROOT / "docs/study.md").read_text().split())
+
+
+def test_the_flip_rates_beside_a_dense_trainings() -> None:
+    """Of the first epoch of finetuning, seed 0."""
+    (dense,) = (json.loads(line) for line in (DOCS / "dense_flips.jsonl").read_text().splitlines())
+    flips = {row["arm"]: row["topology"][0][1] for row in rows("candidates") if row["seed"] == 0}
+    rates = [
+        flips[arm] / dense["topology"][0][1] for arm in (OURS, "no term", "term 10 times as strong", "term decoupled")
+    ]
+    assert (
+        "1.02 times as often with λ = 2e-4, 1.11 times without the term, 0.75 times with 2e-3 and 0.88 times with"
+        in (" ".join((ROOT / "docs/study.md").read_text().split()))
+    )
+    assert rates == pytest.approx([1.02, 1.11, 0.75, 0.88], abs=0.0051)

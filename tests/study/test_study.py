@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import yaml
+from conftest import ROOT
 from PIL import Image
 from rich.console import Console
 
@@ -21,6 +22,7 @@ from sparsemae.cli import main
 from sparsemae.commands.evaluate import evaluate
 from sparsemae.config import read_config
 from sparsemae.demo.stages import SMALL as RIVAL
+from sparsemae.jobs import JOBS
 from sparsemae.options import (
     ArmConfig,
     EvaluateConfig,
@@ -40,7 +42,7 @@ from sparsemae.study.statistics import T95, Paired
 from sparsemae.tasks import task_class
 from sparsemae.tasks.sparse import meta_model
 
-ROOT = Path("images")
+IMAGES = Path("images")
 STUDY = StudyConfig(
     arms={
         "ours": ArmConfig(pretrain={}),
@@ -75,14 +77,14 @@ def test_an_order_is_claimed_only_where_the_interval_excludes_0(differences: lis
 
 def test_encoders_are_shared_between_arms_and_settings() -> None:
     chosen = dict.fromkeys(((setting, arm) for setting in STUDY.settings for arm in STUDY.arms), 1e-3)
-    stages = stages_of(final(STUDY, ROOT, chosen))
+    stages = stages_of(final(STUDY, IMAGES, chosen))
     assert sum(stage.job == "pretrain" for stage in stages) == 5 + 3, "ours at five seeds, the dense one at three"
     assert sum(stage.job == "finetune" for stage in stages) == 2 * (5 + 3 + 3 + 5)
     names = [stage.name for stage in stages]
     assert len(set(names)) == len(names)
     assert {stage.init for stage in stages} - {None} <= set(names)
     assert [stage.job for stage in stages[:4]] == ["pretrain", "finetune"] * 2, "the first figures come early"
-    tried = {stage.name for stage in stages_of(selection(STUDY, ROOT))}
+    tried = {stage.name for stage in stages_of(selection(STUDY, IMAGES))}
     assert len(tried & set(names)) == 2 * 4 * 2 + 4, "what was tried at the chosen rate is not trained again"
 
 
@@ -125,7 +127,7 @@ def test_the_test_images_choose_nothing() -> None:
     rows = [
         {"setting": trial.setting, "arm": trial.arm, "seed": trial.seed, "lr": trial.lr,
          "val": 0.5 + (trial.lr == 2e-3) * (trial.arm == "ours"), "test": 1 - (trial.lr == 2e-3)}
-        for trial in selection(STUDY, ROOT)
+        for trial in selection(STUDY, IMAGES)
     ]  # fmt: skip
     chosen = choose(STUDY, rows)
     assert {lr for (_, arm), lr in chosen.items() if arm == "ours"} == {2e-3}
@@ -136,17 +138,29 @@ def test_the_test_images_choose_nothing() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["study_quick", "study_fashion", "study_openclipart"])
-def test_small_networks_are_matched_within_a_hundredth(recipe: str) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "classes"),
+    [
+        ("study_quick", 10),
+        ("study_fashion", 10),
+        ("study_openclipart", 13),
+        ("study_imagenet", 1000),
+        (str(ROOT / "docs/study/labels.yaml"), 10),
+        (str(ROOT / "docs/study/segment.yaml"), 11),
+    ],
+)
+def test_small_networks_are_matched_within_a_hundredth(recipe: str, classes: int) -> None:
     study = read_config(StudyConfig, ["--config", recipe])
     chosen = dict.fromkeys(((setting, arm) for setting in study.settings for arm in study.arms), 1e-3)
     sizes = {}
-    for trial in final(replace(study, seeds=1), ROOT, chosen):
-        task = task_class("classify")(read_config(FinetuneConfig, trial.finetuning.argv(ROOT, 0)))
-        task.class_names = [str(number) for number in range(10)]
+    for trial in final(replace(study, seeds=1), IMAGES, chosen):
+        options: Any = JOBS[study.job].options
+        task: Any = task_class(options.task)(read_config(options, trial.finetuning.argv(IMAGES, 0)))
+        task.class_names = [str(number) for number in range(classes)]
         model = meta_model(task)
         summary = summarize(model)
-        sizes[trial.arm] = (summary.kept + summary.dense_total, task.forwards(model)[0].total.kept)
+        multiply_adds = sum(forward.total.kept for forward in task.forwards(model))
+        sizes[trial.arm] = (summary.kept + summary.dense_total, multiply_adds)
     ours = sizes["SparseMAE"]
     assert sizes["small dense with MAE, equal kept parameters"][0] == pytest.approx(ours[0], rel=0.01)
     assert sizes["small dense with MAE, equal multiply-adds"][1] == pytest.approx(ours[1], rel=0.01)
@@ -362,10 +376,10 @@ def test_arms_have_folders_of_their_own_and_share_an_encoder_whatever_says_so() 
     both = {"a b": ArmConfig(), "A-B!": ArmConfig(finetune={"erasing": 0.5})}
     study = replace(STUDY, arms=both, learning_rates=[1e-3])
     with pytest.raises(ValueError, match=r"few.a-b.0.001.0: wanted a folder for each, got a b, .* and A-B!, "):
-        stages_of(final(study, ROOT, dict.fromkeys(pairs(study), 1e-3)))
+        stages_of(final(study, IMAGES, dict.fromkeys(pairs(study), 1e-3)))
     alike = {"a": ArmConfig(pretrain={}), "b": ArmConfig(pretrain={"mask_ratio": 0.5})}
     study = replace(study, arms=alike, pretrain={"mask_ratio": 0.5}, seeds=1)
-    stages = stages_of(final(study, ROOT, dict.fromkeys(pairs(study), 1e-3)))
+    stages = stages_of(final(study, IMAGES, dict.fromkeys(pairs(study), 1e-3)))
     assert [stage.job for stage in stages].count("pretrain") == 1
 
 
