@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -55,15 +56,21 @@ def images_for(model: PackedModel, batch: int) -> np.ndarray:
     )
 
 
+@cache
+def twins(kind: str, dtype: str) -> tuple[PackedModel, np.ndarray, np.ndarray, np.ndarray]:
+    """A model, images, and the twin's logits and tokens, for all instruction sets."""
+    pattern, changes = SHAPES[kind]
+    model = reference.random_model(reference.vit_shape(**changes), pattern, dtype)
+    images = images_for(model, 3)
+    return model, images, reference.forward(model, images), reference.forward(model, images, features=True)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.holds("packed.5")
 def test_forward_agrees_with_the_twin(isa: str, kind: str) -> None:
-    pattern, changes = SHAPES[kind]
     for dtype in ("fp32", "bf16", "int8"):
-        model = reference.random_model(reference.vit_shape(**changes), pattern, dtype)
-        images = images_for(model, 3)
-        wanted, tokens = reference.forward(model, images), reference.forward(model, images, features=True)
+        model, images, wanted, tokens = twins(kind, dtype)
         for threads in (1, 2):
             vit = reference.native(model, threads, isa)
             assert error(vit(images, False), wanted) <= LIMIT[vit.math]
