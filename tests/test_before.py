@@ -76,6 +76,7 @@ def rankings(lines: list[str]) -> list[tuple[str, list[str], list[float]]]:
 )
 @pytest.mark.parametrize("job", ["pretrain", "finetune", "segment"])
 @pytest.mark.usefixtures("fp64_evaluation")
+@pytest.mark.slow
 def test_a_run_stopped_in_mid_epoch_goes_on_to_the_old_weights(tmp_path: Path, job: str, figure: Any) -> None:
     run = tmp_path / job
     shutil.copytree(BEFORE / "runs" / job, run, symlinks=True)

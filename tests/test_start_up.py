@@ -94,6 +94,7 @@ def test_help_needs_no_torch(tmp_path: Path, figure: Figure) -> None:
     ],
     ids=lambda value: value.replace(" ", "_") if isinstance(value, str) and value.startswith("a") else "",
 )  # fmt: skip
+@pytest.mark.slow
 def test_mistakes_need_no_torch(
     mistake: str, cases: list[list[str]], wanted: str, tmp_path: Path, figure: Figure
 ) -> None:

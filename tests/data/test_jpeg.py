@@ -121,6 +121,7 @@ def test_errors_are_the_references() -> None:
     "options",
     [{}, {"interpolation": "bilinear"}, {"crop": "shift"}, {"auto_augment": "original"}, {"crop_scale": (0.05, 0.1)}],
 )
+@pytest.mark.slow
 def test_samples_are_the_references_to_a_rounding(options: dict[str, Any], tmp_path: Path, figure: Figure) -> None:
     for number, content in enumerate(cases().values()):
         file = tmp_path / f"train/{'cat' if number % 2 else 'dog'}/{number}.jpg"

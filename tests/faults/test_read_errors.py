@@ -67,6 +67,7 @@ def fail(function: Callable[..., Any], error: BaseException, times: float) -> tu
 
 @pytest.mark.holds("held.1")
 @pytest.mark.parametrize("error", ERRORS, ids=repr)
+@pytest.mark.slow
 def test_12_an_error_that_passes_is_waited_for(
     original: Path, stopped: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], came_out: Any,
     error: BaseException,

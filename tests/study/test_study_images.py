@@ -20,6 +20,7 @@ def made(what: str, source: Path, root: Path) -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize(("what", "classes"), [("imagenet", 11), ("imagenet-100", 2)])
+@pytest.mark.slow
 def test_imagenets_validation_images_are_test_and_50_of_each_class_are_held_out(
     what: str, classes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
