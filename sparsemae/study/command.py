@@ -175,10 +175,7 @@ def _print_commands(config: StudyConfig, root: Path, out: Path) -> None:
 def _slurm_array(lines: Sequence[str]) -> str:
     """A task for each line."""
     numbered = "".join(f"{number}) {line} ;;\n" for number, line in enumerate(lines))
-    return (
-        f"#!/bin/bash\n#SBATCH --array=0-{len(lines) - 1}\n#SBATCH --cpus-per-task=1\nexport OMP_NUM_THREADS=1\n"
-        f"case $SLURM_ARRAY_TASK_ID in\n{numbered}esac\n"
-    )
+    return f"#!/bin/bash\n#SBATCH --array=0-{len(lines) - 1}\ncase $SLURM_ARRAY_TASK_ID in\n{numbered}esac\n"
 
 
 def _write_embedded(config: StudyConfig, root: Path) -> None:
