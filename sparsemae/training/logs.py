@@ -198,8 +198,11 @@ def _processor() -> str | None:
 
 
 def commit() -> str:
-    """Of the checkout that this package lies in; of an installed package its version."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    """Of the checkout that this package lies in; of an installed package its version, whatever checkout that is in."""
+    root = Path(sparsemae.__file__).parent.parent
+    if not (root / ".git").exists():
+        return sparsemae.__version__
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:  # no git
