@@ -1,7 +1,6 @@
 """A study's page: tables, paired differences, pictures, and what may be concluded."""
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -144,7 +143,7 @@ def _section(config: StudyConfig, arms: dict[str, Rows], picture: str) -> str:
             "",
             _conclusion(config, first, compared),
             "",
-            f"![accuracy in training and against size]({picture})",
+            f"![accuracy against size]({picture})",
             "",
         ]
     return "\n".join(lines)
@@ -181,22 +180,24 @@ def _conclusion(config: StudyConfig, first: str, compared: dict[str, Paired]) ->
 
 
 def _draw(arms: dict[str, Rows], path: Path, what: str) -> None:
-    """The figure on the held-out images over epochs; on the test images against kept parameters and multiply-adds."""
+    """On the test images against kept parameters and multiply-adds; on held-out ones over epochs, if of several."""
+    several = any(len(row["curve"]) > 1 for found in arms.values() for row in found)
     figure = Figure(figsize=(12, 3.6), layout="constrained")
-    curves, *sizes = figure.subplots(1, 3)
+    *curves, kept, multiply_adds = figure.subplots(1, 2 + several)
     colors: Any = colormaps["tab20"].colors  # type: ignore[attr-defined]
-    for axis in (curves, *sizes):
+    for axis in (*curves, kept, multiply_adds):
         axis.set_prop_cycle(color=[*colors[::2], *colors[1::2]])
     for arm, found in arms.items():
-        epochs = [epoch for epoch, _ in found[0]["curve"]]
-        means = [100 * fmean(values) for values in zip(*([v for _, v in row["curve"]] for row in found), strict=False)]
-        curves.plot(epochs[: len(means)], means, marker="o", markersize=3, label=arm)
-        for axis, key in zip(sizes, ("kept", "multiply_adds"), strict=True):
-            _scatter(axis, found, key)
-    curves.set(xlabel="epoch of finetuning", ylabel=f"{what} on held-out images, %")
-    sizes[0].set(xlabel="parameters kept", ylabel=f"{what} on test images, %", xscale="log")
-    sizes[1].set(xlabel="multiply-adds kept, per image", xscale="log")
-    for axis in sizes:
+        _scatter(kept, found, "kept", arm)
+        _scatter(multiply_adds, found, "multiply_adds", None)
+        for axis in curves:
+            _curve(axis, found)
+    for axis in curves:
+        axis.set(xlabel="epoch of finetuning", ylabel=f"{what} on held-out images, %")
+    kept.set(xlabel="parameters kept", ylabel=f"{what} on test images, %")
+    multiply_adds.set(xlabel="multiply-adds kept, per image")
+    for axis in (kept, multiply_adds):
+        axis.set_xscale("log")
         axis.xaxis.set_major_formatter(EngFormatter())
         axis.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         axis.xaxis.set_minor_formatter(EngFormatter())
@@ -206,7 +207,13 @@ def _draw(arms: dict[str, Rows], path: Path, what: str) -> None:
         figure.savefig(temporary, dpi=130, format="png")
 
 
-def _scatter(axis: Any, found: Sequence[dict[str, Any]], key: str) -> None:
+def _curve(axis: Any, found: Rows) -> None:
+    epochs = [epoch for epoch, _ in found[0]["curve"]]
+    means = [100 * fmean(values) for values in zip(*([v for _, v in row["curve"]] for row in found), strict=False)]
+    axis.plot(epochs[: len(means)], means, marker="o", markersize=3)
+
+
+def _scatter(axis: Any, found: Rows, key: str, arm: str | None) -> None:
     scores = [100 * row["test"] for row in found]
     spread = stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else 0.0
-    axis.errorbar([found[0][key]], [fmean(scores)], [spread], fmt="o", capsize=3)
+    axis.errorbar([found[0][key]], [fmean(scores)], [spread], fmt="o", capsize=3, label=arm)

@@ -17,6 +17,7 @@ DOCS = ROOT / "docs" / "study"
 PAGES = {
     "fashion": "study_fashion",
     "openclipart": "study_openclipart",
+    "labels": f"{DOCS}/labels.yaml",
     "quick": "study_quick",
     "search": f"{DOCS}/search.yaml",
     "candidates": f"{DOCS}/candidates.yaml",
