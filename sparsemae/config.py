@@ -5,7 +5,7 @@ import re
 import sys
 import textwrap
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, fields
 from functools import cache
@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sparsemae.limits import marked
+from sparsemae.limits import flatten, marked
 from sparsemae.plain_parser import PlainParser
 from sparsemae.renamed import OPTIONS, new_option, renamed
 
@@ -28,6 +28,8 @@ SHORT = {
     "keep": "trainer.keep",
 }
 """Short names of options of the jobs that train."""
+INSTEAD = {"trainer.epochs": "trainer.steps", "optim.warmup_epochs": "optim.warmup_steps"}
+"""Lengths in epochs, and the lengths in steps that count instead of them where they are given."""
 _ALONE = ("help", "help_all", "print_config")
 """Options that take no value, or one after ``=``."""
 
@@ -65,24 +67,30 @@ def read_config(
         if plain:
             made: Config = parser.made(words, [settings for _, settings in recipes])
             return made
-        return _with_recipes(kind, parser, [recipe for recipe, _ in recipes], words, named)
+        return _with_recipes(kind, parser, recipes, words, named)
     except ValueError as error:
         said = re.sub(r"argument (--[\w.]+): expected one argument", r"\1: wanted a value, got none", str(error))
         raise ValueError(f"{said}{_meant(said, parser)}") from error
 
 
 def _with_recipes(
-    kind: type[Config], parser: Any, recipes: Sequence[str], words: Sequence[str], named: set[str]
+    kind: type[Config],
+    parser: Any,
+    recipes: Sequence[tuple[str, dict[str, Any]]],
+    words: Sequence[str],
+    named: set[str],
 ) -> Config:
     """By jsonargparse."""
     # recipes before what is named, which they must not override; what they name themselves counts more than auto
-    first = ["--data.source=auto"] * _takes_root(kind) + [w for path in recipes for w in ("--config", path)]
+    first = ["--data.source=auto"] * _takes_root(kind)
+    for path, settings in recipes:
+        first += [*_in_epochs(kind, flatten(settings)), "--config", path]
     try:
-        parsed: Any = parser.instantiate(parser.parse_args([*first, *words]))
+        parsed: Any = parser.instantiate(parser.parse_args([*first, *_in_epochs(kind, named), *words]))
     except ValueError as error:
         from sparsemae.recipe_parser import reworded
 
-        said, files = " ".join(str(error).split()), [path for path in recipes if "\n" not in path]
+        said, files = " ".join(str(error).split()), [path for path, _ in recipes if "\n" not in path]
         in_recipe = said.startswith(("Parser key", "Group")) and not any(name in said for name in named - {"config"})
         where = f"--config: {', '.join(files)}: " if files and in_recipe else ""
         raise ValueError(where + reworded(said)) from error
@@ -91,6 +99,11 @@ def _with_recipes(
         open_ones = [name for name, _ in marked(config, "from_data") if name not in named]
         config.from_data = open_ones  # type: ignore[attr-defined]
     return config
+
+
+def _in_epochs(kind: type[Any], named: Collection[str]) -> list[str]:
+    """Words that unset lengths in steps, of a recipe before: naming one in epochs would otherwise change nothing."""
+    return [f"--{steps}=null" for epochs, steps in INSTEAD.items() if _trains(kind) and epochs in named]
 
 
 def _meant(message: str, parser: Any) -> str:

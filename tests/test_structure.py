@@ -21,8 +21,8 @@ from sparsemae.recipe_parser import OPTIONAL_POSITIONAL
 
 PACKAGE = ROOT / "sparsemae"
 FILES = sorted(PACKAGE.rglob("*.py"))
-STATEMENTS = {"the commit before the house was rebuilt (f31ab9b)": 6952, "right": 1150, "held": 916, "fast": 440,
-              "own": 1734, "take": 1222, "better": 804}  # fmt: skip
+STATEMENTS = {"the commit before the house was rebuilt (f31ab9b)": 6952, "right": 1199, "held": 916, "fast": 440,
+              "own": 1734, "take": 1222, "better": 809}  # fmt: skip
 """The house has no more than were there before; then what each later issue added, counted when it landed."""
 # Who may import whom, by first name below the package. What everybody may import imports nothing but itself.
 LEAVES = {"limits", "renamed", "card", "files", "plain_yaml", "predictor", "processors", "terminal"}

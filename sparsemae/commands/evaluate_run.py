@@ -34,7 +34,7 @@ def evaluate_run(config: EvaluateConfig) -> dict[str, float]:
         if "inference" not in card.settings:
             raise ValueError(f"inference: wanted none for a model for {card.task}, got {config.inference}")
         inference = config.inference.applied_to(InferenceConfig(**card.settings["inference"]))
-        inference.check(card.input.img_size)
+        inference = inference.of_window(card.input.img_size)
         card = card.with_settings(inference=asdict(inference))
     if config.data.exif and card.input.exif is False:
         raise ValueError(f"data.exif: wanted what {config.model} was trained with, false, got true")

@@ -49,8 +49,9 @@ def probe_network(
     spec, transform = card.input, transforms.evaluation_transform(card.input)
     features, targets, classes = {}, {}, {}
     splits = sources.find_source(data)
+    held_out = splits.held_out_of(card.data)
     for split in ("train", "val"):
-        source = splits.open(split)
+        source = splits.open(split, held_out=held_out)
         dataset = ImageDataset(source, transform, smallest=patch_side(encoder), rules=spec)
         classes[split] = source.class_names
         features[split], targets[split] = encode(fabric, encoder, dataset, spec, data.workers)

@@ -36,7 +36,7 @@ def _train(config: TrainingConfig, group: Group) -> Path:
     task = task_class(config.task)(config)
     task.open_data()
     config, notes = settle(config, task)
-    task.config = config
+    task.settle(config)
     card, sparse = task.card(), config.sparse
     seed_all(config.seed, INIT)
     model = task.build(card, config.model.drop_path)
@@ -52,7 +52,7 @@ def _train(config: TrainingConfig, group: Group) -> Path:
     trainer = run.trainer  # device_batch resolved
     plan = BatchPlan.make(len(dataset), trainer.global_batch, trainer.device_batch, run.fabric.world_size)
     if config.init is not None:
-        started = start_from(model, config.init)
+        started = start_from(model, config.init, sparse.init_weights == "sparse")
         card = replace(card, license=started.license)
         run.log.info(f"{config.init}: {started}")
     make_sparse(model, sparse)
@@ -75,7 +75,7 @@ def _train(config: TrainingConfig, group: Group) -> Path:
         run.folder / "model.safetensors",
     )
     if run.fabric.is_global_zero:
-        save_model(path, model, card)
+        save_model(path, model, card, masks.fixed)
     result = tested(run, task, model, card, result)
     if run.fabric.is_global_zero:
         result.write(run)

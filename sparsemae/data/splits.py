@@ -259,26 +259,30 @@ class Splits:
         """What a model is to be measured on, and a line that says so.
 
         Without a wish the validation split. Of a root without one: the part that the model's own training held out if
-        it is the same data set, else all of it. ``trained_on`` is what the model's card says of its data; empty of a
-        model of before, which held out a tenth.
+        it is the same data set, else all of it. ``trained_on`` is what the model's card says of its data.
         """
         if split is None and self.openers.keys() != {"train"}:
             split = "val" if "val" in self.openers else "test"
         if split is not None:
             names = [name or "all its images" for part, (name, _) in self.openers.items() if split in (part, "all")]
             return self.open(split, class_names=class_names), f"{self.root}: evaluated on {', '.join(names) or split}"
-        rule = trained_on.get("held_out") or HELD_OUT_BEFORE
-        own = not trained_on or trained_on["digest"] == names_digest(self.whole("train"), self.data.root)
-        if not own and trained_on.get("root") == root_digest(self.data.root):
+        rule = self.held_out_of(trained_on)
+        if rule is None and trained_on.get("root") == root_digest(self.data.root):
             raise ValueError(
                 f"{self.root}: wanted the images that the model was trained on, to know its held-out ones, got others: "
                 "the folder has changed since (--split all reads all of it)"
             )
-        part: Part = "val" if own else "all"
-        said = "all its images: it has no splits, and the model was trained on another"
-        if own:
-            said = "its held-out part, which the model was not trained on"
+        part: Part = "all" if rule is None else "val"
+        others = "all its images: it has no splits, and the model was trained on another"
+        said = others if rule is None else "its held-out part, which the model was not trained on"
         return self.open(part, class_names=class_names, held_out=rule), f"{self.root}: evaluated on {said}"
+
+    def held_out_of(self, trained_on: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """What a model's own training held out, as its card says (a tenth, if nothing), of this set without splits."""
+        if self.openers.keys() != {"train"}:
+            return None
+        own = not trained_on or trained_on["digest"] == names_digest(self.whole("train"), self.data.root)
+        return (trained_on.get("held_out") or HELD_OUT_BEFORE) if own else None
 
     def trained_on(self) -> dict[str, Any]:
         """What a model's card keeps of its data, as `open_for_evaluation` wants it."""

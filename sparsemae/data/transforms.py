@@ -74,11 +74,10 @@ def training_transform(options: ImageDataConfig) -> ImageTransform | CropTransfo
             return CropTransform(steps.transforms[0], options)
         steps.transforms[0] = _FirstStep(steps.transforms[0], options)
         return ImageTransform(steps)
-    size, interpolation = (options.img_size, options.img_size), transforms.InterpolationMode(options.interpolation)
     return ImageTransform(
         transforms.Compose(
             [
-                _FirstStep(transforms.Resize(size, interpolation), options),
+                _FirstStep(_center_crop(options.img_size, 1.0, options.interpolation), options),
                 _RandomShift(options.crop_shift),
                 transforms.RandomHorizontalFlip(options.hflip),
                 transforms.PILToTensor(),
@@ -108,15 +107,16 @@ class _FirstStep:
     """To a PIL image of ``img_size`` px, drawn alike whichever library has decoded it."""
 
     step: Any
-    """That of a PIL image: RandomResizedCropAndInterpolation, or Resize."""
+    """That of a PIL image: RandomResizedCropAndInterpolation, or `_center_crop`."""
     options: ImageDataConfig
 
     def __call__(self, image: Image.Image | Decoded) -> Image.Image:
         if isinstance(image, Image.Image):
             return self.step(image)  # type: ignore[no-any-return]
-        box = (0, 0, image.height, image.width)
-        if self.options.crop == "resized":
-            box = self.step.get_params(image.pixels, self.step.scale, self.step.ratio)
+        if self.options.crop == "shift":
+            whole = image.part((0, 0, image.height, image.width))
+            return self.step(Image.fromarray(whole.numpy()))  # type: ignore[no-any-return]
+        box = self.step.get_params(image.pixels, self.step.scale, self.step.ratio)
         return image.resized(box, self.options.img_size, self.options.interpolation)
 
 
@@ -133,9 +133,12 @@ class _RandomShift:
 
 def evaluation_transform(spec: InputSpec) -> ImageTransform:
     """Resize the shorter side to ``img_size / crop_pct`` px, crop the center."""
-    side = spec.img_size
-    crop = partial(center_crop, height=side, width=side, crop_pct=spec.crop_pct, interpolation=spec.interpolation)
+    crop = _center_crop(spec.img_size, spec.crop_pct, spec.interpolation)
     return ImageTransform(transforms.Compose([crop, transforms.PILToTensor()]))
+
+
+def _center_crop(side: int, crop_pct: float, interpolation: str) -> Callable[[Image.Image], Image.Image]:
+    return partial(center_crop, height=side, width=side, crop_pct=crop_pct, interpolation=interpolation)
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

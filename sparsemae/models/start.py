@@ -6,19 +6,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Literal
 
+import timm
 import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from sparsemae.card import ModelCard
+from sparsemae.card import InputSpec, ModelCard
 from sparsemae.models.architecture import Architecture, described
-from sparsemae.models.hub import fetched, pretrained
+from sparsemae.models.hub import fetched, pretrained, timm_name
 from sparsemae.models.mae import sincos_pos_embed
 from sparsemae.models.names import public_names
 from sparsemae.models.vit import build_vit
-from sparsemae.models.weights import Loaded, card_of, load_weights, public_state, read_weights
+from sparsemae.models.weights import (
+    Loaded,
+    card_of,
+    find_weights,
+    kept_alone,
+    load_weights,
+    public_state,
+    read_metadata,
+    read_weights,
+)
 
 NEW = ("head.*", "fc_norm.*", "*.weight_mask")
 """Never taken over: the head and its norm are new in each stage, and a frozen mask moves again."""
@@ -57,13 +68,14 @@ class Start:
         return "; ".join([f"{self.fraction:.1%} of the encoder's parameters; {self.loaded}{resized}", *self.notes])
 
 
-def start_from(model: nn.Module, source: str) -> Start:
+def start_from(model: nn.Module, source: str, sparse: bool = False) -> Start:
     """Load a starting point into a classifier or an autoencoder, its head left new.
 
     Args:
         model: a timm ViT, or a module with one as ``encoder``.
         source: a run folder, a file (MAE encoder-only or full, timm, HF ViTMAE, our own), or ``timm:NAME`` for
             timm's pretrained weights, which are downloaded.
+        sparse: take the kept weights alone, where the source has fixed masks beside latent ones.
 
     Raises:
         ValueError: the source cannot be read, or is of another network: fewer than 90 % of the encoder's parameters
@@ -73,7 +85,7 @@ def start_from(model: nn.Module, source: str) -> Start:
     encoder = model if isinstance(model, VisionTransformer) else model.encoder
     assert isinstance(encoder, VisionTransformer)
     origin = _open(source)
-    state = dict(origin.state)
+    state = kept_alone(origin.state) if sparse else dict(origin.state)
     try:
         resized = _resample_positions(state, encoder)
     except RuntimeError as error:  # torch's, on position embeddings that are no grid of numbers
@@ -107,6 +119,22 @@ def start_from(model: nn.Module, source: str) -> Start:
     notes = [said] * bool(origin.license) + [beside] * bool(origin.beside)
     loaded = load_weights(model, state, ignore=[*NEW, *unfit], name=source)
     return Start(loaded, fraction, resized, notes, origin.license, origin.card)
+
+
+def input_of(source: str) -> tuple[InputSpec | None, Literal["dense", "sparse"]]:
+    """How the images of somebody's weights were prepared, where that is known, and whether they are sparse.
+
+    Raises ValueError as `start_from`.
+    """
+    if source.startswith("timm:"):
+        found = timm.get_pretrained_cfg(timm_name(source))
+        if found is None:
+            return None, "dense"
+        return InputSpec(found.input_size[-1], found.mean, found.std, found.interpolation), "dense"
+    path = find_weights(fetched(source))
+    metadata = read_metadata(path) if path.suffix == ".safetensors" else {}
+    card = card_of(metadata, path) if metadata else None
+    return (None, "dense") if card is None else (card.input, "sparse" if card.patterns else "dense")
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,24 @@ class Loaded:
         )
 
 
-def public_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict under public names: a module named ``encoder`` loses its prefix."""
-    return {key.removeprefix("encoder."): value.detach() for key, value in model.state_dict().items()}
+def public_state(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The state dict under public names: a module named ``encoder`` loses its prefix.
+
+    Args:
+        masks: of layers whose mask is fixed, beside latent weights; a frozen layer's is in the state dict itself.
+    """
+    state = model.state_dict() | {f"{name}.weight_mask": mask for name, mask in (masks or {}).items()}
+    return {key.removeprefix("encoder."): value.detach() for key, value in state.items()}
+
+
+def kept_alone(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same with zeros where a mask beside latent weights prunes them. Raises ValueError if they do not fit."""
+    masks = {key.removesuffix("_mask"): mask for key, mask in state.items() if key.endswith(".weight_mask")}
+    try:
+        kept = {key: state[key].masked_fill(~mask.bool(), 0.0) for key, mask in masks.items()}
+    except (LookupError, RuntimeError) as error:
+        raise ValueError(f"wanted masks of the weights beside them: {error}") from error
+    return {**state, **kept}
 
 
 def load_weights(
@@ -117,9 +132,9 @@ def _unusable(value: Tensor, dtype: torch.dtype) -> str | None:
     return None
 
 
-def save_model(path: Path, model: nn.Module, card: ModelCard) -> None:
-    """Write public weights as safetensors, with the card as JSON metadata; appears whole or not at all."""
-    save_tensors(path, public_state(model), card.to_dict())
+def save_model(path: Path, model: nn.Module, card: ModelCard, masks: Mapping[str, Tensor] | None = None) -> None:
+    """Write `public_state` as safetensors, with the card as JSON metadata; appears whole or not at all."""
+    save_tensors(path, public_state(model, masks), card.to_dict())
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:

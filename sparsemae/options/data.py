@@ -162,7 +162,8 @@ class ImageDataConfig(DataConfig):
     interpolation: Literal["bicubic", "bilinear"] = option("bicubic", from_data=True)
     """Resampling of every resize."""
     crop: Literal["resized", "shift"] = "resized"
-    """Training crop. resized: RandomResizedCrop; shift: resize to img_size, then shift by up to crop_shift px."""
+    """Training crop. resized: RandomResizedCrop; shift: as in evaluation with crop_pct 1, then shifted by up to
+    crop_shift px."""
     jpeg: Literal["pillow", "torchvision"] = "pillow"
     """Which library decodes, crops and resizes the training's JPEGs. torchvision: 1.4 times as fast, pixels within 1 of
     255 in the mean; all other files, and evaluation, stay with pillow."""
@@ -183,6 +184,8 @@ class ImageDataConfig(DataConfig):
         if self.resize_on == "device" and (self.auto_augment is not None or self.crop != "resized"):
             other = "auto_augment" if self.auto_augment is not None else "crop shift"
             raise ValueError(f"data.resize_on: wanted loader with data.{other}, got device")
+        if self.crop == "shift" and self.auto_augment is not None:
+            raise ValueError(f"data.auto_augment: wanted null with data.crop shift, got {self.auto_augment!r}")
 
 
 @dataclass

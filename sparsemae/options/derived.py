@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from sparsemae.limits import value_of, with_values
-from sparsemae.options.model import DEFAULT_MODEL
+from sparsemae.options.model import DEFAULT_MODEL, InferenceConfig
 from sparsemae.options.tasks import TrainingConfig
 
 C = TypeVar("C", bound=TrainingConfig)
@@ -101,8 +101,9 @@ def _model(choice: _Choice) -> int:
         name = f"vit_{size}_patch16_224"
         choice.pick("model.name", name, f"model {name} (for a {'GPU' if facts.gpu else 'processor'})")
     choice.pick("model.drop_path", 0.0 if facts.images < SMALL_SET else 0.1)
-    choice.pick("sparse.schedule", "gradual" if facts.start == "dense" else "constant",
-                "mask tightened in stages (the start is dense)" * (facts.start == "dense"))  # fmt: skip
+    gradual = facts.start == "dense" and choice.config.sparse.init_weights == "full"
+    choice.pick("sparse.schedule", "gradual" if gradual else "constant",
+                "mask tightened in stages (the start is dense)" * gradual)  # fmt: skip
     if choice.config.task == "pretrain":
         choice.settings |= {
             "decoder.embed_dim": 256 if facts.gpu else 128, "decoder.depth": 4 if facts.gpu else 2,
@@ -169,7 +170,7 @@ def _window(choice: _Choice, side: int) -> None:
     short = max(side, min(2 * side, choice.facts.side))
     choice.pick("data.short_side", short, f"images resized to {short} px")
     choice.pick("data.long_side", 4 * short)
-    stride = max(1, side * 2 // 3)
+    stride = InferenceConfig().of_window(side).stride
     choice.pick("inference.stride", stride, f"window {side} px, stride {stride} (two thirds)")
     choice.pick("head.width", 256 if choice.facts.gpu else 64)
     choice.pick("head.auxiliary_width", 128 if choice.facts.gpu else 32)

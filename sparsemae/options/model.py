@@ -62,7 +62,7 @@ class InferenceChange:
     mode: Literal["slide", "whole"] | None = None
     """slide: windows of the training's size, averaged where they overlap; whole: the image at once."""
     stride: int | None = None
-    """Distance of the windows, px."""
+    """Distance of the windows, px; None: in a training two thirds of their side, later the model's own."""
     scales: list[float] | None = None
     """Scales of the image, whose predictions are averaged; the field's are [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]."""
     flip: bool | None = None
@@ -78,16 +78,19 @@ class InferenceConfig(InferenceChange):
     """How a segmenter looks at an image."""
 
     mode: Literal["slide", "whole"] = "slide"
-    stride: int = option(341, from_data=True)
+    stride: int | None = option(None, from_data=True)
     scales: list[float] = field(default_factory=lambda: [1.0])
     flip: bool = False
 
-    def check(self, window: int) -> None:
-        """Raises ValueError on settings that cannot work with a window of that side, px."""
+    def of_window(self, window: int) -> "InferenceConfig":
+        """The same with its stride. Raises ValueError if it cannot work with a window of that side, px."""
+        if self.stride is None:
+            return replace(self, stride=max(1, window * 2 // 3)).of_window(window)
         if self.mode == "slide" and not 1 <= self.stride <= window:
             raise ValueError(f"inference.stride: wanted 1 to the window's {window} px, got {self.stride}")
         if not self.scales or min(self.scales) <= 0:
             raise ValueError(f"inference.scales: wanted scales above 0, got {self.scales}")
+        return self
 
 
 @dataclass
@@ -135,6 +138,16 @@ class SparseConfig(Options):
             raise ValueError(
                 "sparse.mask: wanted dynamic with sparse.schedule=gradual, dense_epochs, decay_epochs, freeze_epoch or "
                 "allocation, got fixed"
+            )
+        if self.freeze_epoch is not None and self.freeze_epoch < self.dense_epochs:
+            raise ValueError(
+                f"sparse.freeze_epoch: wanted at least sparse.dense_epochs={self.dense_epochs:g}, when there is a "
+                f"mask, got {self.freeze_epoch:g}"
+            )
+        if self.schedule == "gradual" and self.init_weights == "sparse":
+            raise ValueError(
+                "sparse.schedule: wanted constant with sparse.init_weights=sparse, which has the pattern at once, "
+                "got gradual"
             )
         if self.allocation_epoch and not allocated:
             raise ValueError("sparse.allocation_epoch: wanted sparse.allocation=magnitude with it, got uniform")

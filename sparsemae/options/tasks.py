@@ -137,4 +137,4 @@ class SegmentConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.inference.check(self.data.img_size)
+        self.inference = self.inference.of_window(self.data.img_size)

@@ -88,6 +88,11 @@ class MaskSchedule:
             for layer in layers.values():
                 layer.pruned_scale = None
 
+    @property
+    def fixed(self) -> dict[str, Tensor]:
+        """Layer -> its mask, bool ``[O, I]``, once they are fixed; empty before."""
+        return {name: layer.current_mask() for name, layer in iter_sparse(self._model) if self._fixed}
+
     def finish(self) -> None:
         """Bring the layers to their final patterns, for a run that ends before its schedule does."""
         for name, layer in iter_sparse(self._model):
@@ -124,9 +129,8 @@ class MaskSchedule:
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """The fixed masks as bits, and each layer's n where it was chosen; empty while there are none."""
-        masks = {name: layer.current_mask() for name, layer in iter_sparse(self._model) if self._fixed}
         kept = {name: torch.tensor(pattern.n) for name, pattern in self._final.items() if self._allocated}
-        return {"masks": pack_masks(masks), "patterns": kept}
+        return {"masks": pack_masks(self.fixed), "patterns": kept}
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Inverse of `state_dict`; masks fixed since then move again."""

@@ -111,7 +111,8 @@ def _introduction(config: StudyConfig, rows: Rows) -> str:
 
 
 def _section(config: StudyConfig, arms: dict[str, Rows], picture: str) -> str:
-    first = next(iter(config.arms))
+    first, rates = next(iter(config.arms)), config.learning_rates
+    edges = {min(rates): " ↓", max(rates): " ↑"} if len(rates) > 1 else {}
     table = [
         f"| arm | {FIGURES[config.job]} | ± s.e. | seeds | held-out | parameters kept | in training | multiply-adds | "
         "rate | replaced |",
@@ -122,11 +123,18 @@ def _section(config: StudyConfig, arms: dict[str, Rows], picture: str) -> str:
         error = f"{stdev(scores) / len(scores) ** 0.5:.2f}" if len(scores) > 1 else ""
         one, held_out = found[0], 100 * fmean(row["val"] for row in found)
         replaced = f"{fmean(map(_replaced, found)):.0%}" if one["topology"] else ""
+        rate = f"{one['lr']:g}{edges.get(one['lr'], '')}"
         table.append(
             f"| {_shown(arm)} | {fmean(scores):.2f} | {error} | {len(scores)} | {held_out:.2f} | {one['kept']:,} | "
-            f"{one['total']:,} | {one['multiply_adds'] / 1e6:.2f} M | {one['lr']:g} | {replaced} |"
+            f"{one['total']:,} | {one['multiply_adds'] / 1e6:.2f} M | {rate} | {replaced} |"
         )
-    lines = [*table, "", LEGEND, ""]
+    marked = any(found[0]["lr"] in edges for found in arms.values())
+    lines = [
+        *table,
+        "",
+        LEGEND + " ↓ ↑: at an edge of the rates tried, so that the arm may be better still." * marked,
+        "",
+    ]
     if first in arms and len(arms) > 1:
         lines += [
             f"{_shown(first)} minus each other arm, points of {FIGURES[config.job]}:\n",

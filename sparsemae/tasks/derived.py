@@ -3,14 +3,12 @@
 from dataclasses import replace
 from typing import Any, TypeVar
 
-import timm
 import torch
 
-from sparsemae.card import InputSpec
 from sparsemae.data.survey import median_side
 from sparsemae.limits import with_values
-from sparsemae.models.architecture import architecture_of, timm_name
-from sparsemae.models.weights import card_of, find_weights, read_metadata
+from sparsemae.models.architecture import architecture_of
+from sparsemae.models.start import input_of
 from sparsemae.options import TrainingConfig
 from sparsemae.options.derived import SMALL_SET, Facts, derive
 from sparsemae.processors import processors
@@ -27,17 +25,17 @@ def settle(config: C, task: Task[Any]) -> tuple[C, list[str]]:
     start's own images were prepared is taken over where it is open, and compared where a recipe is named.
     """
     config, notes = with_model_of_source(config)
-    found, start = _input_of_start(config.init) if config.init not in (None, "auto") else (None, "random")
-    if config.init == "auto":
-        start = "dense"
+    found, start = (None, "random") if config.init is None else (None, "dense")
+    if config.init is not None and config.init != "auto":
+        found, start = input_of(config.init)
     images = task.sources["train"]
     gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
     side = found.img_size if found is not None and start == "sparse" else median_side(images)
     config, said = derive(config, Facts(len(images), side, start, gpu, processors()))  # type: ignore[arg-type]
     if config.init == "auto":
-        config = replace(config, init=f"timm:{config.model.name}")
-        found, _ = _input_of_start(config.init)
-        notes.append(f"--init auto: {config.init}")
+        init = f"timm:{config.model.name}"
+        config, (found, _) = replace(config, init=init), input_of(init)
+        notes.append(f"--init auto: {init}")
     notes += [said] * bool(said)
     if found is not None:
         wanted = {f"data.{name}": getattr(found, name) for name in ("mean", "std", "interpolation")}
@@ -63,20 +61,6 @@ def with_model_of_source(config: C) -> tuple[C, list[str]]:
     found = architecture_of(config.init, config.model.args)
     model = replace(config.model, name=found.name, args=found.args)
     return replace(config, model=model), [f"{config.init}: {found} {found.note and f'({found.note})'}".rstrip()]
-
-
-def _input_of_start(init: str | None) -> tuple[InputSpec | None, str]:
-    """How the images of somebody's weights were prepared, where that is known, and whether they are sparse."""
-    assert init is not None
-    if init.startswith("timm:"):
-        found = timm.get_pretrained_cfg(timm_name(init))
-        if found is None:
-            return None, "dense"
-        return InputSpec(found.input_size[-1], found.mean, found.std, found.interpolation), "dense"
-    path = find_weights(init)
-    metadata = read_metadata(path) if path.suffix == ".safetensors" else {}
-    card = card_of(metadata, path) if metadata else None
-    return (None, "dense") if card is None else (card.input, "sparse" if card.patterns else "dense")
 
 
 def _own(config: TrainingConfig, name: str) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparsemae.card import ModelCard
 from sparsemae.data.inputs import results_of
 from sparsemae.limits import MAX_PIXELS
-from sparsemae.models.weights import card_of, find_weights, load_weights, read_weights
+from sparsemae.models.weights import card_of, find_weights, kept_alone, load_weights, read_weights
 from sparsemae.packing.format import is_packed, read, unpack
 from sparsemae.packing.pack import build_vit
 from sparsemae.predictor import Inputs, checked, raised
@@ -88,6 +88,8 @@ def load_model(source: str | Path, task: str | None = None) -> tuple[Any, ModelC
     if task is not None and card.task != task:
         raise ValueError(f"{path}: wanted a model for {task}, got one for {card.task}")
     try:
+        if not card.frozen:  # a fixed mask
+            state = kept_alone(state)
         if packed is not None:
             state = {name: torch.from_numpy(value) for name, value in unpack(packed, masks=True).items()}
         as_is = packed is not None and packed.config.head is None  # its shape says all

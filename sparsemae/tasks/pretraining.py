@@ -22,7 +22,7 @@ from sparsemae.data.splits import Part, Source
 from sparsemae.data.transforms import denormalize, evaluation_transform, normalize, training_transform
 from sparsemae.models import MaskedAutoencoder, build_vit, use_plain_attention
 from sparsemae.models.mae import MAEOutput, patches_kept
-from sparsemae.models.start import start_from
+from sparsemae.models.start import input_of, start_from
 from sparsemae.options import PretrainConfig, SourceConfig
 from sparsemae.sparsity import dense_weights
 from sparsemae.tasks.outcomes import Gallery, Shown, beside
@@ -36,7 +36,7 @@ class Pretraining(Task[PretrainConfig]):
     around: ClassVar[str | None] = "decoder"
     freezes: ClassVar[bool] = False
     teacher: MaskedAutoencoder | None = None
-    """Opened with the data: a plan or a benchmark has none."""
+    """Of a training: a plan or a benchmark has none."""
     said: Sequence[str] = ()
     """Of the teacher: what of it was taken, and its license."""
 
@@ -44,19 +44,23 @@ class Pretraining(Task[PretrainConfig]):
         self.splits = find_source(self.config.data)
         self.source = self.splits.open("train", self.config.data.train_images)
         self.sources = {"train": self.source}
-        if self.config.teacher is not None:
-            self.teacher = self._open_teacher(self.config.teacher)
+
+    def settle(self, config: PretrainConfig) -> None:
+        super().settle(config)
+        if config.teacher is not None:
+            self.teacher = self._open_teacher(config.teacher)
 
     def _open_teacher(self, source: str) -> MaskedAutoencoder:
         card, teacher = self.card(), self.build(self.card())
         start = start_from(teacher, source)
-        theirs, self.said = start.card, [f"teacher {source}: {start}"]
-        if theirs is not None and theirs.patterns:
+        self.said = [f"teacher {source}: {start}"]
+        theirs, kind = input_of(source)
+        if kind == "sparse":
             raise ValueError(f"--teacher {source}: wanted a dense network, got one with N:M sparse layers")
-        if theirs is not None and (theirs.input.mean, theirs.input.std) != (card.input.mean, card.input.std):
+        if theirs is not None and (theirs.mean, theirs.std) != (card.input.mean, card.input.std):
             raise ValueError(
                 f"--teacher {source}: wanted images of mean {card.input.mean} and std {card.input.std}, "
-                f"got {theirs.input.mean} and {theirs.input.std}"
+                f"got {theirs.mean} and {theirs.std}"
             )
         return teacher.eval().requires_grad_(False)
 

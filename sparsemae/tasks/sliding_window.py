@@ -53,6 +53,8 @@ def predict_scores(network: Network, images: Tensor, spec: InputSpec, inference:
     One view's are its logits; of several scales and mirrored images it is the mean of their probabilities.
     """
     height, width = size = images.shape[-2:]
+    inference = inference.of_window(spec.img_size)
+    assert inference.stride is not None
     views = [(scale, flip) for scale in inference.scales for flip in (False, True)[: 1 + inference.flip]]
     total = None
     for scale, flip in views:

@@ -49,6 +49,11 @@ def mask_schedule(model: nn.Module, sparse: SparseConfig, trainer: TrainerConfig
             after = f" after {sparse.dense_epochs:g} dense ones" if name == "decay_epochs" else ""
             raise ValueError(f"sparse.{name}: wanted at most the training's {epochs:g} epochs, got {value:g}{after}")
     gradual = sparse.gradual_epochs if sparse.gradual_epochs is not None else epochs / 2
+    if sparse.schedule == "gradual" and 0 < gradual <= sparse.dense_epochs:
+        raise ValueError(
+            f"sparse.dense_epochs: wanted fewer than the {gradual:g} epochs in which a gradual schedule, which counts "
+            f"from the start, reaches the pattern, got {sparse.dense_epochs:g}"
+        )
     return MaskSchedule(
         model, sparse.dense_epochs, gradual if sparse.schedule == "gradual" else 0.0, sparse.freeze_epoch,
         sparse.decay_epochs, None if sparse.allocation == "uniform" else sparse.allocation_epoch,

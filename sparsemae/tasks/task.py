@@ -58,6 +58,10 @@ class Task(Trainable[Config]):
     def open_data(self) -> None:
         """Find the images and set ``class_names``. Raises ValueError if they cannot be trained on."""
 
+    def settle(self, config: Config) -> None:
+        """Take the options as they will be used, and open what depends on them, just before the model is built."""
+        self.config = config
+
     def settings(self) -> dict[str, Any]:
         """JSON values that `build`, `measure` and `predict` will find in the card."""
         return {}

@@ -77,11 +77,12 @@ class TrainingState:
         return True
 
     def moved(self) -> dict[str, Any]:
-        """How the masks have moved, and ``pull`` by layer: SR-STE's strength less Adam's rescaling, `srste_pull`."""
+        """How the masks have moved, and ``pull`` by layer: by so much SR-STE's term shrinks a pruned weight."""
         assert self.topology is not None
         line: dict[str, Any] = asdict(self.topology.update())
-        for name, pull in srste_pull(self.optimizer, self.model, self.origin["config"]["sparse"]["strength"]).items():
-            line["layers"][name]["pull"] = pull
+        sparse = self.origin["config"]["sparse"]
+        for name, pull in srste_pull(self.optimizer, self.model, sparse["strength"]).items():
+            line["layers"][name]["pull"] = sparse["strength"] if sparse["term"] == "decoupled" else pull
         return line
 
     def identity(self) -> dict[str, Any]:
@@ -110,11 +111,12 @@ class TrainingState:
             "optimizer": optimizer, "topology": self.topology.state_dict() if self.topology else {},
             **self.masks.state_dict(),
         }  # fmt: skip
-        files = {WEIGHTS: public_state(self.model), TRAINING: flatten(training, "/")}
+        fixed = self.masks.fixed
+        files = {WEIGHTS: public_state(self.model, fixed), TRAINING: flatten(training, "/")}
         card = replace(card, step=self.done, patterns=self.masks.patterns)
         metadata = {WEIGHTS: replace(card, ema_decay=None).to_dict(), TRAINING: self._counters()}
         if self.average is not None:
-            files[AVERAGE], metadata[AVERAGE] = public_state(self.average.module), card.to_dict()
+            files[AVERAGE], metadata[AVERAGE] = public_state(self.average.module, fixed), card.to_dict()
         return files, metadata
 
     def _counters(self) -> dict[str, Any]:
@@ -130,9 +132,9 @@ class TrainingState:
         """
         files, counters = load_checkpoint(path)
         try:
-            load_weights(self.model, files[WEIGHTS], strict=True, name=WEIGHTS)
+            load_weights(self.model, files[WEIGHTS], self._moving(), strict=True, name=WEIGHTS)
             if self.average is not None and AVERAGE in files:
-                load_weights(self.average.module, files[AVERAGE], strict=True, name=AVERAGE)
+                load_weights(self.average.module, files[AVERAGE], self._moving(), strict=True, name=AVERAGE)
             elif self.average is not None:  # an average that begins here
                 self.average.set(self.model)
             training = unflatten(files[TRAINING])
@@ -167,6 +169,11 @@ class TrainingState:
         if damaged and not self.done:
             raise ValueError(f"{folder}: no intact checkpoint to continue from; choose another --out")
         return counters, damaged
+
+    def _moving(self) -> list[str]:
+        """Names of masks in a file of weights that are of moving layers: fixed ones, which `MaskSchedule` takes."""
+        moving = (name.removeprefix("encoder.") for name, layer in iter_sparse(self.model) if not layer.frozen)
+        return [f"{name}.weight_mask" for name in moving]
 
     def _check_moments(self, moments: Mapping[int, Mapping[str, Tensor]]) -> None:
         """torch would take anything, and fail, or make weights that are not finite, in the step."""

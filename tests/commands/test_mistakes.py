@@ -104,6 +104,22 @@ def test_options(refused: Callable[..., str], tmp_path: Path, options: list[str]
         (["--sparse.freeze_epoch", "4"], "sparse.freeze_epoch: wanted at most the training's 3 epochs, got 4"),
         (["--sparse.mask", "fixed", "--sparse.schedule", "gradual"], "sparse.mask: wanted dynamic with"),
         (
+            ["--sparse.dense_epochs", "2", "--sparse.freeze_epoch", "1"],
+            "sparse.freeze_epoch: wanted at least sparse.dense_epochs=2, when there is a mask, got 1",
+        ),
+        (
+            ["--sparse.schedule", "gradual", "--sparse.init_weights", "sparse"],
+            "sparse.schedule: wanted constant with sparse.init_weights=sparse",
+        ),
+        (
+            ["--sparse.schedule", "gradual", "--sparse.dense_epochs", "1.5"],
+            "sparse.dense_epochs: wanted fewer than the 1.5 epochs in which a gradual schedule, ",
+        ),
+        (
+            ["--data.crop", "shift", "--data.auto_augment", "rand-m9"],
+            "data.auto_augment: wanted null with data.crop shift, got 'rand-m9'",
+        ),
+        (
             ["--sparse.schedule", "gradual", "--sparse.gradual_epochs", "9"],
             "sparse.gradual_epochs: wanted at most the training's 3 epochs, got 9",
         ),

@@ -10,6 +10,7 @@ from conftest import tiny
 from sparsemae.cli import main
 from sparsemae.commands.evaluate import evaluate
 from sparsemae.commands.probe import knn, linear
+from sparsemae.options import SourceConfig
 from sparsemae.options.commands import EvaluateConfig
 
 
@@ -64,3 +65,12 @@ def test_a_packed_file_is_not_probed(tmp_path: Path, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit):
         main(["evaluate", str(tmp_path / "small.safetensors"), "--probe", "knn"])
     assert "wanted a run or its weights with --probe, got a packed file" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_probe_is_measured_on_what_the_models_own_training_held_out(tmp_path: Path, image_folder: Path) -> None:
+    root = str(image_folder / "train")  # eight images of each class, and no splits
+    at = ["--data.source", "folder", "--data.root", root, "--data.train_images", "null", "--trainer.global_batch", "4"]
+    main(tiny("pretrain", tmp_path / "run", *at, "--data.val_share", "0.5", "--trainer.max_steps", "1"))
+    found = evaluate(EvaluateConfig(str(tmp_path / "run"), SourceConfig(root=root, workers=0), probe="knn"))
+    assert found["images"] == 8

@@ -67,6 +67,15 @@ def test_shift_moves_by_at_most_the_pixels_given_and_fills_with_black() -> None:
     assert len(seen) == 9
 
 
+@pytest.mark.parametrize("size", [(40, 20), (21, 33), (28, 28)])
+def test_shift_sees_what_an_evaluation_sees(size: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    options = ImageDataConfig(img_size=16, crop="shift", crop_shift=0, hflip=0.0)
+    wanted = evaluation_transform(InputSpec(16, options.mean, options.std, options.interpolation, crop_pct=1.0))
+    for transform in (training_transform(options), wanted):
+        assert torch.equal(transform(Image.fromarray(pixels), 0)[0], wanted(Image.fromarray(pixels), 0)[0])
+
+
 def test_randaugment_at_full_magnitude_keeps_no_bits_as_it_did() -> None:
     """Pillow 13 refuses to posterize to 0 bits, which timm asks of one image in 700; Pillow 12 gave black."""
     transform: Any = training_transform(ImageDataConfig(auto_augment="rand-m10-inc1-n15", img_size=8))

@@ -45,13 +45,56 @@ def test_the_rule(task: str, images: int, start: Any, gpu: bool) -> None:
         light = [config.data.auto_augment, config.mixup, config.cutmix, config.erasing]
         assert (light == [None, 0, 0, 0]) == (images < 5_000)
     if task == "segment":
-        config.inference.check(config.data.img_size)
+        assert config.inference == config.inference.of_window(config.data.img_size)
         assert config.data.short_side >= config.data.img_size
     assert config.trainer.keep == ("last" if task == "pretrain" else "best")
     assert config.sparse.schedule == ("gradual" if start == "dense" else "constant")
     for shown in (f"{images:,} images", f"batch {batch} ", f"lr {config.optim.lr:.3g} (linear rule: {rate:g} "):
         assert shown in said
     assert "\n" not in said
+
+
+def test_a_start_without_its_pruned_weights_has_nothing_to_tighten() -> None:
+    words = ["images", "--sparse.init_weights", "sparse"]
+    config, said = derive(read_config(FinetuneConfig, words), Facts(400, 300, "dense"))
+    assert config.sparse.schedule == "constant"
+    assert "tightened" not in said
+
+
+@pytest.mark.parametrize(
+    ("words", "epochs", "steps"),
+    [
+        (["--config", "segment_t"], 400, 160_000),
+        (["--config", "segment_t", "--epochs", "20"], 20, None),
+        (["--config", "segment_t", "--trainer", "{epochs: 20}"], 20, None),
+        (["--epochs", "20", "--config", "segment_t"], 20, None),
+        (["--config", "segment_t", "--epochs", "20", "--trainer.steps", "7"], 20, 7),
+        (["--config", "segment_t", "--config", "epochs.yaml"], 30, None),
+        (["--config", "epochs.yaml", "--config", "segment_t"], 30, 160_000),
+        (["--config", "both.yaml"], 30, 8),
+        (["--config", "both.yaml", "--epochs", "3"], 3, None),
+    ],
+)
+def test_a_length_in_epochs_is_not_overridden_by_a_recipes_in_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], epochs: float, steps: int | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("epochs.yaml").write_text("trainer: {epochs: 30}\n")
+    Path("both.yaml").write_text("trainer: {epochs: 30, steps: 8}\n")
+    trainer = read_config(SegmentConfig, ["images", *words]).trainer
+    assert (trainer.epochs, trainer.steps) == (epochs, steps)
+
+
+def test_a_warm_up_in_epochs_is_not_overridden_by_a_recipes_in_steps() -> None:
+    words = ["images", "--config", "segment_t", "--optim.warmup_epochs", "2"]
+    optim = read_config(SegmentConfig, words).optim
+    assert (optim.warmup_epochs, optim.warmup_steps) == (2, None)
+
+
+@pytest.mark.parametrize(("side", "stride"), [(512, 341), (128, 85), (1, 1)])
+def test_windows_overlap_by_a_third_of_any_size(side: int, stride: int) -> None:
+    words = ["images", "--img-size", str(side)]
+    assert read_config(SegmentConfig, words).inference.stride == stride
 
 
 def test_what_is_named_is_kept_and_the_rest_follows_from_it() -> None:

@@ -10,7 +10,8 @@ from conftest import tiny
 
 from sparsemae.card import ModelCard
 from sparsemae.cli import main
-from sparsemae.models.weights import find_weights, read_metadata
+from sparsemae.models import hub
+from sparsemae.models.weights import find_weights, read_metadata, read_weights
 
 pytestmark = pytest.mark.holds("right.1")
 SHORT = (
@@ -60,3 +61,14 @@ def test_item_15_parallel_blocks_are_said_to_be_trained_not_packed(
     with pytest.raises(SystemExit):
         main(["pack", str(out), str(tmp_path / "model.packed")])
     assert "pack: blocks.0: wanted Block, got ParallelThingsBlock" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_weights_on_the_hub_can_be_trained_from(tmp_path: Path, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = str(runs / "pretrain" / "model.safetensors")
+    monkeypatch.setattr(hub, "_ask_once", lambda *_: None)
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: file)
+    for out, init in (("hub", "hf-hub:lab/model"), ("file", file)):
+        main(tiny("finetune", tmp_path / out, "--init", init, "--trainer.max_steps", "1"))
+    fetched, local = (read_weights(tmp_path / out)[0] for out in ("hub", "file"))
+    assert all(torch.equal(fetched[key], local[key]) for key in local)

@@ -16,6 +16,7 @@ from sparsemae.card import InputSpec
 from sparsemae.cli import main
 from sparsemae.data.sampling import BatchPlan
 from sparsemae.data.transforms import normalize
+from sparsemae.models import start
 from sparsemae.models.weights import read_weights
 from sparsemae.options import FinetuneConfig
 from sparsemae.tasks import teacher
@@ -150,3 +151,9 @@ def test_teachers_of_something_else_are_refused(
     assert "wanted at least 90% of the encoder's parameters, matched 0.0%" in said
     said = refused(*pretrain, "--data.mean", "[0.5, 0.5, 0.5]", "--teacher", str(dense))
     assert "wanted images of mean (0.5, 0.5, 0.5)" in said
+    augreg = "vit_tiny_patch16_224.augreg_in21k"
+    monkeypatch.setattr(start, "pretrained", lambda *_: timm.create_model(augreg))
+    whole = ["--model.name", "vit_tiny_patch16_224", "--model.args", "{}", "--data.img_size", "224"]
+    said = refused(*pretrain, *whole, "--teacher", f"timm:{augreg}")
+    assert "wanted images of mean (0.286, 0.286, 0.286)" in said
+    assert "got (0.5, 0.5, 0.5)" in said

@@ -1,6 +1,7 @@
 """The loop on the real command line, made tiny: determinism, resuming, processes and accumulation."""
 
 import gc
+import json
 import os
 import subprocess
 import sys
@@ -19,8 +20,9 @@ from sparsemae.cli import main
 from sparsemae.data.dataset import ImageDataset
 from sparsemae.models.weights import read_weights
 from sparsemae.options.training import OptimConfig
-from sparsemae.sparsity import NMPattern, nm_mask
+from sparsemae.sparsity import NMPattern, iter_sparse, nm_mask
 from sparsemae.tasks.classification import EVALUATION_BATCH
+from sparsemae.tasks.loading import load_model
 from sparsemae.training import fit
 from sparsemae.training.optim import learning_rate
 
@@ -183,6 +185,9 @@ def test_the_methods_open_points_change_the_run_and_resume_exactly(tmp_path: Pat
     main(tiny("pretrain", tmp_path / "parts", *options))
     assert_identical(tmp_path / "whole", tmp_path / "parts")
     base, other = weights(tmp_path / "base"), weights(tmp_path / "whole")
+    if "decoupled" in options:
+        lines = [json.loads(line) for line in (tmp_path / "whole" / "topology.jsonl").read_text().splitlines()]
+        assert {layer["pull"] for line in lines for layer in line["layers"].values() if "pull" in layer} == {0.5}
     assert not torch.equal(base["blocks.0.attn.qkv.weight"], other["blocks.0.attn.qkv.weight"])
 
 
@@ -208,6 +213,29 @@ def test_a_mask_that_stops_moving_and_averaged_weights_combine(tmp_path: Path) -
         assert torch.equal(bits, torch.from_numpy(np.packbits(mask.numpy())))
         assert torch.equal(written[f"{name}.weight"], average[f"{name}.weight"].where(mask, torch.zeros(())))
     assert torch.equal(written["head.weight"], average["head.weight"])
+    model, _ = load_model(run / "checkpoints/step-00000006")  # latent weights, and the mask beside them
+    for name, layer in iter_sparse(model):
+        assert torch.equal(layer.weight, written[f"{name}.weight"])
+
+
+@pytest.mark.slow
+def test_a_mask_that_stops_moving_in_pretraining_goes_with_its_weights(tmp_path: Path) -> None:
+    """The rate is such that magnitudes have another order in the end; the file has the latent weights, too."""
+    run, after = tmp_path / "run", ("--init", str(tmp_path / "run"), "--trainer.max_steps", "1", "--optim.lr", "0")
+    main(tiny("pretrain", run, "--sparse.freeze_epoch", "1", "--optim.lr", "0.05"))
+    written, (model, card) = weights(run), load_model(run)
+    masks = {key: value for key, value in written.items() if key.endswith("weight_mask")}
+    assert len(masks) == len(card.patterns) == 8
+    for name, layer in iter_sparse(model):
+        public = name.removeprefix("encoder.")
+        latent, mask = written[f"{public}.weight"], masks[f"{public}.weight_mask"]
+        assert not torch.equal(nm_mask(latent, NMPattern(2, 32)), mask)
+        assert torch.equal(layer.weight, latent.where(mask, torch.zeros(())))
+    main(tiny("finetune", tmp_path / "full", *after))
+    main(tiny("finetune", tmp_path / "sparse", *after, "--sparse.init_weights", "sparse"))
+    name = "blocks.0.mlp.fc1.weight"
+    for start, mask in (("full", nm_mask(written[name], NMPattern(2, 32))), ("sparse", masks[f"{name}_mask"])):
+        assert torch.equal(weights(tmp_path / start)[f"{name}_mask"], mask)
 
 
 def test_the_linear_rule_scales_both_rates(tmp_path: Path) -> None:
