@@ -4,10 +4,11 @@ Classes of images are reported here, masks in `check_masks`. In tars and other c
 that `Source.filename` gives it.
 """
 
+import json
 import shlex
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from sparsemae.commands.check_masks import examine_masks
@@ -99,9 +100,10 @@ def _next(config: CheckConfig, task: str, exclude: str | None) -> str:
     """The command that trains on what was checked."""
     job, data = {"pretrain": "pretrain", "classify": "finetune", "segment": "segment"}[task], config.data
     words = ["sparsemae", job, data.root or ""] + ["--data.source", data.source] * (source_of(data.root) != data.source)
-    left_out = exclude or data.exclude
-    named = {"--data.exclude": left_out, "--data.classes": data.classes, "--data.exif": "true" if data.exif else None}
-    words += [word for option, value in named.items() if value is not None for word in (option, str(value))]
+    plain, own = SourceConfig(), replace(data, exclude=exclude or data.exclude)
+    for name in (member.name for member in fields(SourceConfig) if member.name not in ("root", "source", "workers")):
+        if (value := getattr(own, name)) != getattr(plain, name):
+            words += [f"--data.{name}", value if isinstance(value, str) else json.dumps(value)]
     return shlex.join([*words, "--out", f"runs/{job}"])
 
 

@@ -144,8 +144,9 @@ def plan(config: PlanConfig) -> Plan:
     task.prepare(model, Fabric(accelerator="cpu", devices=1), batches)
     encoder, forwards = summarize(encoder_of(counted)), task.forwards(counted)
     around = (task.around, _parameters(counted) - _parameters(encoder_of(counted))) if task.around else None
-    # auto: the plan may be made on a machine without the devices it is for
-    precision = "bf16" if trainer.precision == "auto" and trainer.accelerator != "cpu" else resolved_precision(trainer)
+    # auto: the plan may be made on a machine without the devices it is for; what is measured runs on this one
+    elsewhere = trainer.precision == "auto" and trainer.accelerator != "cpu" and not config.measure
+    precision = "bf16" if elsewhere else resolved_precision(trainer)
     plain = trainer.accelerator == "cpu" and precision == "bf16"  # as in the loop
     if plain:
         use_plain_attention(model)
@@ -165,7 +166,8 @@ def plan(config: PlanConfig) -> Plan:
     )  # fmt: skip
     if config.measure:
         rate, machine = measured_rate(task, batches, precision)
-        result = replace(result, images_per_second=rate, machine=f" ({machine}, measured)")
+        said = "measured" if batches.world == 1 else f"one of {batches.world} processes measured"
+        result = replace(result, images_per_second=rate, machine=f" ({machine}, {said})")
     if result.images_per_second is not None and task.sources:
         result = replace(result, loader_rate=loader_rate(task, model), faster=_faster(recipe.data))
     print(*map(printable, [*notes, *str(result).splitlines()]), sep="\n")

@@ -23,7 +23,7 @@ from sparsemae.options import StudyConfig, TrainerConfig
 from sparsemae.processors import processors
 from sparsemae.study.page import write_page
 from sparsemae.study.plan import CLASSES, Trial, choose, final, images_of, pairs, selection, stages_of
-from sparsemae.study.results import Results, result, tested
+from sparsemae.study.results import Results, digest, result, tested
 from sparsemae.study.stages import Stage, run_stages
 from sparsemae.terminal import printable
 
@@ -88,7 +88,7 @@ def _report(config: StudyConfig, root: Path, results: Results, path: Path) -> No
 
 def _run(config: StudyConfig, root: Path, results: Results, console: Console) -> None:
     """Choose the rates, train what has no figures yet, and write the page."""
-    out = Path(config.out)
+    out, results.images = Path(config.out), digest(root)
     _train(config, selection(config, root), results, console, result)
     trials = final(config, root, choose(config, results.of(selection(config, root))))
 

@@ -25,6 +25,8 @@ class Results:
     def __init__(self, file: Path) -> None:
         self.file = file
         self.rows = _lines(file)
+        self.images: str | None = None
+        """`digest` of the images of now; None: lines are taken whatever images they are of."""
 
     def get(self, trial: Trial) -> dict[str, Any] | None:
         """The line of a trial that is done. Raises ValueError if it was made with other options."""
@@ -35,6 +37,11 @@ class Results:
                 f"{self.file}: {trial.finetuning.title}: made with other options ({', '.join(sorted(other)):.300}): "
                 "choose another --out"
             )
+        if row and None not in (told := {row.get("images"), self.images}) and len(told) > 1:
+            raise ValueError(
+                f"{self.file}: {trial.finetuning.title}: made with other images, which have changed since: choose "
+                "another --out"
+            )
         return row
 
     def of(self, trials: Iterable[Trial]) -> list[dict[str, Any]]:
@@ -43,8 +50,15 @@ class Results:
 
     def put(self, row: dict[str, Any]) -> None:
         """Write a line, in the place of the same trial's."""
+        row = {**row, "images": self.images} if self.images else row
         self.rows = [other for other in _lines(self.file) if _key(other) != _key(row)] + [row]
         write_atomic(self.file, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+
+def digest(root: Path) -> str:
+    """What tells the files below a folder from others: their names, and so classes and splits, and their sizes."""
+    files = sorted((str(path.relative_to(root)), path.stat().st_size) for path in root.rglob("*") if path.is_file())
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
 
 
 def result(trial: Trial, out: Path, seconds: float) -> dict[str, Any]:

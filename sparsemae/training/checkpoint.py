@@ -118,6 +118,12 @@ def point_to_best(folder: Path, step: int) -> None:
     temporary.replace(folder / "best")
 
 
+def best_step(folder: Path) -> int | None:
+    """The step that ``best`` points to, if its checkpoint is there."""
+    best = folder / "best"
+    return step_of(best.resolve()) if best.is_symlink() and best.is_dir() else None
+
+
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
     """A checkpoint's tensors by file and key, and its counters, after a look at the checksums.
 

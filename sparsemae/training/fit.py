@@ -122,8 +122,9 @@ class _Loop:
     def run_all(self) -> None:
         """Step, evaluate, log and save until the schedule's end, or until something ends the run before."""
         run, state = self.run, self.state
-        if state.done < self.stop and self.fabric.is_global_zero:  # older than what comes now
-            (run.folder / "model.safetensors").unlink(missing_ok=True)
+        if state.done < self.stop and self.fabric.is_global_zero:
+            run.write_environment()
+            (run.folder / "model.safetensors").unlink(missing_ok=True)  # older than what comes now
         if state.done >= self.stop:
             run.log.info(f"{run.folder}: complete at step {state.done}; choose another --out for a new run")
         run.log.info(str(self.plan))
@@ -156,7 +157,13 @@ class _Loop:
         run, state, last = self.run, self.state, self.state.done
         best = None if state.best is None else int(state.best["step"])
         if run.trainer.keep == "best" and best not in (None, last):
-            self.fabric.barrier()  # the first process has written it
+            there = self.fabric.broadcast(self.saver.best)  # of the first process, which has written it
+            if there not in (None, best):
+                run.log.info(
+                    f"warning: the best, of step {best}, could not be written: it is step {there} that is kept"
+                )
+                best = there
+        if run.trainer.keep == "best" and best not in (None, last):
             retried(state.restore, checkpoint.checkpoint_path(run.checkpoints, best), run.log.info)
         if state.average is not None:
             self.model.load_state_dict(state.average.module.state_dict())

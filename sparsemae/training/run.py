@@ -69,9 +69,8 @@ class Run:
                     self.folder.mkdir(parents=True, exist_ok=True)
                     self.log.lost = held.enter_context(lock.run_lock(self.folder, self.log.info))
                     held.push(self.log.close)
-                    if self.changed or not (self.folder / "result.json").is_file():  # else it says where that was made
-                        # first: it is what tells a run's folder from somebody's
-                        write_atomic(self.folder / "environment.json", json.dumps(logs.environment(), indent=1))
+                    if not (self.folder / "environment.json").is_file():  # it tells a run's folder from somebody's
+                        self.write_environment()
                     self.checkpoints.mkdir(exist_ok=True)
                     checkpoint.remove_leftovers(self.checkpoints)
                     write_atomic(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
@@ -83,6 +82,10 @@ class Run:
                 yield
             finally:
                 self.log.lost = str  # the lock, by which that is told, is released
+
+    def write_environment(self) -> None:
+        """Where the steps that come are taken; a run that has ended keeps its own."""
+        write_atomic(self.folder / "environment.json", json.dumps(logs.environment(), indent=1))
 
     def compare_images(self, now: dict[str, Any]) -> None:
         """Raises ValueError, on all processes, if the run in the folder was trained on other images; see `record`.

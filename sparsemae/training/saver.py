@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparsemae.training.checkpoint import (
     Tensors,
+    best_step,
     checkpoint_path,
     list_checkpoints,
     point_to_best,
@@ -40,6 +41,8 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._failures = 0
+        self.best = best_step(folder)
+        """The last best step whose checkpoint is there: another could not be written."""
         self.step = -1
         """The last one that was asked for."""
 
@@ -77,10 +80,11 @@ class Saver:
     ) -> None:
         try:
             save_checkpoint(checkpoint_path(self._folder, step), files, metadata)
-            if best is not None:
+            if best is not None and checkpoint_path(self._folder, best).is_dir():
+                self.best = best
                 with suppress(OSError):  # a file system without links
                     point_to_best(self._folder, best)
-            remove_old_checkpoints(self._folder, self._keep, best)
+            remove_old_checkpoints(self._folder, self._keep, self.best)
         except Exception as error:  # it comes out in the main thread
             self._error = error
 

@@ -1,7 +1,9 @@
 """Every fault planted is named, and nothing else; the statistics equal numpy's; training takes the list written."""
 
+import shlex
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ from PIL import Image
 
 from sparsemae.cli import main
 from sparsemae.commands import check_records
-from sparsemae.commands.check import ClassReport, examine
+from sparsemae.commands.check import ClassReport, _next, examine
+from sparsemae.config import read_config
+from sparsemae.options import CheckConfig, FinetuneConfig
 from sparsemae.options.data import SourceConfig
 from sparsemae.training import logs
 
@@ -31,6 +35,17 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[str, str]:
     errors = printed.err.splitlines()
     assert len(errors) == 1, errors
     return printed.out, errors[0]
+
+
+def test_the_command_to_run_next_reads_what_was_checked() -> None:
+    data = SourceConfig("csv", "it.csv", image_column="image_id", label_column="dx", val_share=0.3, bits=12, exif=False)
+    said = shlex.split(_next(CheckConfig(data), "classify", "out.txt"))
+    assert said[:3] == ["sparsemae", "finetune", "it.csv"]
+    config = read_config(FinetuneConfig, said[2:])
+    assert replace(data, exclude="out.txt") == SourceConfig(
+        **{name: getattr(config.data, name) for name in vars(data) if name != "auto"}
+    )
+    assert config.out == "runs/finetune"
 
 
 @pytest.fixture

@@ -244,6 +244,28 @@ def test_a_loaders_rate_is_measured(image_folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_what_is_measured_has_the_precision_that_a_training_here_has(
+    image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine without bf16; what is only counted may be for another."""
+    seen: list[str] = []
+
+    def rate(task: Any, batches: Any, precision: str) -> tuple[float, str]:
+        seen.append(precision)
+        return 9.0, "it"
+
+    monkeypatch.setattr("sparsemae.costs.plan.resolved_precision", lambda trainer: "fp32")
+    monkeypatch.setattr("sparsemae.costs.plan.measured_rate", rate)
+    words = ["--data.root", str(image_folder), "--data.img_size", "28", "--model.args", "{patch_size: 7, depth: 1}"]
+    assert ", bf16," in plan(PlanConfig("pretrain", words=words)).memory_title
+    for devices, said in ((1, "(it, measured)"), (2, "(it, one of 2 processes measured)")):
+        found = plan(PlanConfig("pretrain", words=words, measure=True, devices=devices))
+        assert ", fp32," in found.memory_title
+        assert said in str(found)
+    assert seen == ["fp32", "fp32"]
+
+
+@pytest.mark.slow
 def test_the_teacher_of_a_plus_recipe_need_not_be_there(image_folder: Path) -> None:
     for job in ("pretrain", "finetune"):
         words = ["--config", f"{job}_t_plus", "--init", "null", "--data.root", str(image_folder), "--model.args",

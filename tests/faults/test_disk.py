@@ -1,6 +1,7 @@
 """A full disk stops the write, not the run; if it stays full, the run stops and says what is safe."""
 
 import errno
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,14 @@ from sparsemae.training import saver
 from sparsemae.training.checkpoint import list_checkpoints, load_checkpoint, step_of
 from sparsemae.training.logs import RunLog
 from sparsemae.training.saver import Saver
+from sparsemae.training.state import TrainingState
 
 FILES = {"model": {"weight": torch.ones(4)}, "training": {"optimizer/0/exp_avg": torch.ones(4)}}
 METADATA: dict[str, dict[str, Any]] = {"model": {}, "training": {}}
+
+
+def full(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.slow
@@ -77,16 +83,54 @@ def watch_steps(at: dict[int, Any]) -> Any:
     return register_optimizer_step_post_hook(after)
 
 
+def test_the_best_that_is_there_is_kept_when_a_better_one_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = Saver(tmp_path, keep=1, max_failures=9, info=lambda _: None)
+    for step, best in ((1, 1), (2, 2), (3, 2), (4, 2)):
+        with monkeypatch.context() as patch:
+            if step == 2:
+                patch.setattr(saver, "save_checkpoint", full)
+            writer.save(step, FILES, METADATA, best)
+            writer.wait()
+    assert [step_of(path) for path in list_checkpoints(tmp_path)] == [1, 4]
+    assert writer.best == Saver(tmp_path, 1, 9, print).best == 1
+    writer.save(5, FILES, METADATA, 5)
+    writer.wait()
+    assert [step_of(path) for path in list_checkpoints(tmp_path)] == [5]
+
+
+@pytest.mark.slow
+def test_a_run_ends_with_the_best_that_could_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The evaluations of steps 2 and 4 of 6 are the best so far, and step 4 cannot be saved."""
+    save = saver.save_checkpoint
+
+    def is_best(state: TrainingState, value: float, _: bool) -> bool:
+        if best := state.done < 6:
+            state.best = {"step": state.done, "value": value}
+        return best
+
+    def full_once(path: Path, *rest: Any) -> None:
+        full() if step_of(path) == 4 else save(path, *rest)
+
+    monkeypatch.setattr(TrainingState, "is_best", is_best)
+    monkeypatch.setattr(saver, "save_checkpoint", full_once)
+    words = ("--trainer.keep", "best", "--trainer.keep_checkpoints", "1", "--trainer.evaluate_every_epochs", "1")
+    main(tiny("finetune", tmp_path / "run", *words))
+    assert "warning: the best, of step 4, could not be written: it is step 2 that is kept" in capfd.readouterr().err
+    kept, written = (read_weights(path)[0] for path in (tmp_path / "run/checkpoints/step-00000002", tmp_path / "run"))
+    assert torch.equal(kept["head.weight"], written["head.weight"])
+    assert json.loads((tmp_path / "run/result.json").read_text())["kept"] == 1
+
+
 def test_failures_are_counted_and_the_last_good_one_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     writer = Saver(tmp_path, keep=2, max_failures=2, info=said.append)
     writer.save(1, FILES, METADATA)
     writer.wait()
     save = saver.save_checkpoint
-
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     monkeypatch.setattr(saver, "save_checkpoint", full)
     writer.save(2, FILES, METADATA)
     writer.wait()

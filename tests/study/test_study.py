@@ -28,7 +28,7 @@ from sparsemae.options import (
 from sparsemae.runtime import native
 from sparsemae.study.page import _replaced, write_page
 from sparsemae.study.plan import choose, final, pairs, selection, stages_of
-from sparsemae.study.results import Results, _options, _recipes
+from sparsemae.study.results import Results, _options, _recipes, digest
 from sparsemae.study.stages import Stage, run_stages
 from sparsemae.study.statistics import T95, Paired
 
@@ -321,6 +321,22 @@ def test_two_studies_in_one_folder_keep_each_others_lines(small: list[str], tmp_
     one.put(rows[0])
     other.put(rows[1])
     assert Results(tmp_path / "results.jsonl").rows == rows[:2]
+
+
+def test_results_of_images_that_have_changed_since_are_refused(small: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "train" / "cat" / "0.png"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"pixels")
+    results, config = Results(tmp_path / "results.jsonl"), read_config(StudyConfig, small[1:])
+    results.images = digest(tmp_path / "train")
+    results.put(_rows(small, tmp_path)[0])
+    (trial,) = [trial for trial in selection(config, Path(config.root or "")) if results.get(trial)]
+    file.rename(file.with_name("1.png"))
+    results.images = digest(tmp_path / "train")
+    with pytest.raises(ValueError, match="made with other images, which have changed since: choose another --out"):
+        results.get(trial)
+    results.images = None  # a page is made without them
+    assert results.get(trial)
 
 
 def test_signs_of_markdown_in_a_name_are_shown(small: list[str], tmp_path: Path) -> None:
