@@ -173,6 +173,7 @@ class Reader {
     const bool by_token = pool->string == "token" && c.class_token;
     if (!c.average_pool && !by_token && !(c.all_tokens && !c.num_classes))
       return fail("vit.global_pool: wanted 'avg', 'token' with a class token, or '' of an encoder");
+    if (c.all_tokens && c.fc_norm) return fail("vit.fc_norm: wanted false where nothing is pooled, got true");
     if (c.embed_dim % c.num_heads || c.image_height % c.patch_size || c.image_width % c.patch_size)
       return fail("vit: wanted heads that divide embed_dim, and patches that divide the image");
     return true;

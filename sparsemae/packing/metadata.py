@@ -67,6 +67,8 @@ class VitShape:
         pools = ("avg",) + ("token",) * self.class_token + ("",) * (not self.num_classes)
         if self.global_pool not in pools:
             raise ValueError(f"vit.global_pool: wanted {' or '.join(map(repr, pools))}, got {self.global_pool!r}")
+        if self.fc_norm and not self.global_pool:
+            raise ValueError("vit.fc_norm: wanted false where nothing is pooled (global_pool ''), got true")
 
     @property
     def prefix_tokens(self) -> int:

@@ -252,7 +252,8 @@ def _refuse_unsupported(model: VisionTransformer, segmenter: bool) -> None:
     _require(model.pos_embed is not None, "pos_embed", "a position embedding", None)
     _require(model.attn_pool is None and pool in ("token", "avg", ""), "global_pool", "token, avg or ''", repr(pool))
     _require(isinstance(head, nn.Linear | nn.Identity), "head", "Linear or Identity", head)
-    _require(pool != "" or isinstance(head, nn.Identity), "head", "Identity, as nothing is pooled", head)
+    for name, module in (("head", head), ("fc_norm", model.fc_norm)):
+        _require(pool != "" or isinstance(module, nn.Identity), name, "Identity, as nothing is pooled", module)
     check_blocks(model)
     first: Any = model.blocks[0]
     eps = first.norm1.eps

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from sparsemae.packing.format import PackedModel, from_bf16, read, to_bf16, unpack, write
 from sparsemae.packing.metadata import parse_pattern
 from sparsemae.runtime import load
+from sparsemae.runtime.native import Vit
 
 
 @pytest.fixture
@@ -97,6 +98,10 @@ HOSTILE: dict[str, tuple[Callable[..., None], str]] = {
     "heads": (set_vit(num_heads=3), "vit.embed_dim: wanted a multiple of num_heads 3, got 64"),
     "eps": (set_vit(norm_eps=0.0), "vit.norm_eps: wanted more than 0"),
     "pool": (set_vit(global_pool="map"), "vit.global_pool: wanted 'avg' or 'token', got 'map'"),
+    "norm of a pool that is not": (
+        lambda c, t, m: c["vit"].update(num_classes=0, global_pool=""),
+        r"vit\.fc_norm: wanted false where nothing is pooled \(global_pool ''\), got true",
+    ),
     "unknown field": (set_vit(extra=1), r"vit: wanted exactly the fields of the format, got \[\'extra\'\]"),
     "background": (lambda c, t, m: c["preprocess"].update(background=[1, 2]), "background: wanted three numbers"),
     "bits": (lambda c, t, m: c["preprocess"].update(bits=17), "preprocess.bits: wanted at least 9 and at most 16"),
@@ -138,6 +143,14 @@ def test_hostile_file_is_refused_with_one_line(kind: str, packed: Path) -> None:
         load(packed, threads=1)
     assert str(packed) in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_the_library_by_itself_refuses_the_norm_of_a_pool_that_is_not(packed: Path) -> None:
+    change(packed, HOSTILE["norm of a pool that is not"][0])
+    with pytest.raises(
+        ValueError, match=r"cannot be used: vit\.fc_norm: wanted false where nothing is pooled, got true"
+    ):
+        Vit(packed.read_bytes(), 1)
 
 
 @pytest.mark.holds("packed.8")

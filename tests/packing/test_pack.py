@@ -132,6 +132,12 @@ def _post_norm() -> Any:
     return masked(block_fn=ResPostBlock)[0]
 
 
+def _unpooled() -> Any:
+    model = masked(global_pool="avg")[0]
+    model.reset_classifier(0, "")  # its fc_norm stays
+    return model
+
+
 UNSUPPORTED: list[tuple[str, Callable[[], Any]]] = [
     ("wanted timm's plain VisionTransformer, got ResNet", lambda: timm.create_model("resnet18")),
     (r"blocks\.0\.attn: wanted neither qk_norm nor scale_norm", lambda: masked(qk_norm=True)[0]),
@@ -139,6 +145,7 @@ UNSUPPORTED: list[tuple[str, Callable[[], Any]]] = [
     (r"blocks\.0\.mlp\.act: wanted GELU, not approximated, got ", lambda: masked(act_layer="gelu_tanh")[0]),
     (r"blocks\.0: wanted Block, got ResPostBlock", _post_norm),
     ("pos_embed: wanted a position embedding, got None", lambda: masked(pos_embed="none")[0]),
+    ("fc_norm: wanted Identity, as nothing is pooled, got LayerNorm", _unpooled),
 ]
 
 
