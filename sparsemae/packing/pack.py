@@ -173,6 +173,8 @@ def build_vit(vit: VitShape) -> VisionTransformer:
 
 def _input_spec(model: nn.Module, vit: VitShape) -> InputSpec:
     data = resolve_model_data_config(model)
+    wanted = "a card, since a packed file's images are resized as they are and cropped at their center"
+    _require(data["crop_mode"] == "center", "crop_mode", wanted, data["crop_mode"])
     return InputSpec(vit.image_height, data["mean"], data["std"], data["interpolation"], data["crop_pct"])
 
 

@@ -170,6 +170,16 @@ def test_a_timm_model_needs_no_card(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("mode", ["squash", "border"])
+def test_a_timm_model_whose_images_are_cropped_otherwise_needs_a_card(mode: str, tmp_path: Path) -> None:
+    model, patterns = masked()
+    model.pretrained_cfg = {**model.pretrained_cfg, "crop_mode": mode}
+    with pytest.raises(ValueError, match=f"^pack: crop_mode: wanted a card, since .* at their center, got {mode}$"):
+        pack(model, tmp_path / "m.safetensors", patterns=patterns)
+    assert not list(tmp_path.iterdir())
+    pack(model, tmp_path / "m.safetensors", CARD, patterns=patterns)
+
+
 def test_the_card_is_kept(tmp_path: Path) -> None:
     model, patterns = masked()
     card = replace(CARD, model_args=SMALL, class_names=tuple("abcdefghij"), source="runs/x", license="MIT")
