@@ -7,8 +7,9 @@ A masked autoencoder becomes transformers' ViTMAEForPreTraining, under the names
 import re
 from typing import Any
 
+from timm.layers import GELU
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsemae.card import InputSpec, ModelCard
 from sparsemae.models.mae import MaskedAutoencoder
@@ -51,9 +52,13 @@ def timm_config(vit: VisionTransformer, card: ModelCard) -> dict[str, Any]:
 
 
 def vitmae_configs(model: MaskedAutoencoder, card: ModelCard) -> dict[str, dict[str, Any]]:
-    """Files beside the weights of a `ViTMAEForPreTraining`, by name."""
+    """Files beside the weights of a `ViTMAEForPreTraining`, by name. Raises ValueError on another activation."""
     vit, decoder = model.encoder, model.decoder_blocks[0]
-    block: Any = vit.blocks[0]
+    block: Any
+    for i, block in enumerate(vit.blocks):
+        act = block.mlp.act
+        if not isinstance(act, nn.GELU | GELU) or getattr(act, "approximate", "none") != "none":
+            raise ValueError(f"blocks.{i}.mlp.act: wanted GELU, not approximated, as ViTMAE has it, got {act}")
     spec: InputSpec = card.input
     config = {
         "architectures": ["ViTMAEForPreTraining"], "model_type": "vit_mae",
