@@ -49,9 +49,11 @@ def export(config: ExportConfig) -> Path:
         raise ValueError(f"to: wanted onnx for a segmenter, which timm and transformers do not have, got {config.to}")
     if config.masked and card.task != "pretrain":
         raise ValueError(f"masked: wanted a pretrained run, whose masks still move, got a model for {card.task}")
-    text = model_card(model, card, config)
-    if any(iter_sparse(model)) and (config.masked or card.task != "pretrain"):
+    zeros = any(iter_sparse(model)) and (config.masked or card.task != "pretrain")
+    if zeros:
         freeze(model)
+    text = model_card(model, card, config)
+    if zeros:
         densify(model)
     with _appearing(Path(config.folder)) as folder, dense_weights(model):
         said = writer(model, card, folder)

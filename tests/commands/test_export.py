@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import PHOTOGRAPHS, SceneRun
+from conftest import PHOTOGRAPHS, SceneRun, tiny
 from huggingface_hub import ModelCard as HubCard
 from PIL import Image
 from safetensors.torch import load_file
@@ -22,8 +23,9 @@ import sparsemae
 from sparsemae.cli import main
 from sparsemae.commands.export import compared, export
 from sparsemae.data.transforms import evaluation_transform
+from sparsemae.models.weights import save_model
 from sparsemae.options import ExportConfig
-from sparsemae.sparsity import dense_weights, hold_masks
+from sparsemae.sparsity import dense_weights, densify, hold_masks
 from sparsemae.tasks.loading import TorchPredictor, load_model
 
 transformers: Any = pytest.importorskip("transformers")
@@ -124,6 +126,61 @@ def test_a_pretrained_run_is_transformers_vitmae(runs: Path, tmp_path: Path) -> 
         sparsemae.load_weights(start, folder / "model.safetensors", strict=True)  # and back
         weight = start.state_dict()["encoder.blocks.0.attn.qkv.weight"]
         assert bool((weight == 0).float().mean() > 0.9) is masked
+
+
+def with_args(run: Path, file: Path, **args: Any) -> str:
+    """A run's weights as another network's, by arguments of timm's that change no shape."""
+    model, card = load_model(run)
+    save_model(file, model, replace(card, model_args={**card.model_args, **args}))
+    return str(file)
+
+
+def test_another_activation_is_no_vitmae(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, said in (("gelu_tanh", "GELUTanh()"), ("relu", "ReLU()")):
+        file = with_args(runs / "pretrain", tmp_path / f"{name}.safetensors", act_layer=name)
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            main(["export", file, str(tmp_path / name), "--to", "hf"])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.endswith(f"blocks.0.mlp.act: wanted GELU, not approximated, as ViTMAE has it, got {said}")
+        assert not (tmp_path / name).exists()
+    exact = with_args(runs / "pretrain", tmp_path / "gelu.safetensors", act_layer="gelu")  # timm's own class
+    main(["export", exact, str(tmp_path / "gelu"), "--to", "hf"])
+
+
+def test_what_cannot_be_packed_is_exported_without_its_size_and_speed(runs: Path, tmp_path: Path) -> None:
+    file = with_args(runs / "finetune", tmp_path / "relu.safetensors", act_layer="relu")
+    main(["export", file, str(tmp_path / "relu")])
+    said = (tmp_path / "relu" / "README.md").read_text()
+    assert "2:32 in 8 layers" in said
+    assert "size and speed" not in said
+
+
+def test_a_checkpoint_is_exported_with_the_masks_of_then(tmp_path: Path) -> None:
+    main(tiny("finetune", tmp_path / "run", "--trainer.max_steps", "2", "--trainer.save_every_steps", "1"))
+    main(["export", str(tmp_path / "run" / "checkpoints" / "step-00000001"), str(tmp_path / "out")])
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert (weights["blocks.0.attn.qkv.weight"].unflatten(1, (-1, 32)) != 0).sum(-1).eq(2).all()
+    assert "size and speed | packed" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_readme_says_what_the_pruned_weights_are(runs: Path, tmp_path: Path) -> None:
+    model, card = load_model(runs / "finetune")
+    densify(model)
+    save_model(tmp_path / "dense.safetensors", model, replace(card, patterns={}))
+    zeros, latent = "Pruned weights are stored as zeros.", "All weights are stored, pruned ones too"
+    for name, source, said, masked in (
+        ("finetuned", runs / "finetune", zeros, False),
+        ("pretrained", runs / "pretrain", latent, False),
+        ("masked", runs / "pretrain", zeros, True),
+        ("dense", tmp_path / "dense.safetensors", "", False),
+    ):
+        folder = export(ExportConfig(str(source), str(tmp_path / name), masked=masked))
+        text = (folder / "README.md").read_text()
+        assert [one for one in (zeros, latent) if one in text] == [one for one in (said,) if one]
+        assert ("N:M sparse weights" in text) is ("\n- sparse\n" in text) is bool(said)
+        weight = load_file(folder / "model.safetensors")["blocks.0.attn.qkv.weight"]
+        assert bool((weight == 0).float().mean() > 0.9) is (said == zeros or name == "dense")
 
 
 def test_an_encoder_goes_to_timm(runs: Path, tmp_path: Path) -> None:
