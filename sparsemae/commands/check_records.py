@@ -21,7 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from sparsemae.commands.near_duplicates import fingerprint, near_pairs
-from sparsemae.data.images import PixelRules, is_16_bit, open_image, orientation
+from sparsemae.data.images import PixelRules, is_16_bit, open_image, orientation, own_maxval
 from sparsemae.data.loader import begin_worker
 from sparsemae.data.masks import IGNORED, read_mask
 from sparsemae.data.splits import Source
@@ -70,7 +70,7 @@ class FileRecord:
     turned: bool = False
     """Its EXIF orientation is not upright."""
     highest: int | None = None
-    """Largest value of 16-bit gray."""
+    """Largest value of 16-bit gray, whose range its file does not say."""
     pixels: np.ndarray | int = 0
     """Per class of a mask ``[C]``; of an unusable one 0."""
 
@@ -78,7 +78,8 @@ class FileRecord:
         """Note what the image file says of itself, if it can be opened."""
         with suppress(Exception), open_image(io.BytesIO(content), max_pixels) as image:
             self.turned = orientation(image) != 1
-            self.highest = int(np.asarray(image).max()) if is_16_bit(image) else None
+            wide = is_16_bit(image) and own_maxval(image) is None
+            self.highest = int(np.asarray(image).max()) if wide else None
 
 
 @dataclass

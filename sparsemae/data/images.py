@@ -43,7 +43,8 @@ class PixelRules(Protocol):
 
     @property
     def bits(self) -> int | None:
-        """Of 16-bit gray, whose largest value becomes 255; None: values are clipped at 255, those of any mode."""
+        """Of 16-bit gray, whose largest value becomes 255, unless a file says its own; None: values are clipped at
+        255, those of any mode."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ def decode_rgb(
     """
     try:
         with nullcontext(file) if isinstance(file, Image.Image) else open_image(file, max_pixels) as opened:
-            wide = is_16_bit(opened)
-            image = _to_rgb(ImageOps.exif_transpose(opened) if rules.exif else opened, wide, rules)
+            wide, bits = is_16_bit(opened), 16 if rules.bits and own_maxval(opened) else rules.bits
+            image = _to_rgb(ImageOps.exif_transpose(opened) if rules.exif else opened, wide, bits, rules.background)
     except Exception as error:
         raise ValueError(f"{name}: unreadable image: {reason(error)}") from error
     if min(image.size) < smallest:
@@ -100,24 +101,36 @@ def is_16_bit(image: Image.Image) -> bool:
     return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
 
 
+def own_maxval(image: Image.Image) -> int | None:
+    """What becomes 255 or 65535 when a file is decoded, by its header: a PGM's or PPM's maxval, or 2 or 4 bits of gray.
+
+    None: values stay as they are. Of an opened image whose pixels were not asked for: Pillow's decoder alone knows it.
+    """
+    codec, _, _, args = next(iter(getattr(image, "tile", ())), ("", (), 0, ""))
+    raw, last = (args[0], args[-1]) if isinstance(args, tuple) and args else (args, None)
+    if codec.startswith("ppm") and raw != "1;I":
+        return None if last == (65535 if image.mode == "I" else 255) else last
+    return {"L;2": 3, "L;4": 15}.get(str(raw)[:3])
+
+
 def orientation(image: Image.Image) -> int:
     """What EXIF says of an opened image; 1 is upright, also a TIFF, which Pillow always turns."""
     value = 1 if image.format == "TIFF" else image.getexif().get(_ORIENTATION, 1)
     return value if value in range(1, 9) else 1
 
 
-def _to_rgb(image: Image.Image, wide: bool, rules: PixelRules) -> Image.Image:
-    transparent = rules.background is not None and image.has_transparency_data
+def _to_rgb(image: Image.Image, wide: bool, bits: int | None, background: Sequence[int] | None) -> Image.Image:
+    transparent = background is not None and image.has_transparency_data
     if image.mode == "RGB" and not transparent:
         image.load()  # `convert` would copy it
         return image
-    if wide and rules.bits is not None:
-        image = _scaled(image, rules.bits)
-    elif image.mode in ("I", "F") and rules.bits is not None:
+    if wide and bits is not None:
+        image = _scaled(image, bits)
+    elif image.mode in ("I", "F") and bits is not None:
         raise ValueError(f"wanted 8 or 16 bits a channel, got 32 (mode {image.mode})")
-    if transparent and rules.background is not None:
+    if transparent and background is not None:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (*rules.background, 255)), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image)
     return image.convert("RGB")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from sparsemae.data.images import open_image, reason
+from sparsemae.data.images import open_image, own_maxval, reason
 from sparsemae.files import existing
 from sparsemae.limits import MAX_PIXELS
 
@@ -145,10 +145,12 @@ def read_mask(file: str | Path, table: bool = False, max_pixels: int = MAX_PIXEL
 
     Without a color ``table``, colors that are all gray are values.
 
-    Raises ValueError naming the file if it is unreadable, too large, or neither.
+    Raises ValueError naming the file if it is unreadable, too large, or neither, or its values are scaled when read.
     """
     try:
         with open_image(file, max_pixels) as opened:
+            if maxval := own_maxval(opened):
+                raise ValueError(f"wanted values of 1, 8 or 16 bits, got some up to {maxval}, which would be scaled")
             if opened.mode in ("RGB", "RGBA"):
                 colors = np.asarray(opened.convert("RGB"))
                 gray = (colors == colors[:, :, :1]).all()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from sparsemae.data.images import PixelRules, is_16_bit, open_image, orientation, reason
+from sparsemae.data.images import PixelRules, is_16_bit, open_image, orientation, own_maxval, reason
 from sparsemae.data.splits import Source
 
 LOOKED_AT = 1000
@@ -24,7 +24,7 @@ class Traits:
     turned: int = 0
     """By their EXIF orientation."""
     wide: int = 0
-    """16-bit gray."""
+    """16-bit gray, whose range its files do not say."""
     highest: int = 0
     """Value of those."""
     example: str = ""
@@ -36,7 +36,7 @@ class Traits:
         if orientation(image) != 1:
             self.turned += 1
             self.example = self.example or name
-        if is_16_bit(image):
+        if is_16_bit(image) and own_maxval(image) is None:
             self.wide += 1
             self.highest = max(self.highest, int(np.asarray(image).max()))
 

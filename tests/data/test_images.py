@@ -9,7 +9,8 @@ from PIL import Image
 from timm.data.readers import create_reader
 
 from sparsemae.card import InputSpec
-from sparsemae.data.images import as_rgb, decode_rgb
+from sparsemae.data.images import DefaultRules, PixelRules, as_rgb, decode_rgb
+from sparsemae.data.survey import Traits
 from sparsemae.data.tree import image_files
 
 BEFORE = InputSpec(16, (), ())
@@ -59,3 +60,25 @@ def test_files_of_a_folder_and_images_of_the_caller(tmp_path: Path) -> None:
         as_rgb(tmp_path / "absent.png")
     gray = Image.new("L", (4, 3), 7)
     assert (as_rgb(gray).mode, as_rgb(gray).getpixel((0, 0)), gray.size) == ("RGB", (7, 7, 7), (4, 3))
+
+
+@pytest.mark.parametrize("kind", ["P2", "P5"])
+def test_the_range_that_a_pgm_says_is_not_scaled_again(tmp_path: Path, kind: str) -> None:
+    values = np.array([0, 1024, 2048, 4095])
+    pixels = {"P2": b"0 1024 2048 4095\n", "P5": values.astype(">u2").tobytes()}[kind]
+    for maxval, wanted in ((4095, [0, 64, 128, 255]), (65535, [0, 64, 128, 255])):
+        (tmp_path / "x.pgm").write_bytes(f"{kind} 4 1 {maxval}\n".encode() + pixels)
+        assert channel(tmp_path / "x.pgm", DefaultRules(bits=12)) == wanted
+    assert channel(tmp_path / "x.pgm", DefaultRules()) == [0, 4, 8, 16]
+    (tmp_path / "x.pgm").write_bytes(f"{kind} 4 1 4095\n".encode() + pixels)
+    assert channel(tmp_path / "x.pgm", DefaultRules()) == [0, 64, 128, 255]
+    assert channel(tmp_path / "x.pgm", BEFORE) == [0, 255, 255, 255]
+    with Image.open(tmp_path / "x.pgm") as image:
+        traits = Traits()
+        traits.add(image, "x.pgm")
+    assert (traits.images, traits.wide) == (1, 0)  # data.bits would change nothing of it
+
+
+def channel(file: Path, rules: PixelRules) -> list[int]:
+    """The first of a row of pixels."""
+    return np.asarray(as_rgb(file, rules))[0, :, 0].tolist()

@@ -1,5 +1,7 @@
 """Mask files of every kind to classes, and what is no class."""
 
+import re
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +92,46 @@ def test_unreadable_masks(tmp_path: Path) -> None:
     Image.new("CMYK", (2, 2)).save(tmp_path / "cmyk.tif")
     with pytest.raises(ValueError, match="wanted a mask of indices or colors, got an image of mode CMYK"):
         read_mask(tmp_path / "cmyk.tif")
+
+
+def pgm(kind: str, maxval: int, values: list[int]) -> bytes:
+    """One row of them, in the magic number's way to write: P5 as bytes, P2 as text; P6 and P3 of three channels."""
+    channels = 3 if kind in ("P3", "P6") else 1
+    numbers = [value for value in values for _ in range(channels)]
+    head = f"{kind} {len(values)} 1 {maxval}\n".encode()
+    if kind in ("P2", "P3"):
+        return head + " ".join(map(str, numbers)).encode() + b"\n"
+    return head + np.array(numbers, np.uint8 if maxval < 256 else ">u2").tobytes()
+
+
+@pytest.mark.parametrize("kind", ["P2", "P3", "P5", "P6"])
+@pytest.mark.parametrize("maxval", [2, 20, 254, 255, 256, 4095, 65535])
+def test_masks_whose_values_pillow_would_scale_are_refused(tmp_path: Path, kind: str, maxval: int) -> None:
+    file = tmp_path / "m.pgm"
+    file.write_bytes(pgm(kind, maxval, [0, 1, 2]))
+    if maxval == 255 or (maxval == 65535 and kind in ("P2", "P5")):  # of 16 bits Pillow has gray alone
+        assert read_mask(file).tolist() == [[0, 1, 2]]
+    else:
+        wanted = rf"m\.pgm: unreadable mask: wanted values of 1, 8 or 16 bits, got some up to {maxval}, which would be"
+        with pytest.raises(ValueError, match=wanted):
+            read_mask(file)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_gray_of_few_bits_is_refused_and_a_palettes_is_read(tmp_path: Path, bits: int) -> None:
+    values = np.arange(2**bits, dtype=np.uint8)[None]
+    palette = Image.fromarray(values, "L").convert("P")
+    palette.save(tmp_path / "palette.png", bits=bits)
+    content = (tmp_path / "palette.png").read_bytes()
+    assert content[24:26] == bytes([bits, 3])
+    assert read_mask(tmp_path / "palette.png").tolist() == values.tolist()
+    header = content[12:25] + b"\0" + content[26:29]  # the same pixels as gray
+    gray = content[:12] + header + zlib.crc32(header).to_bytes(4, "big") + content[33:]
+    (tmp_path / "gray.png").write_bytes(re.sub(rb"....PLTE.{%d}" % (3 * 2**bits + 4), b"", gray, flags=re.DOTALL))
+    if bits == 1:
+        assert read_mask(tmp_path / "gray.png").tolist() == values.tolist()
+    else:
+        with pytest.raises(
+            ValueError, match=rf"gray\.png: unreadable mask: wanted .* up to {2**bits - 1}, which would"
+        ):
+            read_mask(tmp_path / "gray.png")
