@@ -86,10 +86,14 @@ def checked(images: NDArray[np.float32], channels: int, size: Sequence[int] | No
     return np.require(images, requirements=("C", "ALIGNED", "ENSUREARRAY"))
 
 
+class NotFiniteError(ValueError):
+    """Of logits: there is no most probable class among them."""
+
+
 def require_finite(finite: Any) -> None:
-    """Raises ValueError unless an image's logits are finite: there is no most probable class among others."""
+    """Raises NotFiniteError unless logits are finite."""
     if not finite:
-        raise ValueError("wanted finite logits, got NaN or infinite ones")
+        raise NotFiniteError("wanted finite logits, got NaN or infinite ones")
 
 
 def rank(logits: NDArray[np.float32], class_names: Sequence[str], top_k: int = 5) -> list[Prediction]:

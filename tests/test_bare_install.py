@@ -20,7 +20,7 @@ from sparsemae.commands.evaluate import evaluate
 from sparsemae.commands.evaluate_run import evaluate_run
 from sparsemae.config import _positional
 from sparsemae.options import EvaluateConfig, PredictConfig, SourceConfig
-from sparsemae.packing.format import PackedModel, write
+from sparsemae.packing.format import PackedModel, read, write
 from sparsemae.plain_parser import PlainParser
 from sparsemae.recipe_parser import recipe_parser
 from sparsemae.tasks.class_figures import details, figures, summary
@@ -131,11 +131,35 @@ def test_figures_are_torchmetrics(classes: int) -> None:
     for kind, meter in (("recall", MulticlassRecall), ("precision", MulticlassPrecision)):
         wanted = meter(classes, average="none")(*given).numpy()
         there = np.bincount(targets if kind == "recall" else logits.argmax(1), minlength=classes) > 0
-        got = [found[f"{kind}/c{i}"] for i in range(classes)]
+        got = [found[f"{kind}/{i}"] for i in range(classes)]
         np.testing.assert_allclose(got, np.where(there, wanted, nan), rtol=1e-6)
     shown = details([f"c{i}" for i in range(classes)], found)
     assert len(shown) == classes + 1
     assert shown[-1].split()[1] == "none"
+
+
+def test_two_classes_of_one_name_have_their_own_figures() -> None:
+    """As ImageNet's crane, the bird and the machine."""
+    best = np.array([[0, 1, 2], [2, 1, 0], [2, 1, 0], [1, 0, 2]])
+    found = figures(np.array([0, 0, 1, 2]), best, ["crane", "owl", "crane"])
+    assert details(["crane", "owl", "crane"], found) == [
+        "           recall precision",
+        "  crane    50.00%   100.00%",
+        "  owl       0.00%     0.00%",
+        "  crane     0.00%     0.00%",
+    ]
+    assert [found[f"recall/{i}"] for i in range(3)] == [0.5, 0, 0]
+
+
+@pytest.mark.parametrize("command", [evaluate, evaluate_run], ids=["numpy", "torch"])
+def test_logits_that_are_not_finite_are_no_class(
+    packed: Path, image_folder: Path, tmp_path: Path, command: Any
+) -> None:
+    model, file = read(packed), tmp_path / "broken.safetensors"
+    model.tensors["head.weight"][:] = 3e38
+    write(file, model)
+    with pytest.raises(ValueError, match=rf"^{file}: wanted finite logits, got NaN or infinite ones$"):
+        command(EvaluateConfig(str(file), SourceConfig(root=str(image_folder))))
 
 
 WORDS: dict[Any, list[list[str]]] = {

@@ -18,6 +18,7 @@ from sparsemae.data.splits import Source
 from sparsemae.limits import with_values
 from sparsemae.options import EvaluateConfig, SourceConfig
 from sparsemae.packing.format import is_packed
+from sparsemae.predictor import NotFiniteError, require_finite
 from sparsemae.processors import processors
 from sparsemae.renamed import OPTIONS, renamed
 from sparsemae.tasks.class_figures import details, figures, summary
@@ -50,7 +51,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         raise ValueError(f"data.exif: wanted what {config.model} was trained with, false, got true")
     source, said = find_source(config.data).open_for_evaluation(config.split, card.data, card.class_names)
     print(printable(said), file=sys.stderr)
-    metrics = figures(*outcomes(predictor, source), card.class_names)
+    try:
+        metrics = figures(*outcomes(predictor, source), card.class_names)
+    except NotFiniteError as error:
+        raise ValueError(f"{config.model}: {error}") from error
     print(*map(printable, details(card.class_names, metrics)), sep="\n")
     print(printable(f"{config.model}: {summary(metrics)} on {len(source):,} images"))
     return metrics
@@ -63,9 +67,10 @@ def _packed(file: str) -> "Model":
 
 
 def outcomes(predictor: "Model", source: Source) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Classes [N], and the five likeliest by the model [N, 5], best first. Raises ValueError if images are unreadable.
+    """Classes [N], and the five likeliest by the model [N, 5], best first.
 
-    Threads read and prepare what comes next while the model computes.
+    Threads read and prepare what comes next while the model computes. Raises ValueError if images are unreadable, or
+    logits not finite.
     """
     targets, best, failed = list[int](), list[NDArray[np.int64]](), list[str]()
 
@@ -81,6 +86,7 @@ def outcomes(predictor: "Model", source: Source) -> tuple[NDArray[np.int64], NDA
             failed += [str(one) for one in batch if isinstance(one, ValueError)]
             if found := [one for one in batch if not isinstance(one, ValueError)]:
                 logits = predictor(np.stack([image for image, _ in found]))
+                require_finite(np.isfinite(logits).all())
                 best.append(np.argsort(-logits, axis=1, kind="stable")[:, :5])
                 targets += [target for _, target in found]
     if failed:

@@ -12,7 +12,7 @@ import sparsemae
 from sparsemae.commands.probe import probe
 from sparsemae.models.segmenter import SegmenterOutput
 from sparsemae.options import EvaluateConfig, InferenceConfig
-from sparsemae.predictor import Predictor
+from sparsemae.predictor import NotFiniteError, Predictor
 from sparsemae.tasks import task_class
 from sparsemae.tasks.loading import TorchPredictor
 from sparsemae.tasks.task import Network
@@ -42,7 +42,10 @@ def evaluate_run(config: EvaluateConfig) -> dict[str, float]:
     print(printable(said), file=sys.stderr)
     with torch.inference_mode():
         network = _network(predictor, fabric)
-        metrics = task.measure(fabric, network, card, dataset, config.data.workers, progress=True)
+        try:
+            metrics = task.measure(fabric, network, card, dataset, config.data.workers, progress=True)
+        except NotFiniteError as error:
+            raise ValueError(f"{config.model}: {error}") from error
     conditions = f" ({task.conditions(card)})" if task.conditions(card) else ""
     summary = f"{config.model}: {task.summary(metrics)} on {len(dataset):,} images{conditions}"
     print(*map(printable, (*task.details(card, metrics), summary)), sep="\n")

@@ -30,8 +30,8 @@ COLUMNS = ("file", "rank", "label", "index", "probability")
 def predict(config: PredictConfig) -> dict[str, Any]:
     """Write and return, per file, the ``top_k`` classes with their probabilities, or a segmenter's with their areas.
 
-    Each is written as soon as it is known. Images that cannot be read are named on stderr and left out; in the end a
-    ValueError counts them.
+    Each is written as soon as it is known. Images that cannot be read are named on stderr and left out, as are a
+    folder's other files by kind; in the end a ValueError counts those images.
     """
     files = list(_files(config))
     if config.null and "-" not in config.images:
@@ -51,7 +51,7 @@ def predict(config: PredictConfig) -> dict[str, Any]:
                 if len(files) == 1:
                     raise result
                 unreadable += 1
-                print(f"sparsemae predict: {printable(result)}", file=sys.stderr)
+                _warn(result)
                 continue
             if pictures is not None:
                 image = as_rgb(file, card.input, config.max_pixels)
@@ -71,7 +71,11 @@ def _files(config: PredictConfig) -> Iterator[Path]:
             names = sys.stdin.buffer.read().split(b"\0" if config.null else b"\n")
             yield from (Path(os.fsdecode(name)) for name in names if name)
         else:
-            yield from image_files(Path(path))
+            yield from image_files(Path(path), _warn)
+
+
+def _warn(text: object) -> None:
+    print(f"sparsemae predict: {printable(text)}", file=sys.stderr)
 
 
 @contextmanager

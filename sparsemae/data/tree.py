@@ -9,7 +9,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -83,13 +83,15 @@ def holds_images(folder: Path) -> bool:
     return any(is_image(name) for name in _walk(str(folder), "", ()))
 
 
-def image_files(path: Path) -> list[Path]:
-    """A file, or all images in a folder. Raises ValueError, naming it, if there is none."""
+def image_files(path: Path, say: Callable[[str], None] = lambda _: None) -> list[Path]:
+    """A file, or all images in a folder, and ``say`` what else is there. Raises ValueError, naming it, if none is."""
     if not path.is_dir():
         return [path]
     listing = list_folder(path)
     if not listing.paths:
         raise ValueError("; ".join([f"{path}: wanted image files, found none", *listing.notes]))
+    for note in listing.notes:
+        say(f"{path}: {note}")
     return [path / name for name in listing.paths]
 
 

@@ -12,7 +12,8 @@ PER_CLASS = ("recall", "precision")
 def figures(targets: NDArray[np.int64], best: NDArray[np.int64], class_names: Sequence[str]) -> dict[str, float]:
     """Top-1, top-5, the standard error of top-1, and each class's recall and precision, as fractions.
 
-    A class without images has no recall, one that is never predicted no precision: nan.
+    By the number of the class, ``recall/3``: two may have one name, as ImageNet's cranes. A class without images has no
+    recall, one that is never predicted no precision: nan.
     """
     classes, right = len(class_names), best == targets[:, None]
     top1 = float(right[:, 0].mean())
@@ -23,15 +24,15 @@ def figures(targets: NDArray[np.int64], best: NDArray[np.int64], class_names: Se
     )
     with np.errstate(invalid="ignore"):
         for name, values in zip(PER_CLASS, (hits / support, hits / predicted), strict=True):
-            found |= {f"{name}/{label}": float(x) for label, x in zip(class_names, values, strict=True)}
+            found |= {f"{name}/{number}": float(x) for number, x in enumerate(values)}
     return found
 
 
 def details(class_names: Sequence[str], metrics: Mapping[str, float]) -> list[str]:
     """A line for each class."""
     rows: list[tuple[str, ...]] = [("", *PER_CLASS)]
-    for name in class_names:
-        values = (metrics[f"{kind}/{name}"] for kind in PER_CLASS)
+    for number, name in enumerate(class_names):
+        values = (metrics[f"{kind}/{number}"] for kind in PER_CLASS)
         rows.append((name, *("none" if math.isnan(value) else f"{value:.2%}" for value in values)))
     width = max(map(len, class_names))
     return [f"  {name:<{width}} {recall:>9} {precision:>9}" for name, recall, precision in rows]

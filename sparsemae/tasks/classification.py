@@ -23,7 +23,7 @@ from sparsemae.data.jpeg import decoded_by
 from sparsemae.data.splits import Part
 from sparsemae.models import build_vit, use_plain_attention
 from sparsemae.options import FinetuneConfig, SourceConfig
-from sparsemae.predictor import rank
+from sparsemae.predictor import rank, require_finite
 from sparsemae.tasks import class_figures
 from sparsemae.tasks.outcomes import ClassOutcomes, Shown
 from sparsemae.tasks.task import Network, Task, blank_images, encoder_of, picture, smallest_side
@@ -164,9 +164,10 @@ class Classification(Task[FinetuneConfig]):
     ) -> dict[str, float]:  # fmt: skip
         """Top-1, top-5 and the standard error of top-1.
 
-        Raises ValueError, on all processes, naming an image that cannot be read: each is to count once.
+        Raises ValueError, on all processes, naming an image that cannot be read (each is to count once), or if a logit
+        is not finite.
         """
-        classes = len(card.class_names)
+        classes, finite = len(card.class_names), torch.ones((), device=fabric.device)
         meters = {
             name: MulticlassAccuracy(classes, top_k=k, average="micro").to(fabric.device)
             for name, k in (("top1", 1), ("top5", min(5, classes)))
@@ -178,11 +179,13 @@ class Classification(Task[FinetuneConfig]):
             images, targets = fabric.to_device((batch["image"], batch["target"]))
             with fabric.autocast():
                 logits = network(transforms.normalize(images, card.input.mean, card.input.std)).float()
+            finite *= logits.isfinite().all()
             for meter in meters.values():
                 meter.update(logits, targets)
             if outcomes is not None:
                 outcomes.add(batch["index"], targets, logits)
         unreadable.synchronize()
+        require_finite(fabric.all_reduce(finite, reduce_op="mean") == 1)
         result: dict[str, Any] = {name: float(meter.compute()) for name, meter in meters.items()}
         result["standard_error"] = math.sqrt(result["top1"] * (1 - result["top1"]) / len(dataset))
         return result

@@ -188,9 +188,10 @@ class Segmentation(Task[SegmentConfig]):
     ) -> dict[str, float]:  # fmt: skip
         """mIoU, mean and pixel accuracy, and ``iou/CLASS`` for each class (nan: in no mask).
 
-        Raises ValueError if there is no labeled pixel.
+        Raises ValueError, on all processes, if there is no labeled pixel or a logit is not finite.
         """
         names, inference = card.class_names, InferenceConfig(**card.settings["inference"])
+        finite = torch.ones((), device=fabric.device)
         meter = MulticlassConfusionMatrix(len(names), ignore_index=masks.IGNORED).to(fabric.device)
         sampler = sampling.EvaluationSampler(len(dataset), 1, fabric.global_rank, fabric.world_size)
 
@@ -202,11 +203,14 @@ class Segmentation(Task[SegmentConfig]):
         found = of_one_size(loader.batches(dataset, sampler, workers, unreadable=unreadable), card.input, inference)
         for batch in with_progress(found, "evaluating", len(dataset)) if progress else found:
             images, targets = fabric.to_device((batch["image"], batch["target"]))
-            predicted = predict_scores(logits, images, card.input, inference).argmax(dim=1)
+            summed = predict_scores(logits, images, card.input, inference)
+            finite *= summed.isfinite().all()
+            predicted = summed.argmax(dim=1)
             meter.update(predicted, targets.long())
             if outcomes is not None:
                 outcomes.add(batch["index"], batch["image"], batch["target"], predicted)
         unreadable.synchronize()
+        require_finite(fabric.all_reduce(finite, reduce_op="mean") == 1)
         confusion = meter.compute()
         if not confusion.sum():
             name = dataset.source.filename(0)

@@ -123,6 +123,17 @@ def test_a_dataset_of_other_classes_is_refused(
     assert "data.classes: wanted a file with one class a line for data.source=folder" in capsys.readouterr().err
 
 
+def test_logits_that_are_not_finite_are_no_class(
+    scene_run: SceneRun, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    tensors, document = read_weights(scene_run.folder)
+    weight = next(name for name in reversed(tensors) if name.startswith("decode_head.") and name.endswith(".weight"))
+    tensors[weight].fill_(3e38)
+    save_tensors(tmp_path / "broken.safetensors", tensors, document)
+    line = refused("evaluate", str(tmp_path / "broken.safetensors"), *scene_run.where)
+    assert f"error: {tmp_path / 'broken.safetensors'}: wanted finite logits, got NaN or infinite ones" in line
+
+
 @pytest.mark.parametrize("command", ["evaluate", "check"])
 def test_the_old_names_of_a_segmenters_data_are_answered_with_the_new_ones(
     command: str, refused: Callable[..., str]

@@ -71,6 +71,24 @@ def test_unreadable_images_are_named_and_left_out(
     assert line.startswith(f"sparsemae predict: error: {folder}")
 
 
+def test_what_a_folder_has_beside_images_is_said_on_stderr(
+    runs: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["predict", str(runs / "finetune"), str(image_folder / "val"), "--format", "jsonl"]
+    main(words)
+    alone = capsys.readouterr()
+    (image_folder / "val" / "cat" / "notes\n.txt").touch()
+    (image_folder / "val" / "photo.heic").touch()
+    (image_folder / "val" / "empty").mkdir()
+    main(words)
+    printed = capsys.readouterr()
+    assert printed.out == alone.out
+    said = f"sparsemae predict: {image_folder / 'val'}: "
+    empty, others = (line for line in printed.err.splitlines() if line not in alone.err.splitlines())
+    assert empty == f"{said}folders without images: empty"
+    assert others.startswith(f"{said}2 files are not read: 1 .")
+
+
 def test_predictions_are_palette_masks_and_overlays(
     scene_run: SceneRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
