@@ -4,6 +4,7 @@ Files are not trusted: of Pillow's many decoders only those of `FORMATS` are eve
 image of too many pixels is refused by its header, and whatever a decoder raises is the file's fault.
 """
 
+import io
 import math
 import re
 from collections.abc import Sequence
@@ -115,8 +116,46 @@ def own_maxval(image: Image.Image) -> int | None:
 
 def orientation(image: Image.Image) -> int:
     """What EXIF says of an opened image; 1 is upright, also a TIFF, which Pillow always turns."""
-    value = 1 if image.format == "TIFF" else image.getexif().get(_ORIENTATION, 1)
+    return 1 if image.format == "TIFF" else stored_orientation(image)
+
+
+def stored_orientation(image: Image.Image) -> int:
+    """What EXIF says of an opened image of any format, before it is decoded."""
+    value = image.getexif().get(_ORIENTATION, 1)
     return value if value in range(1, 9) else 1
+
+
+def orientation_with_mask(file: Any, name: str, exif: bool | None, max_pixels: int) -> int:
+    """What EXIF says of an image file that has a mask; 1 of what `decode_rgb` cannot read either.
+
+    Raises ValueError, naming it, if the mask could not be turned with it: there is no rule, Pillow turns the image
+    whatever the rule is, or a square one's mask has the same size turned or not.
+    """
+    if isinstance(file, Image.Image):
+        return 1
+    try:
+        with open_image(io.BytesIO(file.read()), max_pixels) as opened:
+            turned, tiff, square = stored_orientation(opened), opened.format == "TIFF", opened.width == opened.height
+    except Exception:
+        return 1  # `decode_rgb` says why
+    finally:
+        file.seek(0)
+    if turned != 1 and tiff:
+        raise ValueError(
+            f"{name}: wanted a TIFF with a mask saved upright, got one whose orientation is {turned}, which Pillow "
+            "turns without its mask, whatever data.exif is"
+        )
+    if turned != 1 and exif is None:
+        raise ValueError(
+            f"{name}: wanted data.exif true or false, got none for an image whose EXIF orientation is {turned} "
+            "(true turns it and its mask, false neither)"
+        )
+    if turned >= 5 and exif and square:
+        raise ValueError(
+            f"{name}: wanted data.exif false, or this image saved upright, got true for a square one whose EXIF "
+            f"orientation is {turned}: the size of its mask does not tell whether that is turned already"
+        )
+    return turned
 
 
 def _to_rgb(image: Image.Image, wide: bool, bits: int | None, background: Sequence[int] | None) -> Image.Image:

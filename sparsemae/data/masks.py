@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from sparsemae.data.images import open_image, own_maxval, reason
+from sparsemae.data.images import open_image, own_maxval, reason, stored_orientation
 from sparsemae.files import existing
 from sparsemae.limits import MAX_PIXELS
 
@@ -151,6 +151,8 @@ def read_mask(file: str | Path, table: bool = False, max_pixels: int = MAX_PIXEL
         with open_image(file, max_pixels) as opened:
             if maxval := own_maxval(opened):
                 raise ValueError(f"wanted values of 1, 8 or 16 bits, got some up to {maxval}, which would be scaled")
+            if opened.format == "TIFF" and stored_orientation(opened) != 1:
+                raise ValueError(f"wanted a TIFF saved upright, got orientation {stored_orientation(opened)}")
             if opened.mode in ("RGB", "RGBA"):
                 colors = np.asarray(opened.convert("RGB"))
                 gray = (colors == colors[:, :, :1]).all()

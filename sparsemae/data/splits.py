@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import io
 import os
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from PIL import Image
 from sparsemae.data.draws import HOLDOUT, held_out, stream
 from sparsemae.data.exclude import read_exclude
 from sparsemae.data.folders import Openers
-from sparsemae.data.images import DEFAULT_RULES, PixelRules, decode_rgb, open_image, orientation, reason
+from sparsemae.data.images import DEFAULT_RULES, PixelRules, decode_rgb, orientation_with_mask, reason
 from sparsemae.data.masks import Legend, read_mask, turned_mask
 from sparsemae.data.tree import Split
 from sparsemae.limits import MAX_PIXELS
@@ -87,12 +86,7 @@ class Source:
         """`read`, of what `open` gave."""
         name = self.filename(index)
         with file:
-            turned = 1 if self.legend is None else _orientation(file, self.max_pixels)
-            if turned != 1 and rules.exif is None:
-                raise ValueError(
-                    f"{name}: wanted data.exif true or false, got none for an image whose EXIF orientation is {turned} "
-                    "(true turns it and its mask, false neither)"
-                )
+            turned = 1 if self.legend is None else orientation_with_mask(file, name, rules.exif, self.max_pixels)
             image = self.decoder(file, name, smallest, rules, self.max_pixels)
         target = self.target(label)
         if self.legend is None:
@@ -116,18 +110,6 @@ class Source:
             if isinstance(label, Path)
             else label
         )
-
-
-def _orientation(file: Any, max_pixels: int) -> int:
-    if isinstance(file, Image.Image):
-        return 1
-    try:
-        with open_image(io.BytesIO(file.read()), max_pixels) as opened:
-            return orientation(opened)
-    except Exception:
-        return 1  # `decode_rgb` says why
-    finally:
-        file.seek(0)
 
 
 # A broken link, or a file that is not ours to read; other errors are of the file system.
@@ -259,11 +241,13 @@ class Splits:
         """What a model is to be measured on, and a line that says so.
 
         Without a wish the validation split. Of a root without one: the part that the model's own training held out if
-        it is the same data set, else all of it. ``trained_on`` is what the model's card says of its data.
+        it is the same data set, else all of it; ``train`` and ``val`` of such a root are the parts of that training,
+        too, else those by the options. ``trained_on`` is what the model's card says of its data.
         """
-        if split is None and self.openers.keys() != {"train"}:
+        flat = self.openers.keys() == {"train"}
+        if split is None and not flat:
             split = "val" if "val" in self.openers else "test"
-        if split is not None:
+        if split is not None and not (flat and split in ("train", "val")):
             names = [name or "all its images" for part, (name, _) in self.openers.items() if split in (part, "all")]
             return self.open(split, class_names=class_names), f"{self.root}: evaluated on {', '.join(names) or split}"
         rule = self.held_out_of(trained_on)
@@ -272,9 +256,14 @@ class Splits:
                 f"{self.root}: wanted the images that the model was trained on, to know its held-out ones, got others: "
                 "the folder has changed since (--split all reads all of it)"
             )
-        part: Part = "all" if rule is None else "val"
-        others = "all its images: it has no splits, and the model was trained on another"
-        said = others if rule is None else "its held-out part, which the model was not trained on"
+        part: Part = split or ("all" if rule is None else "val")
+        said = {
+            "all": "all its images: it has no splits, and the model was trained on another",
+            "val": "its held-out part, which the model was not trained on",
+            "train": "all but its held-out part, as the model was trained",
+        }[part]
+        if rule is None and part != "all":
+            said = f"its {part} part by this command's data.val_share: the model was trained on another set"
         return self.open(part, class_names=class_names, held_out=rule), f"{self.root}: evaluated on {said}"
 
     def held_out_of(self, trained_on: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -282,7 +271,7 @@ class Splits:
         if self.openers.keys() != {"train"}:
             return None
         own = not trained_on or trained_on["digest"] == names_digest(self.whole("train"), self.data.root)
-        return (trained_on.get("held_out") or HELD_OUT_BEFORE) if own else None
+        return trained_on.get("held_out", HELD_OUT_BEFORE) if own else None
 
     def trained_on(self) -> dict[str, Any]:
         """What a model's card keeps of its data, as `open_for_evaluation` wants it."""

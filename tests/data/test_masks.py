@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sparsemae.data.images import DefaultRules
 from sparsemae.data.masks import IGNORED, SCENEPARSE150, Legend, distinct_colors, read_classes, read_mask
+from sparsemae.data.pairs import find_masks
+from sparsemae.data.splits import Source
+from sparsemae.options import SourceConfig
 
 VALUES = np.array([[0, 1, 2], [3, 2, 255]])
 
@@ -135,3 +139,40 @@ def test_gray_of_few_bits_is_refused_and_a_palettes_is_read(tmp_path: Path, bits
             ValueError, match=rf"gray\.png: unreadable mask: wanted .* up to {2**bits - 1}, which would"
         ):
             read_mask(tmp_path / "gray.png")
+
+
+def a_pair(
+    root: Path, way: int, image: str = "a.tiff", mask: str = "a.png", size: tuple[int, int] = (30, 20)
+) -> Source:
+    """One image of an EXIF orientation, with a mask of the stored size."""
+    exif = Image.Exif()
+    exif[0x0112] = way
+    for kind, file, picture in (("images", image, Image.new("RGB", size)), ("masks", mask, Image.new("L", size))):
+        (root / kind).mkdir(parents=True)
+        tagged = kind == "images" or file.endswith("tiff")
+        picture.save(root / kind / file, exif=exif if tagged else None)
+    (root / "classes.txt").write_text("ground\nbox\n")
+    return find_masks(SourceConfig("folder", str(root))).whole("train")
+
+
+@pytest.mark.parametrize("exif", [None, True, False])
+@pytest.mark.parametrize("way", [2, 3, 4, 5, 6, 7, 8])
+def test_a_turned_tiff_is_refused_whatever_the_rule(tmp_path: Path, way: int, exif: bool | None) -> None:
+    """Pillow turns it on load, and nothing turns its mask."""
+    with pytest.raises(ValueError, match=rf"a\.tiff: wanted a TIFF with a mask saved upright, .* orientation is {way}"):
+        a_pair(tmp_path, way).read(0, rules=DefaultRules(exif=exif))
+
+
+def test_an_upright_tiff_is_read_and_a_turned_mask_refused(tmp_path: Path) -> None:
+    image, target = a_pair(tmp_path / "upright", 1).read(0, rules=DefaultRules(exif=None))
+    assert image.size == target.shape[::-1] == (30, 20)
+    with pytest.raises(ValueError, match=r"a\.tiff: unreadable mask: wanted a TIFF saved upright, got orientation 3"):
+        a_pair(tmp_path / "mask", 3, "a.png", "a.tiff").read(0, rules=DefaultRules(exif=False))
+
+
+@pytest.mark.parametrize("way", [5, 6, 7, 8])
+def test_a_square_image_on_its_side_is_refused_where_it_would_be_turned(tmp_path: Path, way: int) -> None:
+    source = a_pair(tmp_path, way, "a.jpg", size=(24, 24))
+    with pytest.raises(ValueError, match=rf"a\.jpg: wanted data\.exif false, .* a square one .* orientation is {way}"):
+        source.read(0, rules=DefaultRules(exif=True))
+    assert source.read(0, rules=DefaultRules(exif=False))[0].size == (24, 24)
