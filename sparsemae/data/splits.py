@@ -262,7 +262,9 @@ class Splits:
             "val": "its held-out part, which the model was not trained on",
             "train": "all but its held-out part, as the model was trained",
         }[part]
-        if rule is None and part != "all":
+        if not trained_on:
+            said = f"its {part} part, a tenth held out: the model's file does not say what it was trained on"
+        elif rule is None and part != "all":
             said = f"its {part} part by this command's data.val_share: the model was trained on another set"
         return self.open(part, class_names=class_names, held_out=rule), f"{self.root}: evaluated on {said}"
 
@@ -352,6 +354,8 @@ def composed(name: str) -> str:
 def _numbered(source: Source, class_names: Sequence[str], wanted: str) -> Source:
     """The source with its classes numbered so, all of which it need not have."""
     number = {composed(name): i for i, name in enumerate(class_names)}
+    if twice := [name for i, name in enumerate(class_names) if number[composed(name)] != i]:
+        raise ValueError(f"{wanted}, each of its own name, got two named {twice[0]}, in another order or number")
     extra = [name for name in source.class_names if composed(name) not in number]
     if extra:
         shown = ", ".join(name or "images in no class folder" for name in extra[:3])

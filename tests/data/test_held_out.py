@@ -47,6 +47,14 @@ def test_a_named_split_is_by_what_the_model_held_out(tmp_path: Path, rule: Any) 
     assert len(splits.open_for_evaluation(None, model.trained_on(), CLASSES)[0]) == 4
 
 
+@pytest.mark.parametrize(("split", "images"), [(None, 8), ("val", 8), ("train", 72)])
+def test_of_a_model_that_does_not_say_nothing_is_claimed(tmp_path: Path, split: Split | None, images: int) -> None:
+    source, said = at(eighty(tmp_path / "flat")).open_for_evaluation(split, {}, CLASSES)
+    part = split or "val"
+    assert len(source) == images
+    assert said.endswith(f"its {part} part, a tenth held out: the model's file does not say what it was trained on")
+
+
 def test_a_named_split_of_another_set_is_the_commands_own_and_said(tmp_path: Path) -> None:
     trained_on = at(eighty(tmp_path / "one"), val_share=0.05).trained_on()
     (eighty(tmp_path / "other") / "ant" / "new.jpg").touch()
@@ -75,3 +83,8 @@ def test_nothing_is_held_out_of_a_training_split_whose_validation_has_gone(tmp_p
     shutil.rmtree(tmp_path / "val")
     with pytest.raises(ValueError, match="the folder has changed since"):
         at(tmp_path).open_for_evaluation(split, model, CLASSES)
+
+
+def test_two_classes_of_one_name_cannot_be_numbered_by_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="each of its own name, got two named ant, in another order or number"):
+        at(eighty(tmp_path / "flat")).open("all", class_names=["ant", "bee", "cat", "dog", "ant"])
