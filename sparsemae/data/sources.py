@@ -26,7 +26,7 @@ from sparsemae.data.tree import (
     is_hidden,
     is_image,
     said_of_others,
-    split_of,
+    splits_said,
     subfolders,
 )  # fmt: skip
 from sparsemae.options import SourceConfig
@@ -178,7 +178,7 @@ def _by_name(files: list[Path]) -> dict[Split, list[Path]]:
     """Tars by the split that a word of their names says; without ``train`` those without such a word are it."""
     by_split: dict[Split | None, list[Path]] = {}
     for file in files:
-        splits = {split for word in re.findall(r"[a-z]+", file.stem.lower()) if (split := split_of(word))}
+        splits = splits_said(file.stem)
         if len(splits) > 1:
             raise ValueError(f"{file}: wanted a name that says one split, got {' and '.join(sorted(splits))}")
         by_split.setdefault(splits.pop() if splits else None, []).append(file)

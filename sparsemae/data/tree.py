@@ -123,6 +123,11 @@ def split_of(name: str) -> Split | None:
     return next((split for split, words in SPLIT_WORDS.items() if name.lower() in words), None)
 
 
+def splits_said(name: str) -> set[Split]:
+    """The splits that the words of a file's name say."""
+    return {split for word in re.findall(r"[a-z]+", name.lower()) if (split := split_of(word))}
+
+
 def find_splits(root: str | Path, names: Iterable[str]) -> dict[Split, str]:
     """Which of some names is which split, in the order of `SPLIT_WORDS`.
 
@@ -142,14 +147,9 @@ def by_class(paths: Sequence[str]) -> tuple[list[str], list[int], list[str]]:
     The class is the first folder, in Unicode's composed form; "" of what lies in none.
     """
     written = [path.partition("/")[0] if "/" in path else "" for path in paths]
-    composed = {name: unicodedata.normalize("NFC", name) for name in set(written)}
+    composed, notes = one_form(written, "its folders are")
     class_names = natural_order(set(composed.values()))
     number = {name: i for i, name in enumerate(class_names)}
-    notes = [
-        f"class {name}: its folders are written in {count} ways (Unicode's composed and decomposed forms), taken as one"
-        for name, count in sorted(Counter(composed.values()).items())
-        if count > 1
-    ]
     deeper = [path for path in paths if path.count("/") > 1]
     if deeper:
         notes.append(
@@ -157,6 +157,16 @@ def by_class(paths: Sequence[str]) -> tuple[list[str], list[int], list[str]]:
             + ", ..." * (len(deeper) > 1)
         )
     return class_names, [number[composed[name]] for name in written], notes
+
+
+def one_form(names: Iterable[str], what: str = "its name is") -> tuple[dict[str, str], list[str]]:
+    """Each name of a class in Unicode's composed form, and what is to be said of those written in several."""
+    composed = {name: unicodedata.normalize("NFC", name) for name in set(names)}
+    return composed, [
+        f"class {name}: {what} written in {count} ways (Unicode's composed and decomposed forms), taken as one"
+        for name, count in sorted(Counter(composed.values()).items())
+        if count > 1
+    ]
 
 
 def said_of_others(others: Counter[str]) -> list[str]:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from conftest import tiny
 from photographs import class_folders
+from PIL import Image
 
 from sparsemae.cli import main
 from sparsemae.data.sources import find_source
-from sparsemae.data.tables import TableReader
+from sparsemae.data.tables import TableReader, open_tables
 from sparsemae.models.weights import read_weights
 from sparsemae.options import SourceConfig
 
@@ -106,3 +107,86 @@ def test_a_repeated_row_counts_once(photos: Path) -> None:
     assert "1 rows repeat an image, which counts once" in reader.notes[0]
     with pytest.raises(ValueError, match="wanted a column nothing, got id, breed"):
         TableReader(photos / "kaggle" / "train.csv", "nothing")
+
+
+def gray(*files: Path) -> None:
+    for number, file in enumerate(files):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), number).save(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("val", "validation"), ("val", "Val"), ("test", "test"), ("val_labels", "dev"), ("labels", "train")],
+)
+def test_images_of_a_split_are_sought_in_folders_of_that_split(tmp_path: Path, name: str, folder: str) -> None:
+    """Of names that repeat in every split no other's are read."""
+    gray(*(tmp_path / part / f"{i}.png" for part in (folder, "train", "images") for i in range(2)))
+    if name == "labels":
+        (tmp_path / "images").rename(tmp_path / "pictures")
+    reader = TableReader(table(tmp_path / f"{name}.csv", [("0", "a"), ("1", "b")]))
+    assert [Path(reader.filename(i)).parent.name for i in range(2)] == [folder] * 2
+
+
+def test_a_table_of_validation_takes_no_images_of_training(tmp_path: Path) -> None:
+    gray(tmp_path / "train" / "0.png", tmp_path / "train" / "1.png")
+    file = table(tmp_path / "val.csv", [("0.png", "a"), ("1.png", "b")])
+    with pytest.raises(
+        ValueError, match=r"val\.csv: wanted an image file 0\.png beside it or in the folder val or images"
+    ):
+        TableReader(file)
+    gray(*(tmp_path / folder / f"{i}.png" for folder in ("valid", "dev") for i in range(2)))  # which, is not said
+    with pytest.raises(ValueError, match=r"wanted an image file 0\.png"):
+        TableReader(file)
+
+
+@pytest.mark.parametrize(("ending", "delimiter"), [(".csv", ","), (".csv", ";"), (".tsv", "\t")])
+def test_a_test_table_with_classes_is_a_split(tmp_path: Path, ending: str, delimiter: str) -> None:
+    rows: list[tuple[str, ...]] = [("0", "a"), ("1", "b")]
+    for split in ("train", "test"):
+        gray(*(tmp_path / split / f"{i}.png" for i in range(2)))
+        table(tmp_path / f"{split}{ending}", rows, delimiter=delimiter)
+    splits = find_source(SourceConfig("csv", str(tmp_path)))
+    assert len(splits.open("val")) == 2
+    assert f"test{ending} (2 images), the only other split" in splits.notes()[0]
+    table(tmp_path / f"test{ending}", [("0",), ("1",)], ("id",), delimiter)
+    splits = find_source(SourceConfig("csv", str(tmp_path)))
+    assert splits.notes()[1] == f"test{ending} has no column of classes: it is no split, and left"
+    assert splits.openers.keys() == {"train"}
+
+
+def test_two_tables_of_a_split_are_refused(tmp_path: Path) -> None:
+    for name in ("notes.csv", "notes.tsv", "train.csv"):
+        table(tmp_path / name, [("0", "a"), ("1", "b")])
+    assert open_tables(tmp_path, None, None)["train"][0] == "train.csv"
+    table(tmp_path / "train.tsv", [("0", "a"), ("1", "b")], delimiter="\t")
+    with pytest.raises(ValueError, match=r"wanted one table for train, got train\.csv and train\.tsv$"):
+        open_tables(tmp_path, None, None)
+
+
+@pytest.mark.parametrize(
+    ("header", "rows", "message"),
+    [
+        (("9.png", "c"), [], r"wanted an image file 9\.png .*, of 1 of 3 names"),
+        (("9", "b"), [], r"wanted an image file 9 .*, of 1 of 3 names"),
+        (("0.png", "a"), [("2.png",)], r"line 4: wanted a file and a class, got '2\.png', ''"),
+        ((), [("./0.png", "c")], r"line 3: wanted one class of 0 and \./0\.png, got a and c"),
+        (("lesion_id", "image_id", "dx"), [("x", "0", "c")],
+         r"of images and of classes .*image_column and --data\.label_column .*got image_id for both among lesion_id, "),
+    ],
+)  # fmt: skip
+def test_a_row_is_not_lost_nor_misread(
+    tmp_path: Path, header: tuple[str, ...], rows: list[tuple[str, ...]], message: str
+) -> None:
+    gray(tmp_path / "0.png", tmp_path / "1.png")
+    with pytest.raises(ValueError, match=message):
+        TableReader(table(tmp_path / "labels.csv", [("0", "a"), ("1", "b"), *rows], header))
+
+
+def test_names_of_one_file_and_forms_of_a_class_are_one(tmp_path: Path) -> None:
+    gray(*(tmp_path / f"{i}.png" for i in range(3)))
+    rows: list[tuple[str, ...]] = [("0", "caf\u00e9"), ("./0.png", "cafe\u0301"), ("1", "cafe\u0301"), ("2", "tea")]
+    reader = TableReader(table(tmp_path / "labels.csv", rows))
+    assert (reader.class_names, reader.labels.tolist()) == (["caf\u00e9", "tea"], [0, 0, 1])
+    assert reader.notes[0].startswith("class caf\u00e9: its name is written in 2 ways")
+    assert reader.notes[1].endswith("labels.csv: 1 rows repeat an image, which counts once")
