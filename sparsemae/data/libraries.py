@@ -3,7 +3,7 @@
 import importlib.util
 import inspect
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 import torchvision.datasets
 
 from sparsemae.data.folders import Openers
-from sparsemae.data.tree import Split, find_splits, natural_order
+from sparsemae.data.tree import Split, find_splits, natural_order, one_form
 
 PARTS: tuple[Split, Split] = ("train", "val")
 # torchvision's names for the two splits, best first.
@@ -25,8 +25,8 @@ TORCHVISION_SPLITS: dict[str, tuple[str, ...]] = {
 class NumberedReader:
     """Images without names of their own."""
 
-    def __init__(self, items: Any, name: str, class_names: list[str]) -> None:
-        self.items, self.name, self.class_names = items, name, class_names
+    def __init__(self, items: Any, name: str, class_names: list[str], notes: Sequence[str] = ()) -> None:
+        self.items, self.name, self.class_names, self.notes = items, name, class_names, notes
 
     def __len__(self) -> int:
         return len(self.items)
@@ -68,14 +68,17 @@ class HFReader(NumberedReader):
         )
         values, kind = rows.with_format(None)[label], kinds[label]
         if isinstance(kind, datasets.ClassLabel):
-            class_names, self.labels = list(kind.names), np.array([-1 if v is None else v for v in values], np.int64)
+            composed, notes = one_form(kind.names)
+            class_names = list(dict.fromkeys(composed[name] for name in kind.names))
+            written = [kind.names[v] if v in range(len(kind.names)) else None for v in values]
         else:
-            class_names = natural_order({str(value) for value in values if value is not None})
-            number = {name: i for i, name in enumerate(class_names)}
-            self.labels = np.array([number.get(value, -1) for value in values], np.int64)
-        if (missing := np.flatnonzero((self.labels < 0) | (self.labels >= len(class_names)))).size:
+            composed, notes = one_form(value for value in values if value is not None)
+            class_names, written = natural_order(set(composed.values())), values
+        number = {name: i for i, name in enumerate(class_names)}
+        self.labels = np.array([number[composed[name]] if name in composed else -1 for name in written], np.int64)
+        if (missing := np.flatnonzero(self.labels < 0)).size:
             raise ValueError(f"{where}: row {missing[0]}: wanted a class in {label}, got {values[int(missing[0])]}")
-        super().__init__(rows.cast_column(image, datasets.Image(decode=False)), f"{root}/{split}", class_names)
+        super().__init__(rows.cast_column(image, datasets.Image(decode=False)), f"{root}/{split}", class_names, notes)
         self.image = image
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
@@ -143,7 +146,9 @@ def open_torchvision(root: str, name: str | None, download: bool) -> Openers:
         names = getattr(dataset, "classes", None) or getattr(dataset, "categories", None)
         if names is None:
             names = [str(i) for i in range(1 + max(int(label) for _, label in dataset))]
-        return NumberedReader(dataset, f"{root}/{name}/{part}", list(map(str, names)))
+        tested = part == "val" and (chosen.get("split") == "test" or "train" in chosen)
+        said = ["validation: torchvision's test, the only other split, so that the best epoch is chosen by it"] * tested
+        return NumberedReader(dataset, f"{root}/{name}/{part}", list(map(str, names)), said)
 
     def by_word(split: str) -> NumberedReader:
         for word in TORCHVISION_SPLITS[split]:

@@ -18,9 +18,10 @@ from PIL import Image
 
 from sparsemae.cli import main
 from sparsemae.data.dataset import ImageDataset
+from sparsemae.data.libraries import HFReader
 from sparsemae.data.loader import batches
 from sparsemae.data.sampling import BatchPlan, EvaluationSampler, TrainingSampler
-from sparsemae.data.sources import Source, open_source
+from sparsemae.data.sources import Source, find_source, open_source
 from sparsemae.data.tree import Split
 from sparsemae.options.data import DataConfig, SourceConfig
 
@@ -226,6 +227,24 @@ def test_torchvision_splits_by_flag_by_word_or_not_at_all(tmp_path: Path, monkey
     assert source.filename(3) == f"{tmp_path}/Flowers102/val/0000003"
 
 
+@pytest.mark.parametrize("words", [(), ("train", "test"), ("train", "valid", "test")])
+def test_where_the_test_split_of_torchvision_validates_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    base: Any = cifar10(tmp_path)
+
+    class DTD(base):
+        def __init__(self, root: str, split: str = "train") -> None:
+            if split not in words:
+                raise ValueError(f"Unknown value '{split}' for argument split.")
+            super().__init__(root, train=split == "train")
+
+    monkeypatch.setattr(torchvision.datasets, "DTD", DTD if words else base)
+    notes = find_source(SourceConfig("torchvision", str(tmp_path), name="DTD")).notes()
+    said = "validation: torchvision's test, the only other split, so that the best epoch is chosen by it"
+    assert notes[1:] == [said] * ("valid" not in words)
+
+
 def test_a_set_of_torchvision_from_its_own_files(tmp_path: Path) -> None:
     """SVHN's checksums forbid made-up files; EuroSAT takes any images in class folders."""
     for i in range(20):
@@ -264,6 +283,22 @@ def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
     with pytest.raises(ValueError, match=r"hfds wants the package datasets, .* pip install datasets"):
         open_source(SourceConfig("hfds", str(tmp_path)), "train")
+
+
+@pytest.mark.parametrize("kind", ["text", "class"])
+@pytest.mark.filterwarnings("ignore")  # the library's own
+def test_forms_of_a_class_name_in_hf_datasets_are_one(kind: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    names = ["tea", "cafe\u0301", "caf\u00e9"]
+    features = datasets.Features(
+        image=datasets.Image(), label=datasets.Value("string") if kind == "text" else datasets.ClassLabel(names=names)
+    )
+    images = [Image.new("L", (8, 8))] * 3
+    rows = datasets.Dataset.from_dict({"image": images, "label": names}, features=features)
+    reader = HFReader(rows, Path("set"), "train", None, None)
+    wanted = (["caf\u00e9", "tea"], [1, 0, 0]) if kind == "text" else (["tea", "caf\u00e9"], [0, 1, 1])
+    assert (reader.class_names, reader.labels.tolist()) == wanted
+    assert reader.notes[0].startswith("class caf\u00e9: its name is written in 2 ways")
 
 
 @pytest.mark.slow
