@@ -2,9 +2,10 @@
 
 import re
 import tarfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import FileIO
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,8 @@ from sparsemae.limits import (
 
 WITHOUT_ROOT = ("embedded", "torchvision", "fashion-mnist")
 """Sources that have no root, or may make it."""
+SPLITS = ("train", "training", "val", "valid", "validation", "dev", "eval", "test")
+"""Names of folders that are splits, as `data.tree.SPLIT_WORDS` has them."""
 LARGEST_HEADER = 1 << 20
 """Bytes of a header in a tar: one that says more is not believed."""
 
@@ -92,11 +95,21 @@ class SourceConfig(Options):
         super().__post_init__()
         self.auto = self.source == "auto"  # of a copy no longer
         if self.auto:
-            self.source = source_of(self.root)
+            found = source_of(self.root)
+            if found is None:
+                tar, folder = (next(find(Path(self.root or ""))) for find in (_tars, _class_folders))
+                raise ValueError(
+                    f"data.source: wanted folder, tar or wds for {self.root}, which has both {tar} and the folder "
+                    f"{folder}, got auto"
+                )
+            self.source = found
 
 
-def source_of(root: str | None) -> Literal["embedded", "folder", "csv", "tar", "wds", "hfds", "sceneparse"]:
-    """What a root looks like; class folders, or images and masks, where it is nothing else."""
+def source_of(root: str | None) -> Literal["embedded", "folder", "csv", "tar", "wds", "hfds", "sceneparse"] | None:
+    """What a root looks like; class folders, or images and masks, where it is nothing else.
+
+    None where tars and class folders of splits lie beside each other.
+    """
     if root is None:
         return "embedded"
     top = Path(root)
@@ -104,13 +117,24 @@ def source_of(root: str | None) -> Literal["embedded", "folder", "csv", "tar", "
         return "csv"
     if top.name == "ADEChallengeData2016" or (top / "ADEChallengeData2016").is_dir():
         return "sceneparse"
-    if root.endswith(".tar") or "{" in root or any(top.glob("*.tar")) or any(top.glob("*/*.tar")):
-        first = next((file for file in (top, *top.glob("*.tar"), *top.glob("*/*.tar")) if file.is_file()), None)
-        return "wds" if first is not None and _has_class_numbers(first) else "tar"
+    if root.endswith(".tar") or "{" in root or any(_tars(top)):
+        first = next((file for file in (top, *_tars(top)) if file.is_file()), None)
+        both = first is not None and any(_class_folders(top))
+        return None if both else "wds" if first is not None and _has_class_numbers(first) else "tar"
     if any(top.glob("*.parquet")) or any(top.glob("data/*.parquet")) or (top / "dataset_dict.json").is_file():
         return "hfds"
     classes = any(entry.is_dir() for split in ("train", "training") for entry in top.glob(f"{split}/*"))
     return "csv" if (top / "train.csv").is_file() and not classes else "folder"
+
+
+def _tars(top: Path) -> Iterator[Path]:
+    return chain(top.glob("*.tar"), top.glob("*/*.tar"))
+
+
+def _class_folders(top: Path) -> Iterator[Path]:
+    """Folders in those of splits."""
+    splits = (folder for folder in top.glob("*") if folder.name.lower() in SPLITS)
+    return (entry for folder in splits for entry in folder.glob("[!._@]*") if entry.is_dir())
 
 
 def _has_class_numbers(file: Path) -> bool:

@@ -22,8 +22,8 @@ from sparsemae.data.libraries import HFReader
 from sparsemae.data.loader import batches
 from sparsemae.data.sampling import BatchPlan, EvaluationSampler, TrainingSampler
 from sparsemae.data.sources import Source, find_source, open_source
-from sparsemae.data.tree import Split
-from sparsemae.options.data import DataConfig, SourceConfig
+from sparsemae.data.tree import SPLIT_WORDS, Split
+from sparsemae.options.data import SPLITS, DataConfig, SourceConfig, source_of
 
 COUNT = 75
 
@@ -134,6 +134,24 @@ def test_where_tars_of_the_splits_may_lie(photos: Path, tmp_path: Path) -> None:
     for name in ("carnival", "constraints"):
         shutil.copy(photos / "tar" / "val.tar", tmp_path / f"{name}.tar")
     assert sum(opened("tar", tmp_path)) == 2 * val  # no word for a split in either: both, and a tenth held out
+
+
+@pytest.mark.parametrize(("split", "tar"), [("train", "train"), ("Validation", "val"), ("test", "train/a")])
+def test_tars_beside_class_folders_are_named(photos: Path, tmp_path: Path, split: str, tar: str) -> None:
+    for name in ("a", "b"):
+        (tmp_path / split / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / split / name / "0.png")
+    file = tmp_path / f"{tar}.tar"
+    file.parent.mkdir(exist_ok=True)
+    shutil.copy(photos / "tar" / "train.tar", file)
+    message = rf"data\.source: wanted folder, tar or wds for .* both {file} and the folder .*/{split}/[ab], got auto$"
+    with pytest.raises(ValueError, match=message):
+        SourceConfig(root=str(tmp_path))
+    assert SourceConfig("tar", str(tmp_path)).source == "tar"
+    assert source_of(str(tmp_path)) is None
+    file.unlink()
+    assert SourceConfig(root=str(tmp_path)).source == "folder"
+    assert sorted(SPLITS) == sorted(word for words in SPLIT_WORDS.values() for word in words)
 
 
 def read_by_process(data: SourceConfig, rank: int, world: int, batch: int) -> tuple[list[tuple[int, int]], list[int]]:
