@@ -63,6 +63,17 @@ def fetched(source: str) -> str:
     raise ValueError(f"--init {source}: wanted a repository with {' or '.join(FILES)}, got one with neither")
 
 
+def file_beside(source: str, weights: Path, name: str) -> Path | None:
+    """A file of that name beside somebody's weights, from the hub where they are; None: there is none to be had."""
+    file = weights.parent / name
+    if source.startswith("hf-hub:") and not file.is_file():
+        repository, _, revision = source.removeprefix("hf-hub:").partition("@")
+        with suppress(Exception):  # the client's own; the weights are there, with or without it
+            _ask_once(repository, [name], revision or None)
+            file = Path(hf_hub_download(repository, name, revision=revision or None))
+    return file if file.is_file() else None
+
+
 def push(folder: Path, repository: str) -> str:
     """Upload a folder as one commit; returns its address. Raises ValueError if it is not there as a whole."""
     api = HfApi()

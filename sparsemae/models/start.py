@@ -1,5 +1,6 @@
 """Starting from somebody's weights: which of them fit, what was resampled, when it is another network."""
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -15,8 +16,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from sparsemae.card import InputSpec, ModelCard
+from sparsemae.files import existing
 from sparsemae.models.architecture import Architecture, described
-from sparsemae.models.hub import fetched, pretrained, timm_name
+from sparsemae.models.export import PILLOW
+from sparsemae.models.hub import fetched, file_beside, pretrained, timm_name
 from sparsemae.models.mae import sincos_pos_embed
 from sparsemae.models.names import public_names
 from sparsemae.models.vit import build_vit
@@ -46,6 +49,12 @@ KNOWN = re.compile(
 WANTED_FRACTION = 0.9
 MAE_LICENSE = "cc-by-nc-4.0"
 """Of the weights that MAE's authors have published."""
+SPEC_FILES = {
+    "config.json": ("mean", "std", "interpolation", "bicubic"),
+    "preprocessor_config.json": ("image_mean", "image_std", "resample", "bilinear"),
+}
+"""Of timm and of transformers, beside weights: names of what was done to their images, and the resampling unless said.
+"""
 
 
 @dataclass
@@ -116,6 +125,8 @@ def start_from(model: nn.Module, source: str, sparse: bool = False) -> Start:
     said = f"license of {source}, as far as is known: {origin.license}" + ", not for commercial use" * (
         "-nc-" in origin.license
     )
+    if origin.card is None and origin.network is None:
+        said += " (MAE's, by its position embeddings; --license of pack and export names another)"
     notes = [said] * bool(origin.license) + [beside] * bool(origin.beside)
     loaded = load_weights(model, state, ignore=[*NEW, *unfit], name=source)
     return Start(loaded, fraction, resized, notes, origin.license, origin.card)
@@ -123,6 +134,8 @@ def start_from(model: nn.Module, source: str, sparse: bool = False) -> Start:
 
 def input_of(source: str) -> tuple[InputSpec | None, Literal["dense", "sparse"]]:
     """How the images of somebody's weights were prepared, where that is known, and whether they are sparse.
+
+    Of foreign weights the files beside them are asked that timm and transformers write, but for the size (0).
 
     Raises ValueError as `start_from`.
     """
@@ -134,7 +147,31 @@ def input_of(source: str) -> tuple[InputSpec | None, Literal["dense", "sparse"]]
     path = find_weights(fetched(source))
     metadata = read_metadata(path) if path.suffix == ".safetensors" else {}
     card = card_of(metadata, path) if metadata else None
-    return (None, "dense") if card is None else (card.input, "sparse" if card.patterns else "dense")
+    if card is not None:
+        return card.input, "sparse" if card.patterns else "dense"
+    specs = (_spec_in(file) for name in SPEC_FILES if (file := file_beside(source, path, name)) is not None)
+    return next((spec for spec in specs if spec is not None), None), "dense"
+
+
+def _spec_in(file: Path) -> InputSpec | None:
+    """What one of `SPEC_FILES` says; None: nothing of images. Raises ValueError, naming it, if that cannot be used."""
+    *names, usual = SPEC_FILES[file.name]
+    try:
+        document = json.loads(existing(file).read_text(encoding="utf-8"))
+        found = (document.get("pretrained_cfg") or document) if isinstance(document, dict) else {}
+        mean, std, way = (found.get(name) for name in names)
+        if mean is None or std is None:
+            return None
+        if not found.get("do_normalize", True):
+            mean, std = [0] * 3, [1] * 3
+        way = str(next((name for name, number in PILLOW.items() if number == way), way or usual))
+        spec = InputSpec(0, tuple(map(float, mean)), tuple(map(float, std)), way)
+    except Exception as error:  # it may hold anything
+        raise ValueError(f"{file}: wanted {', '.join(names)} of images as JSON, got {error!r:.200}") from error
+    fits = len(spec.mean) == len(spec.std) == 3 and all(map(math.isfinite, spec.mean + spec.std)) and min(spec.std) > 0
+    if not fits or way not in PILLOW:
+        raise ValueError(f"{file}: wanted {', '.join(names)} of RGB images, got {mean}, {std}, {way}"[:300])
+    return spec
 
 
 @dataclass(frozen=True)
@@ -218,10 +255,15 @@ def _some(names: list[str], got: Mapping[str, Tensor], own: Mapping[str, torch.S
 
 
 def _is_of_mae(state: Mapping[str, Tensor]) -> bool:
-    """A decoder's mask token, or in a file of the encoder alone position embeddings that are still MAE's fixed ones."""
+    """Position embeddings that are still MAE's fixed ones, and a decoder beside a mask token, which others have too.
+
+    A guess: whoever pretrains in MAE's way has the same.
+    """
     positions = state.get("pos_embed")
-    if "mask_token" in state or positions is None or positions.ndim != 3 or positions.shape[-1] % 4:
-        return "mask_token" in state
+    if positions is None or positions.ndim != 3 or positions.shape[-1] % 4:
+        return False
+    if "mask_token" in state and "decoder_embed.weight" not in state:
+        return False
     side = math.isqrt(max(positions.shape[1] - 1, 0))
     if not positions.numel() or side * side != positions.shape[1] - 1:
         return False

@@ -14,6 +14,8 @@ from sparsemae.options.derived import SMALL_SET, Facts, derive
 from sparsemae.processors import processors
 from sparsemae.tasks.task import Task
 
+UNKNOWN_WAYS = ("nearest", "lanczos", "box", "hamming", "random")
+"""Of resampling, which others' weights may name and `data.interpolation` has not."""
 C = TypeVar("C", bound=TrainingConfig)
 
 
@@ -40,7 +42,9 @@ def settle(config: C, task: Task[Any]) -> tuple[C, list[str]]:
     if found is not None:
         wanted = {f"data.{name}": getattr(found, name) for name in ("mean", "std", "interpolation")}
         differ = {name: value for name, value in wanted.items() if _own(config, name) not in (value, None)}
-        taken = {name: value for name, value in differ.items() if name in config.from_data}
+        taken = {
+            name: value for name, value in differ.items() if name in config.from_data and value not in UNKNOWN_WAYS
+        }
         config = with_values(config, taken)
         for verb, names in (("as", taken), ("warning: other than", differ.keys() - taken.keys())):
             values = ", ".join(f"--{name} {_shown(differ[name])}" for name in sorted(names))

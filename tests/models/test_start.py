@@ -1,13 +1,18 @@
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
-from sparsemae.models import MaskedAutoencoder, start
-from sparsemae.models.start import start_from
+from sparsemae.card import InputSpec
+from sparsemae.models import MaskedAutoencoder, hub, start
+from sparsemae.models.start import input_of, start_from
 
 
 def vit(img_size: int | tuple[int, int] = 28, **options) -> nn.Module:
@@ -87,6 +92,90 @@ def test_mae_files_full_and_encoder_only(tmp_path: Path, full: bool) -> None:
     result = start_from(vit(global_pool="avg"), save(tmp_path, {"model": state}))
     assert result.fraction == 1.0
     assert "as far as is known: cc-by-nc-4.0, not for commercial use" in str(result)
+
+
+def test_a_mask_token_is_no_proof_that_weights_are_maes(tmp_path: Path) -> None:
+    """DINOv2 and BEiT have one beside learned positions, others beside fixed ones; MAE's comes with its decoder."""
+    whole = MaskedAutoencoder(vit(num_classes=0), 16, 1, 2)
+    fixed = {key.removeprefix("encoder."): value for key, value in whole.state_dict().items() if "decoder" not in key}
+    learned = {**vit().state_dict(), "mask_token": torch.zeros(1, 32)}
+    for state in (learned, {**learned, "decoder_embed.weight": torch.zeros(16, 32)}, fixed):
+        result = start_from(vit(global_pool="avg"), save(tmp_path, state))
+        assert (result.license, result.notes) == ("", [])
+    del fixed["mask_token"]
+    result = start_from(vit(global_pool="avg"), save(tmp_path, fixed))
+    assert result.license == "cc-by-nc-4.0"
+    assert "MAE's, by its position embeddings; --license of pack and export names another" in str(result)
+
+
+TIMM = {"mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3], "interpolation": "bilinear", "input_size": [3, 28, 28]}
+HF = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3], "resample": 2, "size": {"shortest_edge": 28}}
+
+
+@pytest.mark.parametrize(
+    ("files", "wanted"),
+    [
+        ({"config.json": {"architecture": "x", "pretrained_cfg": TIMM}}, "as said"),
+        ({"config.json": TIMM}, "as said"),  # timm's older files
+        ({"config.json": {"model_type": "vit"}, "preprocessor_config.json": HF}, "as said"),
+        ({"preprocessor_config.json": {**HF, "resample": 3}}, "bicubic"),
+        ({"preprocessor_config.json": {**HF, "resample": None}}, "as said"),  # transformers' own default
+        ({"preprocessor_config.json": {**HF, "do_normalize": False}}, "not normalized"),
+        ({"config.json": {"model_type": "vit"}, "preprocessor_config.json": {"size": 28}}, "nothing"),
+        ({"config.json": ["mine"]}, "nothing"),
+        ({}, "nothing"),
+    ],
+)
+def test_files_beside_foreign_weights_say_how_images_were_prepared(tmp_path: Path, files: dict, wanted: str) -> None:
+    source = save(tmp_path, vit().state_dict())
+    for name, values in files.items():
+        (tmp_path / name).write_text(json.dumps(values))
+    told, kind = input_of(source)
+    assert kind == "dense"
+    if wanted == "nothing":
+        assert told is None
+        return
+    assert told is not None
+    normalized = ((0.5, 0.4, 0.3), (0.1, 0.2, 0.3)) if wanted != "not normalized" else ((0.0,) * 3, (1.0,) * 3)
+    assert (told.mean, told.std) == normalized
+    assert told.interpolation == ("bicubic" if wanted == "bicubic" else "bilinear")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{", json.dumps({**TIMM, "mean": [0.5]}), json.dumps({**TIMM, "std": [0.1, 0, 0.1]}),
+        json.dumps({**TIMM, "mean": [0.5, 0.5, float("nan")]}), json.dumps({**TIMM, "mean": "gray"}),
+        json.dumps({**TIMM, "interpolation": "no such"}),
+    ],
+)  # fmt: skip
+def test_files_beside_foreign_weights_that_cannot_be_used_are_named(tmp_path: Path, text: str) -> None:
+    source = save(tmp_path, vit().state_dict())
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"^\S*/config\.json: wanted mean, std, interpolation of .*images.*, got .*$"):
+        input_of(source)
+
+
+def test_files_on_the_hub_say_how_images_were_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    (tmp_path / "fetched").mkdir()
+    save_file(vit().state_dict(), there / "model.safetensors")
+
+    def download(repository: str, file: str, revision: str | None) -> str:
+        assert (repository, revision) == ("lab/model", "v1")
+        if not (there / file).exists():
+            raise EntryNotFoundError(file)
+        return str(shutil.copy(there / file, tmp_path / "fetched"))
+
+    monkeypatch.setattr(hub, "_ask_once", lambda *_: None)
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    assert input_of("hf-hub:lab/model@v1") == (None, "dense")
+    (there / "preprocessor_config.json").write_text(json.dumps(HF))
+    told, _ = input_of("hf-hub:lab/model@v1")
+    assert told == InputSpec(0, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3), "bilinear")
+    (there / "preprocessor_config.json").unlink()  # it has been fetched
+    assert input_of("hf-hub:lab/model@v1")[0] == told
 
 
 def test_the_license_of_timms_weights_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,9 @@
 """From the command line: the network of the weights to start from, and a model that cannot be packed."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import timm
@@ -10,8 +13,12 @@ from conftest import tiny
 
 from sparsemae.card import ModelCard
 from sparsemae.cli import main
+from sparsemae.config import read_config
+from sparsemae.data.sources import find_source
 from sparsemae.models import hub
 from sparsemae.models.weights import find_weights, read_metadata, read_weights
+from sparsemae.options import FinetuneConfig
+from sparsemae.tasks.derived import settle
 
 pytestmark = pytest.mark.holds("right.1")
 SHORT = (
@@ -72,3 +79,25 @@ def test_weights_on_the_hub_can_be_trained_from(tmp_path: Path, runs: Path, monk
         main(tiny("finetune", tmp_path / out, "--init", init, "--trainer.max_steps", "1"))
     fetched, local = (read_weights(tmp_path / out)[0] for out in ("hub", "file"))
     assert all(torch.equal(fetched[key], local[key]) for key in local)
+
+
+@pytest.mark.parametrize(("way", "taken"), [("bilinear", True), ("lanczos", False)])
+def test_how_the_images_of_foreign_weights_were_prepared_is_taken_over_or_said(
+    tmp_path: Path, image_folder: Path, way: str, taken: bool
+) -> None:
+    file = tmp_path / "weights.pth"
+    torch.save(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1).state_dict(), file)
+    prepared = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "interpolation": way}
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": prepared}))
+    for words, own in ([], False), (["--data.mean", "[0.1, 0.1, 0.1]"], True):
+        config = read_config(FinetuneConfig, [str(image_folder), "--init", str(file), *words])
+        task: Any = SimpleNamespace(sources={"train": find_source(config.data).open("train")})
+        config, notes = settle(config, task)
+        assert config.data.mean == ((0.1,) * 3 if own else (0.5,) * 3)
+        assert config.data.std == (0.25,) * 3
+        assert config.data.interpolation == ("bilinear" if taken else "bicubic")
+        mean, resampled = "--data.mean '[0.5, 0.5, 0.5]'", f"--data.interpolation {way}"
+        as_, *warned = (note for note in notes if "was trained: " in note)
+        assert (mean in as_, resampled in as_) == (not own, taken)
+        assert (mean in "".join(warned), resampled in "".join(warned)) == (own, not taken)
+        assert all(note.startswith(f"warning: other than {file} was trained: ") for note in warned)
