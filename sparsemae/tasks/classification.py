@@ -51,6 +51,13 @@ class Classification(Task[FinetuneConfig]):
         if self.config.teacher is not None:
             self.teacher = open_teacher(self.config.teacher, self.class_names)
 
+    def notes(self, model: nn.Module) -> list[str]:
+        counts = self.train.class_counts()
+        none = [] if counts is None else [self.class_names[i] for i in np.flatnonzero(counts == 0).tolist()]
+        few = ", ".join(none[:4]) + ", ..." * (len(none) > 4)
+        left = f"{len(none):,} of {len(self.class_names):,} classes have no training image: {few}"
+        return [*super().notes(model), *[left] * bool(none)]
+
     def datasets(self, model: nn.Module) -> tuple[ImageDataset, ImageDataset]:
         data, smallest = self.config.data, smallest_side(model)
         transform = transforms.evaluation_transform(self.card().input)

@@ -1,12 +1,15 @@
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import nn
 
 from sparsemae.data.exclude import read_exclude, write_exclude
 from sparsemae.data.sources import open_source
 from sparsemae.data.tree import Split
-from sparsemae.options.data import SourceConfig
+from sparsemae.options import FinetuneConfig, ImageDataConfig, SourceConfig
+from sparsemae.tasks.classification import Classification
 
 
 def names(root: Path, split: Split, exclude: Path | None, limit: int | None = None) -> list[str]:
@@ -28,6 +31,21 @@ def test_listed_images_are_left_out_of_their_split_and_labels_stay(tmp_path: Pat
     source = open_source(SourceConfig("folder", str(image_folder), exclude=str(file)), "train")
     assert source.class_names == ["cat", "dog"]
     assert {int(source.reader.labels[i]) for i in source.indices} == {1}
+
+
+@pytest.mark.parametrize("option", ["exclude", "train_images"])
+def test_classes_without_a_training_image_are_said(tmp_path: Path, image_folder: Path, option: str) -> None:
+    file, root = tmp_path / "exclude.txt", str(image_folder)
+    file.write_text("".join(f"train/cat/{i}.png\n" for i in range(8)))
+
+    def said(**options: Any) -> list[str]:
+        task = Classification(FinetuneConfig(data=ImageDataConfig("folder", root, **options)))
+        task.open_data()
+        return [note for note in task.notes(nn.Identity()) if "training image" in note]
+
+    assert said() == []
+    (note,) = said(**{option: {"exclude": str(file), "train_images": 1}[option]})
+    assert note in {f"1 of 2 classes have no training image: {name}" for name in ("cat", "dog")}
 
 
 def test_what_is_held_out_stays_the_same(tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
