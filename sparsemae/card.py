@@ -76,8 +76,8 @@ class ModelCard:
     license: str = ""
     """License of the weights."""
     data: dict[str, Any] = field(default_factory=dict)
-    """Which images it was trained on: digests of their names and of where they lay, and the rule of the held-out part;
-    empty of a model of before."""
+    """Which images it was trained on: digests of their names and of where they lay, the rule of the held-out part, and
+    of a segmenter the masks' ignore_label; empty of a model of before."""
 
     def with_settings(self, **settings: Any) -> "ModelCard":
         """The same with some of its task's settings changed."""

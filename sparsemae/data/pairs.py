@@ -106,15 +106,20 @@ def check_pairs(splits: Splits, source: Source) -> None:
             raise ValueError(f"{splits.root}: {len(files)} {what}: {', '.join(map(str, files[:3]))}")
 
 
-def find_masks(data: SourceConfig) -> Splits:
-    """The splits of images with masks. Raises ValueError as `find_source`."""
+def find_masks(data: SourceConfig, trained: Mapping[str, Any] | None = None) -> Splits:
+    """The splits of images with masks. Raises ValueError as `find_source`.
+
+    Args:
+        trained: what a model's card says of ``reduce_zero_label`` and ``ignore_label``; they hold where ``data`` says
+            nothing, and another value is refused.
+    """
     found = Path(data.root or ".", "classes.txt")
     if data.source == "folder" and data.classes is None and data.root is not None and found.is_file():
         data = replace(data, classes=str(found))
     check_options(data, OPTIONS, "images with masks")
     if data.source == "embedded":
         return Splits(data, {part: (part, partial(EmbeddedPairs, part)) for part in ("train", "val")})
-    legend = _legend(data)
+    legend = _legend(data, trained or {})
     images, masks = _folders(Path(data.root or "."))
     of_images, of_masks = split_folders(images), split_folders(masks)
     if not of_images and not of_masks:
@@ -133,9 +138,21 @@ def find_masks(data: SourceConfig) -> Splits:
     return splits
 
 
-def _legend(data: SourceConfig) -> Legend:
+def _legend(data: SourceConfig, trained: Mapping[str, Any]) -> Legend:
     names, colors = read_classes(data.classes or SCENEPARSE150)
     sceneparse = data.source == "sceneparse"
+    if data.reduce_zero_label and colors is not None and not trained:
+        raise ValueError(
+            f"data.reduce_zero_label: wanted none with the colors in {data.classes}, which have no 0, got true "
+            "(for masks of numbers: names alone there)"
+        )
+    for name, value in trained.items():
+        given = getattr(data, name)
+        if given not in (value, getattr(SourceConfig(), name)):
+            raise ValueError(
+                f"data.{name}: wanted what the model was trained with, {str(value).lower()}, got {str(given).lower()}"
+            )
+    data = replace(data, **trained)
     reduce_zero_label = sceneparse if data.reduce_zero_label is None else data.reduce_zero_label
     return Legend(names, reduce_zero_label, data.ignore_label, colors, full_ade20k_hint=sceneparse)
 

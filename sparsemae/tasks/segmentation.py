@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -67,6 +68,11 @@ class Segmentation(Task[SegmentConfig]):
             survey(source, data)
         pairs.refuse_binary(self.train)
         self.class_names, self.legend = self.train.class_names, self.train.legend
+
+    @cached_property
+    def trained_on(self) -> dict[str, Any]:
+        found = super().trained_on
+        return found | {"ignore_label": self.legend.ignore_label} if found else found
 
     def settings(self) -> dict[str, Any]:
         config, legend = self.config, self.legend
@@ -167,7 +173,9 @@ class Segmentation(Task[SegmentConfig]):
     def evaluation_set(
         cls, card: ModelCard, data: SourceConfig, smallest: int, split: Part | None = None
     ) -> tuple[ImageDataset, str]:
-        splits = pairs.find_masks(data)
+        names = ("reduce_zero_label", "ignore_label")  # cards of before have the first alone
+        trained = {name: value for name, value in (card.settings | card.data).items() if name in names}
+        splits = pairs.find_masks(data, trained)
         source, said = splits.open_for_evaluation(split, card.data, card.class_names)
         pairs.check_pairs(splits, source)
         if tuple(source.class_names) != card.class_names:

@@ -12,6 +12,7 @@ from sparsemae.card import InputSpec
 from sparsemae.cli import main
 from sparsemae.commands.evaluate import evaluate
 from sparsemae.commands.predict import predict
+from sparsemae.data.masks import SCENEPARSE150
 from sparsemae.models.weights import read_weights, save_tensors
 from sparsemae.options.commands import EvaluateConfig, PredictConfig
 from sparsemae.sparsity import iter_sparse
@@ -107,6 +108,24 @@ def test_a_segmenter_on_photographs(scene_run: SceneRun, tmp_path: Path, capsys:
     main(["evaluate", str(scene_run.folder), *where, "--inference.flip", "true"])  # the rest as the recipe says
     assert "mode slide, stride 43, scales [1.0], flip True" in capsys.readouterr().out
     assert {"miou", "mean_accuracy", "pixel_accuracy"} <= metrics(scene_run.folder)[-1].keys()
+
+
+def test_a_segmenters_masks_are_read_as_it_was_trained(
+    scene_run: SceneRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Callable[..., str]
+) -> None:
+    """Also where the root is named again as a plain folder, whose own rule is another."""
+    run, card = str(scene_run.folder), load_model(scene_run.folder)[1]
+    assert (card.settings["reduce_zero_label"], card.data["ignore_label"]) == (True, 255)
+    named = ["--data.source", "folder", "--data.root", str(scene_run.root), "--data.classes", str(SCENEPARSE150)]
+    main(["evaluate", run, *named])
+    assert f"mIoU {card.metrics['miou']:.2%}" in capsys.readouterr().out
+    for option, trained, given in (("reduce_zero_label", "true", "false"), ("ignore_label", "255", "3")):
+        said = refused("evaluate", run, *named, f"--data.{option}", given)
+        assert f"data.{option}: wanted what the model was trained with, {trained}, got {given}" in said
+    tensors, document = read_weights(run)
+    del document["data"]["ignore_label"]  # a file of before
+    save_tensors(tmp_path / "old.safetensors", tensors, document)
+    main(["evaluate", str(tmp_path / "old.safetensors"), *named, "--data.ignore_label", "9"])
 
 
 def test_a_dataset_of_other_classes_is_refused(

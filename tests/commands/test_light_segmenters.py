@@ -14,6 +14,7 @@ import sparsemae
 from sparsemae.cli import main
 from sparsemae.commands.evaluate import evaluate
 from sparsemae.commands.export import export
+from sparsemae.data.masks import SCENEPARSE150
 from sparsemae.options import EvaluateConfig, ExportConfig, InferenceChange, SourceConfig
 
 pytestmark = pytest.mark.slow
@@ -51,6 +52,20 @@ def test_a_packed_segmenter_evaluates_and_predicts_like_its_run(
     with Image.open(tmp_path / f"{photographs[0].stem}.png") as mask, Image.open(photographs[0]) as image:
         assert mask.size == image.size
         assert np.array_equal(np.asarray(mask), maps[1][0] + 1)  # as the data set has them: 0 is none
+
+
+def test_a_packed_segmenters_masks_are_read_as_it_was_trained(
+    light: Path, scene_run: SceneRun, refused: Callable[..., str]
+) -> None:
+    packed, root = str(light / "packed.safetensors"), str(scene_run.root)
+    assert sparsemae.load(packed).card.data["ignore_label"] == 255
+    found = [
+        evaluate(EvaluateConfig(packed, data))
+        for data in (SourceConfig("sceneparse", root), SourceConfig("folder", root, classes=str(SCENEPARSE150)))
+    ]
+    assert found[0] == pytest.approx(found[1], nan_ok=True)
+    said = refused("evaluate", packed, *scene_run.where, "--data.reduce_zero_label", "false")
+    assert "data.reduce_zero_label: wanted what the model was trained with, true, got false" in said
 
 
 @pytest.mark.holds("take.3")

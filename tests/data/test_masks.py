@@ -3,6 +3,7 @@
 import re
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from sparsemae.data.images import DefaultRules
 from sparsemae.data.masks import IGNORED, SCENEPARSE150, Legend, distinct_colors, read_classes, read_mask
 from sparsemae.data.pairs import find_masks
 from sparsemae.data.splits import Source
-from sparsemae.options import SourceConfig
+from sparsemae.options import MaskDataConfig, SegmentConfig, SourceConfig
+from sparsemae.tasks.segmentation import Segmentation
 
 VALUES = np.array([[0, 1, 2], [3, 2, 255]])
 
@@ -176,3 +178,40 @@ def test_a_square_image_on_its_side_is_refused_where_it_would_be_turned(tmp_path
     with pytest.raises(ValueError, match=rf"a\.jpg: wanted data\.exif false, .* a square one .* orientation is {way}"):
         source.read(0, rules=DefaultRules(exif=True))
     assert source.read(0, rules=DefaultRules(exif=False))[0].size == (24, 24)
+
+
+def test_masks_are_read_as_a_model_was_trained_unless_the_option_says_otherwise(tmp_path: Path) -> None:
+    a_pair(tmp_path, 1)
+    trained = {"reduce_zero_label": True, "ignore_label": 2}
+
+    def legend(**options: Any) -> tuple[bool, int]:
+        found = find_masks(SourceConfig("folder", str(tmp_path), **options), trained).whole("train").legend
+        assert found is not None
+        return found.reduce_zero_label, found.ignore_label
+
+    assert legend() == legend(reduce_zero_label=True, ignore_label=2) == (True, 2)
+    with pytest.raises(ValueError, match=r"data\.reduce_zero_label: wanted what .* trained with, true, got false"):
+        legend(reduce_zero_label=False)
+    with pytest.raises(ValueError, match=r"data\.ignore_label: wanted what the model was trained with, 2, got 3"):
+        legend(ignore_label=3)
+    del trained["ignore_label"]  # a card of before
+    assert legend(ignore_label=3) == (True, 3)
+
+
+def test_a_card_keeps_the_label_that_its_masks_ignore(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for kind, picture in (("images", Image.new("RGB", (9, 9))), ("masks", Image.new("L", (9, 9)))):
+            (tmp_path / kind / split).mkdir(parents=True)
+            picture.save(tmp_path / kind / split / "a.png")
+    (tmp_path / "classes.txt").write_text("ground\nbox\n")
+    task = Segmentation(SegmentConfig(data=MaskDataConfig("folder", str(tmp_path), ignore_label=7)))
+    task.open_data()
+    assert task.card().data["ignore_label"] == 7
+
+
+def test_a_table_of_colors_has_no_zero_label(tmp_path: Path) -> None:
+    a_pair(tmp_path, 1)
+    (tmp_path / "classes.txt").write_text("0 0 0 ground\n255 255 255 box\n")
+    data = SourceConfig("folder", str(tmp_path), reduce_zero_label=True)
+    with pytest.raises(ValueError, match=r"data\.reduce_zero_label: wanted none with the colors in .*classes\.txt"):
+        find_masks(data)
