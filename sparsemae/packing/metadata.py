@@ -5,7 +5,7 @@ The document is older than `ModelCard` and has names of its own; they are transl
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from types import NoneType
 from typing import Any, get_type_hints
 
@@ -98,6 +98,8 @@ class PackedConfig:
     """Stored tensor name -> 'fp32', 'bf16' or 'int8', for all but codes and scales."""
     head: DenseHead | None = None
     """A segmenter's; its ViT is an encoder that pools nothing."""
+    document: str = field(default="", compare=False, repr=False)
+    """The JSON that it was read from."""
 
 
 def parse_pattern(text: str) -> tuple[int, int]:
@@ -178,7 +180,7 @@ def read_metadata(metadata: dict[str, str] | None) -> PackedConfig:
         _read_input(document["preprocess"], vit, document.get("segment")), tuple(names), document["patterns"], settings,
         frozen=True, source=document["source"], license=document["license"], data=document["data"],
     )  # fmt: skip
-    return PackedConfig(card, vit, document["dtypes"], head)
+    return PackedConfig(card, vit, document["dtypes"], head, metadata["config"])
 
 
 _DOCUMENT = {

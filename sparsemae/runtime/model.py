@@ -156,8 +156,8 @@ def load(path: str | Path, threads: int | None = None, quantize: bool | None = N
             they are; None: round them in networks 192 wide or more, since narrower ones lose most by it.
 
     Raises:
-        ValueError: it is no packed model that can be used (one line, naming it), `threads` is no number of threads, or
-            `SPARSEMAE_ISA` cannot be had here.
+        ValueError: it is no packed model that can be used (one line, naming it), another takes its place meanwhile,
+            `threads` is no number of threads, or `SPARSEMAE_ISA` cannot be had here.
         OSError: the file cannot be opened.
     """
     config = read(path).config
@@ -168,6 +168,8 @@ def load(path: str | Path, threads: int | None = None, quantize: bool | None = N
         native = Vit(Path(path).read_bytes(), threads, os.environ.get("SPARSEMAE_ISA", ""), quantize)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    if native.config != config.document:
+        raise ValueError(f"{path}: wanted one file while it is loaded, got another in its place: load it again")
     return Model(config, native)
 
 

@@ -106,6 +106,11 @@ class Vit:
         return str(_LIBRARY.sparsemae_math(self._model).decode())
 
     @property
+    def config(self) -> str:
+        """The metadata's JSON."""
+        return str(self._of.config.decode(errors="replace"))
+
+    @property
     def threads(self) -> int:
         """How many compute."""
         return int(self._of.threads)

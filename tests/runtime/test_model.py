@@ -10,6 +10,7 @@ import pytest
 import reference
 from PIL import Image
 
+from sparsemae.packing import format
 from sparsemae.packing.format import PackedModel, write
 from sparsemae.runtime import Prediction, load, native
 
@@ -68,6 +69,20 @@ def test_wrong_images_are_refused(packed: Path) -> None:
     strided = np.zeros((2, 3, 16, 32), np.float32)[..., ::2]
     assert model(strided).shape == (2, 10)
     assert model.features(strided).shape == (2, 17, 64)
+
+
+def test_a_file_that_is_replaced_while_it_is_loaded(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def replaced_by(path: Path) -> PackedModel:
+        found = format.read(path)
+        write(path, PackedModel(replace(other.config, card=named), other.tensors))
+        return found
+
+    other = reference.random_model(reference.TINY, seed=1)
+    named = replace(other.config.card, class_names=tuple(f"other {i}" for i in range(10)))
+    monkeypatch.setattr("sparsemae.runtime.model.read", replaced_by)
+    with pytest.raises(ValueError, match=r"model\.safetensors: wanted one file while it is loaded, got another in its"):
+        load(packed, threads=1)
+    assert load(packed, threads=1).card.class_names == named.class_names
 
 
 def test_encoder_has_no_classes(tmp_path: Path) -> None:
