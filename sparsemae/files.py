@@ -1,15 +1,19 @@
 """Files that appear whole or not at all, a kill at any moment included."""
 
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 RETRY_PAUSES_SECONDS = (1.0, 2.0, 4.0)
+LEFT_SECONDS = 86_400
+"""After which a temporary file that nobody has written to is that of a writer that was killed."""
 
 
 class NoFileError(ValueError):
@@ -22,19 +26,20 @@ class NoFileError(ValueError):
 def replacing(path: str | Path) -> Iterator[Path]:
     """A name beside ``path`` to write to; what was written there takes the place of ``path`` if nothing is raised.
 
-    Of a symbolic link it takes the target's place. With the permissions of a new file, whoever made it.
+    Of a symbolic link it takes the target's place. With the permissions of a new file, whoever made it. Of writers at
+    the same time each has a name of its own: the last to finish is what stays.
 
     Raises:
         ValueError: ``path`` is a folder, a device or a pipe, which are no files to replace.
         OSError: it cannot be written, in a message that names ``path``; nothing is left then.
     """
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary = target.with_name(f".{target.name[:32]}.sparsemae-{secrets.token_hex(4)}.tmp")
     try:
         if existing(path).is_dir():
             raise ValueError(f"{path}: wanted a file, got a folder")
-        temporary.unlink(missing_ok=True)  # of a process that was killed, or somebody's link to elsewhere
-        temporary.touch(exist_ok=False)
+        _remove_leftovers(target.parent)
+        temporary.touch(exist_ok=False)  # nor somebody's link to elsewhere
         mode = temporary.stat().st_mode
         yield temporary
         temporary.chmod(mode)  # safetensors makes its files for their owner alone
@@ -48,6 +53,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+@cache  # once a process, as a folder may have many files
+def _remove_leftovers(folder: Path) -> None:
+    for left in folder.glob(".*.sparsemae-*.tmp"):
+        with suppress(OSError):
+            if time.time() - left.lstat().st_mtime > LEFT_SECONDS:
+                left.unlink()
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:

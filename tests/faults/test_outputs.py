@@ -75,11 +75,41 @@ def test_15_a_links_target_is_replaced(tmp_path: Path) -> None:
         assert target.read_text() == content
         assert not target.is_symlink()
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["link", "target", "there"]
-    # somebody's link under the temporary name is not followed
+
+
+@pytest.mark.holds("held.1")
+def test_15_somebodys_link_under_the_temporary_name_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("secrets.token_hex", lambda size: "guessed")
     (tmp_path / "precious").write_text("precious")
-    (tmp_path / ".out.tmp").symlink_to("precious")
-    write_atomic(tmp_path / "out", "text")
+    (tmp_path / ".out.sparsemae-guessed.tmp").symlink_to("precious")
+    with pytest.raises(OSError, match=r"out: File exists$"):
+        write_atomic(tmp_path / "out", "text")
     assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_two_writers_of_one_file_publish_each_their_own(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first, second = replacing(out), replacing(out)
+    first.__enter__().write_text("the first, whole")
+    (later := second.__enter__()).write_text("half")
+    first.__exit__(None, None, None)
+    assert out.read_text() == "the first, whole"
+    later.write_text("the second, whole")
+    second.__exit__(None, None, None)
+    assert out.read_text() == "the second, whole"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_what_killed_writers_left_goes_after_a_day(tmp_path: Path) -> None:
+    names = (".out.sparsemae-1.tmp", ".out.sparsemae-2.tmp", ".others.tmp")
+    for name in names:
+        (tmp_path / name).write_text("half")
+    for name in (names[0], names[2]):
+        os.utime(tmp_path / name, (0, 0))
+    write_atomic(tmp_path / "out", "text")
+    assert sorted(os.listdir(tmp_path)) == [".others.tmp", ".out.sparsemae-2.tmp", "out"]
 
 
 @pytest.mark.holds("held.1")
@@ -98,7 +128,8 @@ def test_15_file_and_folder_are_on_the_disk_before_it_ends(tmp_path: Path, monke
     monkeypatch.setattr(files, "fsync", noted_fsync)
     monkeypatch.setattr(Path, "replace", noted_replace)
     write_atomic(tmp_path / "out", "text")
-    assert order == ["fsync .out.tmp", "replace .out.tmp", f"fsync {tmp_path.name}"]
+    told = re.sub(r"-[0-9a-f]{8}\b", "", " ".join(order))
+    assert told == f"fsync .out.sparsemae.tmp replace .out.sparsemae.tmp fsync {tmp_path.name}"
 
 
 @pytest.mark.holds("held.1")
