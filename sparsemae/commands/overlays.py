@@ -32,11 +32,11 @@ class Pictures:
 
     def __init__(self, card: ModelCard, files: Sequence[Path], out: Path) -> None:
         self.targets = {file: (out / f"{file.stem}.png", out / f"{file.stem}-overlay.png") for file in files}
-        written: dict[Path, Path] = {}
+        written, given = dict[Path, Path](), {file.resolve() for file in files}
         for file, pictures in self.targets.items():
             for picture in pictures:
                 other = written.setdefault(picture, file)
-                if other != file or picture.resolve() in {given.resolve() for given in files}:
+                if other != file or picture.resolve() in given:
                     raise ValueError(
                         f"pictures: {picture}: wanted a new name for the mask of {file}, got that of {other}"
                     )

@@ -18,7 +18,7 @@ from PIL import Image
 
 import sparsemae
 from sparsemae.cli import main
-from sparsemae.commands.overlays import overlay_image
+from sparsemae.commands.overlays import Pictures, overlay_image
 from sparsemae.commands.predict import predict
 from sparsemae.data.tree import image_files
 from sparsemae.models.weights import save_model
@@ -118,6 +118,20 @@ def test_predictions_are_palette_masks_and_overlays(
     Image.new("RGB", (9, 9)).save(tmp_path / "twice" / photographs[0].name)
     with pytest.raises(ValueError, match=r"pictures: .*png: wanted a new name for the mask of"):
         predict(PredictConfig(str(scene_run.folder), [folder, str(tmp_path / "twice")], pictures="out"))
+
+
+def test_the_names_of_pictures_are_looked_at_once(
+    scene_run: SceneRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def noted(path: Path) -> Path:
+        seen.append(path)
+        return resolve(path)
+
+    resolve, seen = Path.resolve, list[Path]()
+    monkeypatch.setattr(Path, "resolve", noted)
+    files = [tmp_path / f"{i}.jpg" for i in range(50)]
+    Pictures(load_model(scene_run.folder)[1], files, tmp_path / "out")
+    assert 0 < len([path for path in seen if path.suffix in (".jpg", ".png")]) <= 3 * len(files)
 
 
 NAMES = (
