@@ -64,7 +64,7 @@ def inject(point: str, fault: str, rank: int, struck: Path) -> None:
         "load": (Feed, "micro_batch", 4),
         "forward": (Classification, "loss", 4),
         "backward": (Classification, "loss", 4),
-        "all-reduce": (Fabric, "all_reduce", 4),
+        "all-reduce": (Fabric, "all_reduce", 5),  # the third is of the evaluation after step 2
         "save": (fit._Loop, "_save", 2),
         "evaluate": (Classification, "evaluate", 2),
     }[point]

@@ -18,6 +18,7 @@ PAGES = {
     "fashion": "study_fashion",
     "openclipart": "study_openclipart",
     "labels": f"{DOCS}/labels.yaml",
+    "segment": f"{DOCS}/segment.yaml",
     "quick": "study_quick",
     "search": f"{DOCS}/search.yaml",
     "candidates": f"{DOCS}/candidates.yaml",
