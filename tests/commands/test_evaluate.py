@@ -110,6 +110,7 @@ def test_a_segmenter_on_photographs(scene_run: SceneRun, tmp_path: Path, capsys:
     assert {"miou", "mean_accuracy", "pixel_accuracy"} <= metrics(scene_run.folder)[-1].keys()
 
 
+@pytest.mark.slow
 def test_a_segmenters_masks_are_read_as_it_was_trained(
     scene_run: SceneRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Callable[..., str]
 ) -> None:

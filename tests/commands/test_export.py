@@ -156,6 +156,7 @@ def test_what_cannot_be_packed_is_exported_without_its_size_and_speed(runs: Path
     assert "size and speed" not in said
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_exported_with_the_masks_of_then(tmp_path: Path) -> None:
     main(tiny("finetune", tmp_path / "run", "--trainer.max_steps", "2", "--trainer.save_every_steps", "1"))
     main(["export", str(tmp_path / "run" / "checkpoints" / "step-00000001"), str(tmp_path / "out")])
