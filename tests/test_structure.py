@@ -21,7 +21,7 @@ from sparsemae.recipe_parser import OPTIONAL_POSITIONAL
 
 PACKAGE = ROOT / "sparsemae"
 FILES = sorted(PACKAGE.rglob("*.py"))
-STATEMENTS = {"the commit before the house was rebuilt (f31ab9b)": 6952, "right": 1422, "held": 916, "fast": 440,
+STATEMENTS = {"the commit before the house was rebuilt (f31ab9b)": 6952, "right": 1423, "held": 916, "fast": 440,
               "own": 1734, "take": 1222, "better": 809}  # fmt: skip
 """The house has no more than were there before; then what each later issue added, counted when it landed."""
 # Who may import whom, by first name below the package. What everybody may import imports nothing but itself.

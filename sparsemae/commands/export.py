@@ -49,7 +49,8 @@ def export(config: ExportConfig) -> Path:
         raise ValueError(f"to: wanted onnx for a segmenter, which timm and transformers do not have, got {config.to}")
     if config.masked and card.task != "pretrain":
         raise ValueError(f"masked: wanted a pretrained run, whose masks still move, got a model for {card.task}")
-    zeros = any(iter_sparse(model)) and (config.masked or card.task != "pretrain")
+    layers = [layer for _, layer in iter_sparse(model)]
+    zeros = bool(layers) and (config.masked or card.task != "pretrain" or layers[0].frozen)
     if zeros:
         freeze(model)
     text = model_card(model, card, config)

@@ -17,6 +17,7 @@ import torch
 from conftest import PHOTOGRAPHS, SceneRun, tiny
 from huggingface_hub import ModelCard as HubCard
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import sparsemae
@@ -154,6 +155,17 @@ def test_what_cannot_be_packed_is_exported_without_its_size_and_speed(runs: Path
     said = (tmp_path / "relu" / "README.md").read_text()
     assert "2:32 in 8 layers" in said
     assert "size and speed" not in said
+
+
+@pytest.mark.slow
+def test_a_pretraining_whose_mask_was_fixed_is_exported_without_it(tmp_path: Path) -> None:
+    main(tiny("pretrain", tmp_path / "run", "--sparse.freeze_epoch", "1"))
+    main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--to", "hf"])
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert not [key for key in file.keys() if key.endswith("weight_mask")]  # noqa: SIM118
+        weight = file.get_tensor("vit.encoder.layer.0.intermediate.dense.weight")
+    assert (weight.view(-1, 32) != 0).sum(dim=1).max() == 2
+    assert "Pruned weights are stored as zeros." in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.slow

@@ -18,13 +18,7 @@ from rich.console import Console
 
 from sparsemae.cli import main
 from sparsemae.config import read_config
-from sparsemae.options import (
-    ArmConfig,
-    FinetuneConfig,
-    PretrainConfig,
-    SettingConfig,
-    StudyConfig,
-)
+from sparsemae.options import ArmConfig, FinetuneConfig, PretrainConfig, SettingConfig, StudyConfig
 from sparsemae.runtime import native
 from sparsemae.study.page import _replaced, write_page
 from sparsemae.study.plan import choose, final, pairs, selection, stages_of
@@ -296,15 +290,8 @@ def test_a_study_of_the_embedded_images_and_masks_may_be_moved() -> None:
 def test_embedded_images_of_another_job_are_not_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "images" / "train").mkdir(parents=True)
     words = [
-        "--job",
-        "segment",
-        "--finetune.config",
-        "demo_segment",
-        "--arms",
-        '{"x": {}}',
-        "--settings",
-        '{"all": {}}',
-    ]
+        "--job", "segment", "--finetune.config", "demo_segment", "--arms", '{"x": {}}', "--settings", '{"all": {}}',
+    ]  # fmt: skip
     with pytest.raises(SystemExit):
         main(["study", "--out", str(tmp_path), *words])
     assert f"{tmp_path}/images: wanted images of a study with job segment" in capsys.readouterr().err
